@@ -1,0 +1,89 @@
+"""The command table: what resolves, what is refused, and that every target exists."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from llava_sv import __version__, cli
+
+
+def test_help_lists_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for name, command in cli.COMMANDS.items():
+        assert f"  {name} " in out
+        assert command.summary in out
+
+
+def test_group_help_lists_only_its_commands(capsys):
+    assert cli.main(["data", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "data toy" in out
+    assert "bench train" not in out
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"llava-sv {__version__}"
+
+
+def test_no_command_shows_the_help_and_fails(capsys):
+    assert cli.main([]) == 2
+    assert "usage: llava-sv" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "tried", "known"),
+    [
+        (["chatt"], "'chatt'", ", ".join(cli.COMMANDS)),
+        (["data", "toys"], "'data toys'", "data toy, data check, data index, data stats"),
+        (["bench"], "'bench'", "bench train, bench infer"),
+    ],
+)
+def test_unknown_command_lists_the_known_ones(argv, tried, known, capsys):
+    assert cli.main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.err.strip() == f"error: unknown command {tried}; known: {known}"
+
+
+def test_two_words_win_over_one_and_arguments_are_left():
+    assert cli.resolve(["data", "toy", "--seed", "3"]) == ("data toy", ["--seed", "3"])
+    assert cli.resolve(["chat", "--help"]) == ("chat", ["--help"])
+    assert cli.resolve(["nope"]) == (None, ["nope"])
+
+
+def test_user_error_becomes_one_line_and_exit_code_2(monkeypatch, capsys):
+    monkeypatch.setitem(cli.COMMANDS, "boom", cli.Command("tests.test_cli:_boom", "raise"))
+    assert cli.main(["boom", "x"]) == 2
+    assert capsys.readouterr().err == "error: no such file: x\n"
+
+
+def _boom(argv: list[str]) -> int:
+    from llava_sv.errors import UserError
+
+    raise UserError(f"no such file: {argv[0]}")
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_every_target_exists_and_its_help_ends_with_an_example(name, capsys):
+    module, function = cli.COMMANDS[name].target.split(":")
+    target = getattr(importlib.import_module(module), function)
+    assert callable(target)
+    with pytest.raises(SystemExit) as stop:
+        target(["--help"])
+    assert stop.value.code == 0
+    last_paragraph = capsys.readouterr().out.strip().split("\n\n")[-1]
+    assert f"llava-sv {name}" in last_paragraph
+
+
+def test_help_imports_no_command_module():
+    modules = sorted({command.target.split(":")[0] for command in cli.COMMANDS.values()})
+    code = (
+        f"import sys; from llava_sv import cli; cli.main(['--help']); print([m for m in {modules} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
