@@ -1,0 +1,69 @@
+"""Which patches stay whole: encoder features in, indices of retained and other patches out. Called by the projector.
+
+V views, N patches, E encoder width. Scores need the CLS row only; no N x N map is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llava_sv.errors import UserError
+
+
+@dataclass
+class VisionFeatures:
+    """What the encoder hands on. patches: [V, N, E] (N + 1 with `cls_patch`); cls: [V, E] or None;
+    cls_attention: [V, N] attention of CLS to each patch, summed over heads, or None where no selector asked for it."""
+
+    patches: Tensor
+    cls: Tensor | None = None
+    cls_attention: Tensor | None = None
+
+
+def cls_similarity(features: VisionFeatures) -> Tensor:
+    """Cosine of each patch with the CLS feature of the same layer, [V, N] float32 (the paper's section 4.1)."""
+    if features.cls is None:
+        raise ValueError("selection 'cls_similarity' needs the encoder's CLS feature, and this encoder gave none")
+    return F.cosine_similarity(features.patches.float(), features.cls.float().unsqueeze(1), dim=-1)
+
+
+def cls_attention(features: VisionFeatures) -> Tensor:
+    """Attention of the CLS token to each patch, summed over heads, [V, N] float32."""
+    if features.cls_attention is None:
+        raise ValueError("selection 'cls_attention' needs the encoder's CLS attention, and this encoder gave none")
+    return features.cls_attention.float()
+
+
+SELECTORS: dict[str, Callable[[VisionFeatures], Tensor]] = {
+    "cls_similarity": cls_similarity,
+    "cls_attention": cls_attention,
+}
+
+
+def get_selector(name: str) -> Callable[[VisionFeatures], Tensor]:
+    """Look a selection up by its exact name; `UserError` lists the known ones."""
+    if name not in SELECTORS:
+        raise UserError(f"skip_vision.selection: unknown selection {name!r}; known: {', '.join(SELECTORS)}")
+    return SELECTORS[name]
+
+
+@torch.no_grad()
+def split_by_score(scores: Tensor, num_retained: int) -> tuple[Tensor, Tensor]:
+    """Indices of the `num_retained` highest scores and of the others, both in raster order; ties go to the earlier patch.
+
+    scores: [V, N]. Returns [V, num_retained] and [V, N - num_retained].
+    """
+    if num_retained > scores.shape[1]:
+        raise ValueError(f"cannot retain {num_retained} of {scores.shape[1]} patches")
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    return order[:, :num_retained].sort(dim=1).values, order[:, num_retained:].sort(dim=1).values
+
+
+def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """tokens [V, N, C], index [V, n] -> [V, n, C]."""
+    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))

@@ -1,0 +1,172 @@
+"""Every setting of a model, declared: `LlavaConfig` is config.json, with one nested `skip_vision` block.
+
+Read by every room of the model; written by the builders. Holds no tensor and imports no other room.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig
+
+from llava_sv.errors import UserError
+from llava_sv.model.token_groups import KV_LEVELS
+
+SUMMARY_NORMS = ("none", "layernorm")
+
+
+@dataclass
+class SkipVisionConfig:
+    """The switches of Skip-Vision (skip_vision sections 1 to 5; Tables 4, 6 and 7). One field, one ablation."""
+
+    skip_ffn: bool = True
+    """Skipped tokens bypass the FFN (equations 4 and 5)."""
+    num_retained: int = 100
+    """Nr: retained visual tokens an image."""
+    num_skipped: int | None = 156
+    """Ns: skipped visual tokens an image after merging. Not read when `merge` is off: all that is not retained is skipped."""
+    merge: bool = True
+    """Merge the tokens that are not retained down to `num_skipped` (section 4.1)."""
+    selection: str = "cls_similarity"
+    """How retained tokens are chosen: a key of `compression.select.SELECTORS`."""
+    former_summary: bool = True
+    """Put a summary of the retained tokens after them (equation 6)."""
+    latter_summary: bool = True
+    """Put a summary of the skipped tokens after them (equation 6)."""
+    summary_norm: str = "none"
+    """`layernorm` normalises tokens before they are scored; the unnormalised ones are pooled. `none` does not."""
+    last_visual_ffn: bool = False
+    """The last skipped token passes the FFN too, and counts as retained (Table 6, LV)."""
+    skip_layers: str | list[int] = "all"
+    """Decoder layers that skip: `all`, a list of indices, or a range `first-last` (inclusive; commas join several)."""
+    skip_kv: str = "skipped"
+    """Default level of the skip KV-cache at inference (Table 7): a key of `KV_LEVELS`."""
+
+    def __post_init__(self) -> None:
+        for name in ("skip_ffn", "merge", "former_summary", "latter_summary", "last_visual_ffn"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"skip_vision.{name}: expected true or false, got {getattr(self, name)!r}")
+        if not isinstance(self.num_retained, int) or self.num_retained < 1:
+            raise UserError(f"skip_vision.num_retained: expected a whole number of 1 or more, got {self.num_retained!r}")
+        if self.merge and (not isinstance(self.num_skipped, int) or self.num_skipped < 1):
+            raise UserError(
+                f"skip_vision.num_skipped: expected a whole number of 1 or more, got {self.num_skipped!r}; "
+                "to skip without merging, set merge to false"
+            )
+        if self.skip_kv not in KV_LEVELS:
+            raise UserError(f"skip_vision.skip_kv: unknown level {self.skip_kv!r}; known: {', '.join(KV_LEVELS)}")
+        if self.summary_norm not in SUMMARY_NORMS:
+            raise UserError(
+                f"skip_vision.summary_norm: unknown value {self.summary_norm!r}; known: {', '.join(SUMMARY_NORMS)}"
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SkipVisionConfig:
+        """Build from config.json's block; an unknown key is a `UserError` that lists the known ones."""
+        known = [field.name for field in fields(cls)]
+        unknown = [key for key in values if key not in known]
+        if unknown:
+            raise UserError(f"skip_vision: unknown key {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As stored in config.json."""
+        return asdict(self)
+
+    def layers_that_skip(self, num_layers: int) -> list[int]:
+        """Indices of the decoder layers that skip, out of `num_layers`."""
+        if not self.skip_ffn:
+            return []
+        if self.skip_layers == "all":
+            return list(range(num_layers))
+        chosen = self.skip_layers if isinstance(self.skip_layers, list) else _parse_layers(self.skip_layers)
+        wrong = [i for i in chosen if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < num_layers]
+        if wrong:
+            raise UserError(f"skip_vision.skip_layers: no layer {wrong[0]!r}; this model has layers 0 to {num_layers - 1}")
+        return sorted(set(chosen))
+
+    def summaries(self) -> int:
+        """Summary tokens an image."""
+        return int(self.former_summary) + int(self.latter_summary)
+
+    def skipped_of(self, num_patches: int) -> int:
+        """Skipped tokens of an image of `num_patches` patches; `UserError` where Nr + Ns exceeds them."""
+        rest = num_patches - self.num_retained
+        wanted = self.num_skipped if self.merge and self.num_skipped is not None else 1
+        if rest < wanted:
+            raise UserError(
+                f"skip_vision: num_retained {self.num_retained} + num_skipped {wanted} is more than the "
+                f"{num_patches} patches of an image; lower one of them"
+            )
+        return wanted if self.merge else rest
+
+
+def _parse_layers(text: str) -> list[int]:
+    """`"2,8-15"` -> [2, 8, ..., 15]."""
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise UserError(f"skip_vision.skip_layers: cannot read {text!r}; write 'all', '8-31' or '0,4,8-15'")
+        layers.extend(range(int(first), int(last) + 1) if dash else [int(first)])
+    return layers
+
+
+@strict
+class LlavaConfig(LlamaConfig):
+    """config.json of a LLaVA model: LLaMA's fields, LLaVA's `mm_*` fields, and the `skip_vision` block."""
+
+    model_type = "llava_llama"
+
+    mm_family: str = "llava"
+    """Which recipe of `model.builders.BUILDERS` this model follows."""
+    mm_vision_tower: str | None = None
+    """Name or path of the vision encoder that the weights came from."""
+    vision_config: dict | None = None
+    """The encoder's own config: present when its weights are part of this checkpoint."""
+    mm_projector_type: str = "mlp2x_gelu"
+    """`linear`, `identity` or `mlp{k}x_gelu`."""
+    mm_hidden_size: int | None = None
+    """E: width of the encoder's features."""
+    mm_vision_select_layer: int = -2
+    """Index into the encoder's hidden states (0 is the embedding, -1 the last layer)."""
+    mm_vision_select_feature: str = "patch"
+    """`patch` drops the CLS token, `cls_patch` keeps it (dense models only)."""
+    image_aspect_ratio: str | None = "pad"
+    """How an image is made square: `pad` or `square`."""
+    tokenizer_model_max_length: int | None = None
+    """The spliced sequence is cut here, never inside an image."""
+    tokenizer_padding_side: str = "right"
+    """Side on which training batches are padded; generation always pads left."""
+    conv_template: str | None = None
+    """Conversation template the model was trained with: a key of `conversation.CONV_TEMPLATES`."""
+    skip_vision: Any = None
+    """`SkipVisionConfig` (a dict is accepted and checked), or None for a dense model."""
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.skip_vision, dict):
+            self.skip_vision = SkipVisionConfig.from_dict(self.skip_vision)
+        super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As stored in config.json."""
+        output = super().to_dict()
+        if isinstance(self.skip_vision, SkipVisionConfig):
+            output["skip_vision"] = self.skip_vision.to_dict()
+        return output
+
+    @property
+    def num_patches(self) -> int:
+        """N: patches of one view of the encoder. `ValueError` before an encoder is attached."""
+        if self.vision_config is None:
+            raise ValueError("config.vision_config is empty: no vision encoder is attached yet")
+        return (self.vision_config["image_size"] // self.vision_config["patch_size"]) ** 2
+
+    def visual_tokens_per_image(self, image_size: tuple[int, int] | None = None) -> int:
+        """Tokens that an image of `image_size` (width, height in pixels) takes in the spliced sequence."""
+        if self.skip_vision is None:
+            return self.num_patches + int(self.mm_vision_select_feature == "cls_patch")
+        skip = self.skip_vision
+        return skip.num_retained + skip.skipped_of(self.num_patches) + skip.summaries()

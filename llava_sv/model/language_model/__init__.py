@@ -1,0 +1,1 @@
+"""The decoder: transformers' LLaMA plus Skip-FFN and the skip KV-cache."""

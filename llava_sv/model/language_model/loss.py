@@ -1,0 +1,80 @@
+"""lm_head that can give the loss without the logits: only supervised positions, a chunk at a time.
+
+Called by `llava_llama`. S supervised positions, C width, K vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llava_sv.constants import IGNORE_INDEX
+
+CHUNK_ELEMENTS = 2**27
+"""Logits held at once: 2^27 float32 values are 512 MiB, about 1,000 positions of a 128k vocabulary."""
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of cross entropies of `hidden @ weight.T`; gradients are made chunk by chunk on the way forward.
+
+    No chunk's logits outlive it, and the backward pass needs no collective: ranks with unequal numbers of chunks
+    stay in step under ZeRO-3, because the weight is gathered once around the whole.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_SC: Tensor, weight_KC: Tensor, targets_S: Tensor, with_grad: bool) -> Tensor:
+        wants_hidden, wants_weight = (with_grad and needed for needed in ctx.needs_input_grad[:2])
+        wide = torch.promote_types(hidden_SC.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=hidden_SC.device)
+        grad_hidden = torch.empty_like(hidden_SC) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight_KC, dtype=wide) if wants_weight else None
+        step = max(CHUNK_ELEMENTS // weight_KC.shape[0], 1)
+        for start in range(0, hidden_SC.shape[0], step):
+            hidden, targets = hidden_SC[start : start + step], targets_S[start : start + step]
+            log_probs = (hidden @ weight_KC.T).to(wide).log_softmax(dim=-1)
+            total -= log_probs.gather(1, targets.unsqueeze(1)).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            grad_logits = log_probs.exp_()
+            grad_logits[torch.arange(targets.shape[0], device=targets.device), targets] -= 1
+            narrow = grad_logits.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[start : start + step] = narrow @ weight_KC
+            if grad_weight is not None:
+                grad_weight += narrow.T @ hidden
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_KC.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grads[0]
+        return (
+            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
+            None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype),
+            None,
+            None,
+        )
+
+
+class LMHead(nn.Linear):
+    """An output layer that is called once a forward, for logits or for the loss."""
+
+    def forward(self, input: Tensor, labels: Tensor | None = None) -> Tensor:
+        """[..., C] -> logits [..., K]. With `labels` (as many as `input` has rows): [S, C], [S] -> summed cross entropy.
+
+        `labels` may hold no `IGNORE_INDEX`; an empty S gives zero, with zero gradients for every parameter.
+        """
+        if labels is None:
+            return F.linear(input, self.weight, self.bias)
+        if self.bias is not None:
+            raise ValueError("the chunked loss is for output layers without bias")
+        return _ChunkedCrossEntropy.apply(input, self.weight, labels, torch.is_grad_enabled())
+
+
+def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat indices [S] into [B, T] of the positions that predict a supervised token, and the tokens [S]."""
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+    rows = (targets != IGNORE_INDEX).nonzero().flatten()
+    return rows, targets[rows]

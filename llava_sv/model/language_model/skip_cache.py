@@ -1,0 +1,66 @@
+"""Skip KV-cache (equation 7): after prefill, the keys and values of skipped tokens are physically removed.
+
+Called by `llava_llama` between prefill and the first decode step. B batch, T cached length, T' what is left of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from llava_sv.errors import UserError
+from llava_sv.model.token_groups import KV_LEVELS
+
+
+def kept_after_prefill(token_roles: Tensor, attention_mask: Tensor, level: str) -> Tensor:
+    """bool [B, T]: the cached positions that stay at this level (Table 7). Padding never stays."""
+    if level not in KV_LEVELS:
+        raise UserError(f"skip_kv: unknown level {level!r}; known: {', '.join(KV_LEVELS)}")
+    keep = attention_mask.bool()
+    for role in KV_LEVELS[level]:
+        keep = keep & (token_roles != int(role))
+    return keep
+
+
+@torch.no_grad()
+def shrink_cache(cache: Cache, keep: Tensor) -> Tensor:
+    """Drop every cached position where `keep` [B, T] is False, from every layer, and re-pack left-padded.
+
+    Keys keep the rotation of their original position ids. The old tensors are released: memory falls.
+    Returns the attention mask bool [B, T'] of what is left. Raises `ValueError` for a cache that cannot shrink.
+    """
+    check_can_shrink(cache)
+    if bool(keep.all()):
+        return keep
+    counts = keep.sum(dim=1)
+    length = int(counts.max())
+    # a stable sort puts dropped positions first and keeps the order of the others: the last columns are the kept ones
+    index = keep.to(torch.int8).sort(dim=1, stable=True).indices[:, keep.shape[1] - length :]
+    for layer in cache.layers:
+        layer.keys = _gather_positions(layer.keys, index)
+        layer.values = _gather_positions(layer.values, index)
+    column = torch.arange(length, device=keep.device)
+    return column.unsqueeze(0) >= (length - counts).unsqueeze(1)
+
+
+def check_can_shrink(cache: Cache) -> None:
+    """`ValueError` unless each layer holds plain key and value tensors of its own."""
+    for layer in getattr(cache, "layers", [None]):
+        if type(layer) is not DynamicLayer:
+            raise ValueError(
+                f"skip KV-cache needs transformers' DynamicCache, not {type(cache).__name__} with "
+                f"{type(layer).__name__}; pass skip_kv='none', or leave cache_implementation out"
+            )
+
+
+def _gather_positions(states_BHTD: Tensor, index_BT: Tensor) -> Tensor:
+    batch, heads, _, width = states_BHTD.shape
+    index = index_BT.to(states_BHTD.device)[:, None, :, None].expand(batch, heads, -1, width)
+    return states_BHTD.gather(2, index)
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of memory behind the cache's keys and values (of their storage, so a view hides nothing)."""
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

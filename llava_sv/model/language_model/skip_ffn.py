@@ -1,0 +1,64 @@
+"""Skip-FFN (equations 4 and 5): a decoder layer whose FFN and its norm run on gathered rows only.
+
+`enable_skip_ffn` turns a LLaMA-shaped decoder's layers into it; `llava_llama` computes the rows once a forward and
+sends them along as the `ffn_rows` keyword. B batch, T sequence length, C width, R rows that pass the FFN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from llava_sv.model.token_groups import passes_ffn
+
+
+class SkipFFNMixin:
+    """Over a decoder layer with `input_layernorm`, `self_attn`, `post_attention_layernorm` and `mlp`."""
+
+    skips: bool = False
+    """Whether this layer leaves the FFN out for rows not in `ffn_rows`."""
+
+    def forward(self, hidden_states: Tensor, *args, ffn_rows: Tensor | None = None, **kwargs) -> Tensor:
+        """hidden_states [B, T, C] -> [B, T, C]; `ffn_rows` [R] indexes the flattened B*T positions, None means all."""
+        if ffn_rows is None or not self.skips:
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)  # type: ignore[attr-defined]
+        return self._add_ffn(hidden_states + attended, ffn_rows)
+
+    def _add_ffn(self, hidden_BTC: Tensor, ffn_rows: Tensor) -> Tensor:
+        flat = hidden_BTC.flatten(0, 1)
+        ffn = self.mlp(self.post_attention_layernorm(flat.index_select(0, ffn_rows)))  # type: ignore[attr-defined]
+        return flat.index_add(0, ffn_rows, ffn).view_as(hidden_BTC)
+
+
+class SkipFFNDecoderLayer(SkipFFNMixin, LlamaDecoderLayer):
+    """transformers' LLaMA decoder layer with Skip-FFN."""
+
+
+SKIP_LAYERS: dict[type[nn.Module], type[nn.Module]] = {LlamaDecoderLayer: SkipFFNDecoderLayer}
+
+
+def enable_skip_ffn(layers: Iterable[nn.Module], skip_layers: Iterable[int]) -> None:
+    """Give each decoder layer the Skip-FFN forward, and let those listed skip.
+
+    The class of the layer changes, its parameters stay where they are: nothing is allocated, and nothing is
+    partitioned anew under ZeRO-3. Raises `ValueError` for a layer of unknown shape.
+    """
+    chosen = set(skip_layers)
+    for index, layer in enumerate(layers):
+        kind = SKIP_LAYERS.get(type(layer))
+        if kind is None:
+            known = ", ".join(k.__name__ for k in SKIP_LAYERS)
+            raise ValueError(f"Skip-FFN does not know the decoder layer {type(layer).__name__}; known: {known}")
+        layer.__class__ = kind  # type: ignore[assignment]
+        layer.skips = index in chosen  # type: ignore[assignment]
+
+
+def rows_through_ffn(token_roles: Tensor) -> Tensor | None:
+    """Flat indices [R] of the rows of [B, T] whose FFN runs; None where every row's does (no gather is needed)."""
+    mask = passes_ffn(token_roles).flatten()
+    rows = mask.nonzero().flatten()
+    return None if rows.numel() == mask.numel() else rows
+

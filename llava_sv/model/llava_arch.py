@@ -1,0 +1,109 @@
+"""What makes a language model a LLaVA: the encoder and projector it holds, and the splice of images into text.
+
+`LlavaMetaModel` is mixed into the decoder, `LlavaMetaForCausalLM` into the model with a head (`language_model/`).
+B batch, T0 prompt length, T spliced length, V views, C width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_sv.model.config import LlavaConfig
+from llava_sv.model.language_model.skip_ffn import enable_skip_ffn
+from llava_sv.model.multimodal_encoder.builder import build_vision_tower
+from llava_sv.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava_sv.model.multimodal_projector.builder import build_vision_projector
+from llava_sv.model.splice import SplicedBatch, splice
+from llava_sv.model.token_groups import TokenGroups
+
+Images = Tensor | list[Tensor] | None
+"""All images of a batch, in order of their marks: [n, 3, H, W], or a list of [3, H, W] or [views, 3, H, W]."""
+
+
+class LlavaMetaModel:
+    """The decoder's side: owns `vision_tower` and `mm_projector`, and skips in the layers that the config names."""
+
+    def init_multimodal(self, config: LlavaConfig) -> None:
+        """Called once, at the end of the decoder's `__init__`."""
+        skip = config.skip_vision
+        enable_skip_ffn(self.layers, skip.layers_that_skip(config.num_hidden_layers) if skip else [])  # type: ignore[attr-defined]
+        if config.vision_config is not None:
+            self.vision_tower = build_vision_tower(config)
+            self.vision_tower.requires_grad_(False)
+        if config.mm_hidden_size is not None:
+            self.mm_projector = build_vision_projector(config)
+
+    def get_vision_tower(self) -> CLIPVisionTower | None:
+        """The encoder, or None before one is attached."""
+        return getattr(self, "vision_tower", None)
+
+    def attach_vision_tower(self, tower: CLIPVisionTower) -> None:
+        """Take over a loaded encoder, frozen; the config then describes it, and checkpoints hold its weights."""
+        tower.requires_grad_(False)
+        self.vision_tower = tower
+        self.config.vision_config = tower.config.to_dict()  # type: ignore[attr-defined]
+
+
+class LlavaMetaForCausalLM:
+    """The side with the head: images to token groups, prompts and groups to a `SplicedBatch`."""
+
+    config: Any
+    training: bool
+
+    def get_model(self) -> Any:
+        """The decoder (`model.model`), which holds encoder and projector."""
+        return self.model  # type: ignore[attr-defined]
+
+    def get_vision_tower(self) -> CLIPVisionTower | None:
+        """The encoder, or None."""
+        return self.get_model().get_vision_tower()
+
+    def encode_images(self, images: Images, image_sizes: list[tuple[int, int]] | None = None) -> list[TokenGroups]:
+        """Each image's visual tokens with their roles. The encoder runs all views of the batch in one call."""
+        tower = self.get_vision_tower()
+        if tower is None:
+            raise ValueError("images were given, but this model has no vision tower")
+        views = [image if image.dim() == 4 else image.unsqueeze(0) for image in ([] if images is None else images)]
+        if not views:
+            return []
+        skip = self.config.skip_vision
+        pixels = torch.cat([view.to(tower.device, tower.dtype) for view in views])
+        features = tower(pixels, with_cls_attention=skip is not None and skip.selection == "cls_attention")
+        return self.get_model().mm_projector(features, [view.shape[0] for view in views])
+
+    def prepare_inputs_labels_for_multimodal(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        images: Images = None,
+        image_sizes: list[tuple[int, int]] | None = None,
+        padding_side: str | None = None,
+    ) -> SplicedBatch:
+        """Splice images into prompts. input_ids, attention_mask, labels: [B, T0] with `IMAGE_TOKEN_INDEX` marks.
+
+        With labels, a sequence is cut to `config.tokenizer_model_max_length`; a prompt for generation never is.
+        While training, encoder and projector run in a batch without images too, on a black one that weighs nothing:
+        every rank then takes part in every collective. Raises `ValueError` where marks and images disagree in number.
+        """
+        groups = self.encode_images(images, image_sizes)
+        anchor = None
+        if self.training and not groups and self.get_vision_tower() is not None:
+            dummy = self.encode_images(self.get_vision_tower().dummy_images())  # type: ignore[union-attr]
+            anchor = sum(group.tokens.sum() for group in dummy) * 0.0
+        batch = splice(
+            input_ids,
+            groups,
+            self.get_model().embed_tokens,
+            attention_mask=attention_mask,
+            labels=labels,
+            max_length=self.config.tokenizer_model_max_length if labels is not None else None,
+            padding_side=padding_side or self.config.tokenizer_padding_side,
+        )
+        if anchor is not None:
+            batch.inputs_embeds = batch.inputs_embeds + anchor.to(batch.inputs_embeds.dtype)
+        return batch
+

@@ -1,0 +1,143 @@
+"""Laying each image's tokens into its place in the text: ids and `TokenGroups` in, one `SplicedBatch` out.
+
+Called by `llava_arch`. B batch, T spliced length, C width. All layout is computed on lengths alone; one gather moves the data.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llava_sv.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava_sv.model.token_groups import TokenGroups, TokenRole
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SplicedBatch:
+    """What the decoder reads. inputs_embeds [B, T, C]; attention_mask bool [B, T]; position_ids [B, T] count each
+    sample's own sequence from 0; token_roles int8 [B, T]; labels [B, T] or None."""
+
+    inputs_embeds: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    token_roles: Tensor
+    labels: Tensor | None = None
+
+
+@dataclass
+class Segment:
+    """A stretch of one sample: `length` rows of the flat buffer from `start`."""
+
+    start: int
+    length: int
+    is_image: bool
+
+
+def splice(
+    input_ids: Tensor,
+    groups: list[TokenGroups],
+    embed_tokens: Callable[[Tensor], Tensor],
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    max_length: int | None = None,
+    padding_side: str = "right",
+) -> SplicedBatch:
+    """Replace each `IMAGE_TOKEN_INDEX` by its image's tokens, in order of appearance over the batch.
+
+    input_ids [B, T0], padded on either side as `attention_mask` [B, T0] says; labels [B, T0]. A sample longer than
+    `max_length` is cut; a cut that would fall inside an image falls before it. Raises `ValueError` where the number of
+    image marks is not the number of images.
+    """
+    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    marks = (input_ids == IMAGE_TOKEN_INDEX) & real
+    per_sample = [ids[mask].tolist() for ids, mask in zip(marks.cpu(), real.cpu())]
+    count_marks = sum(sum(sample) for sample in per_sample)
+    if count_marks != len(groups):
+        raise ValueError(f"the prompts hold {count_marks} <image> mark(s), but {len(groups)} image(s) were given")
+
+    is_text = real & ~marks
+    text = embed_tokens(input_ids[is_text])
+    lengths = [len(group) for group in groups]
+    whole = _segments(per_sample, lengths, first_visual_row=text.shape[0])
+    rows = [list(_rows(_cut(sample, max_length))) for sample in whole]
+    width = max(max(map(len, rows)), 1)
+    flat = torch.cat([text, *(g.tokens.to(text.dtype) for g in groups), text.new_zeros(1, text.shape[-1])])
+    index = _padded(rows, width, pad=flat.shape[0] - 1, side=padding_side).to(flat.device)
+
+    text_roles = torch.full((text.shape[0],), int(TokenRole.TEXT), dtype=torch.int8, device=flat.device)
+    pad_role = text_roles.new_full((1,), int(TokenRole.PAD))
+    roles = torch.cat([text_roles, *(g.roles.to(text_roles) for g in groups), pad_role])[index]
+    mask = roles != TokenRole.PAD
+    spliced_labels = None
+    if labels is not None:
+        flat_labels = labels.new_full((flat.shape[0],), IGNORE_INDEX)
+        flat_labels[: text.shape[0]] = labels[is_text]
+        spliced_labels = flat_labels[index]
+        if any(len(kept) < sum(s.length for s in sample) for kept, sample in zip(rows, whole)):
+            _say_lost_answers(labels.masked_fill(~real, IGNORE_INDEX), spliced_labels, max_length)
+    position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    return SplicedBatch(flat[index], mask, position_ids, roles, spliced_labels)
+
+
+def _segments(per_sample: list[list[bool]], lengths: list[int], first_visual_row: int) -> list[list[Segment]]:
+    """Each sample as stretches of text and images, in the rows of the flat buffer (all text first, then all images)."""
+    text_row, visual_row = 0, first_visual_row
+    left = iter(lengths)
+    samples = []
+    for sample in per_sample:
+        segments: list[Segment] = []
+        for is_image in sample:
+            if is_image:
+                length = next(left)
+                segments.append(Segment(visual_row, length, True))
+                visual_row += length
+            else:
+                if not segments or segments[-1].is_image:
+                    segments.append(Segment(text_row, 0, False))
+                segments[-1].length += 1
+                text_row += 1
+        samples.append(segments)
+    return samples
+
+
+def _cut(segments: list[Segment], max_length: int | None) -> list[Segment]:
+    """The sample's first `max_length` rows, without a part of an image."""
+    if max_length is None:
+        return segments
+    kept, room = [], max_length
+    for segment in segments:
+        if segment.length > room:
+            if not segment.is_image and room:
+                kept.append(Segment(segment.start, room, False))
+            break
+        kept.append(segment)
+        room -= segment.length
+    return kept
+
+
+def _rows(segments: list[Segment]) -> Iterator[int]:
+    for segment in segments:
+        yield from range(segment.start, segment.start + segment.length)
+
+
+def _padded(rows: list[list[int]], width: int, pad: int, side: str) -> Tensor:
+    """[B, width] index, padded with `pad` on `side`."""
+    if side not in ("left", "right"):
+        raise ValueError(f"padding side {side!r} is unknown; known: left, right")
+    fill = [[pad] * (width - len(row)) for row in rows]
+    return torch.tensor([f + r if side == "left" else r + f for r, f in zip(rows, fill)], dtype=torch.long)
+
+
+def _say_lost_answers(before: Tensor, after: Tensor, max_length: int | None) -> None:
+    lost = ((before != IGNORE_INDEX).any(1) & ~(after != IGNORE_INDEX).any(1)).nonzero().flatten().tolist()
+    if lost:
+        logger.warning(
+            "%d sample(s) of this batch (at %s) lost their whole answer when cut to %s tokens; raise model_max_length",
+            len(lost), lost, max_length,
+        )
