@@ -26,7 +26,7 @@ class SkipVisionConfig:
     num_retained: int = 100
     """Nr: retained visual tokens an image."""
     num_skipped: int | None = 156
-    """Ns: skipped visual tokens an image after merging. Not read when `merge` is off: all that is not retained is skipped."""
+    """Ns: skipped visual tokens an image after merging. Not read when `merge` is off: all the others are skipped then."""
     merge: bool = True
     """Merge the tokens that are not retained down to `num_skipped` (section 4.1)."""
     selection: str = "cls_similarity"
@@ -49,7 +49,9 @@ class SkipVisionConfig:
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"skip_vision.{name}: expected true or false, got {getattr(self, name)!r}")
         if not isinstance(self.num_retained, int) or self.num_retained < 1:
-            raise UserError(f"skip_vision.num_retained: expected a whole number of 1 or more, got {self.num_retained!r}")
+            raise UserError(
+                f"skip_vision.num_retained: expected a whole number of 1 or more, got {self.num_retained!r}"
+            )
         if self.merge and (not isinstance(self.num_skipped, int) or self.num_skipped < 1):
             raise UserError(
                 f"skip_vision.num_skipped: expected a whole number of 1 or more, got {self.num_skipped!r}; "
@@ -84,7 +86,9 @@ class SkipVisionConfig:
         chosen = self.skip_layers if isinstance(self.skip_layers, list) else _parse_layers(self.skip_layers)
         wrong = [i for i in chosen if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < num_layers]
         if wrong:
-            raise UserError(f"skip_vision.skip_layers: no layer {wrong[0]!r}; this model has layers 0 to {num_layers - 1}")
+            raise UserError(
+                f"skip_vision.skip_layers: no layer {wrong[0]!r}; this model has layers 0 to {num_layers - 1}"
+            )
         return sorted(set(chosen))
 
     def summaries(self) -> int:
@@ -101,6 +105,11 @@ class SkipVisionConfig:
                 f"{num_patches} patches of an image; lower one of them"
             )
         return wanted if self.merge else rest
+
+
+def patches_of(vision_config: dict[str, Any]) -> int:
+    """N: patches of one square view of the encoder that `vision_config` describes."""
+    return (vision_config["image_size"] // vision_config["patch_size"]) ** 2
 
 
 def _parse_layers(text: str) -> list[int]:
@@ -162,7 +171,7 @@ class LlavaConfig(LlamaConfig):
         """N: patches of one view of the encoder. `ValueError` before an encoder is attached."""
         if self.vision_config is None:
             raise ValueError("config.vision_config is empty: no vision encoder is attached yet")
-        return (self.vision_config["image_size"] // self.vision_config["patch_size"]) ** 2
+        return patches_of(self.vision_config)
 
     def visual_tokens_per_image(self, image_size: tuple[int, int] | None = None) -> int:
         """Tokens that an image of `image_size` (width, height in pixels) takes in the spliced sequence."""

@@ -90,10 +90,10 @@ class LlavaMetaForCausalLM:
         every rank then takes part in every collective. Raises `ValueError` where marks and images disagree in number.
         """
         groups = self.encode_images(images, image_sizes)
-        anchor = None
+        anchor: Tensor | None = None
         if self.training and not groups and self.get_vision_tower() is not None:
             dummy = self.encode_images(self.get_vision_tower().dummy_images())  # type: ignore[union-attr]
-            anchor = sum(group.tokens.sum() for group in dummy) * 0.0
+            anchor = torch.cat([group.tokens for group in dummy]).sum() * 0.0
         batch = splice(
             input_ids,
             groups,
@@ -106,4 +106,3 @@ class LlavaMetaForCausalLM:
         if anchor is not None:
             batch.inputs_embeds = batch.inputs_embeds + anchor.to(batch.inputs_embeds.dtype)
         return batch
-

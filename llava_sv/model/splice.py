@@ -1,6 +1,7 @@
 """Laying each image's tokens into its place in the text: ids and `TokenGroups` in, one `SplicedBatch` out.
 
-Called by `llava_arch`. B batch, T spliced length, C width. All layout is computed on lengths alone; one gather moves the data.
+Called by `llava_arch`. B batch, T spliced length, C width.
+The layout depends on lengths alone; one gather moves the data.
 """
 
 from __future__ import annotations
@@ -139,5 +140,7 @@ def _say_lost_answers(before: Tensor, after: Tensor, max_length: int | None) -> 
     if lost:
         logger.warning(
             "%d sample(s) of this batch (at %s) lost their whole answer when cut to %s tokens; raise model_max_length",
-            len(lost), lost, max_length,
+            len(lost),
+            lost,
+            max_length,
         )

@@ -1,1 +1,1 @@
-"""Turning dense visual tokens into fewer: selection, merging, summaries. Pure functions and small modules on tensors."""
+"""Turning dense visual tokens into fewer: selection, merging, summaries. Functions and small modules on tensors."""

@@ -54,7 +54,7 @@ def get_selector(name: str) -> Callable[[VisionFeatures], Tensor]:
 
 @torch.no_grad()
 def split_by_score(scores: Tensor, num_retained: int) -> tuple[Tensor, Tensor]:
-    """Indices of the `num_retained` highest scores and of the others, both in raster order; ties go to the earlier patch.
+    """Indices of the `num_retained` highest scores and of the others, both in raster order; ties: the earlier patch.
 
     scores: [V, N]. Returns [V, num_retained] and [V, N - num_retained].
     """

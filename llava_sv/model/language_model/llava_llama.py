@@ -27,11 +27,15 @@ from llava_sv.model.multimodal_projector.mlp import LinearProjector
 from llava_sv.model.token_groups import KV_LEVELS, is_visual
 
 
+NO_SPLIT = ["LlamaDecoderLayer", "SkipFFNDecoderLayer", "CLIPVisionTower"]
+"""Modules that stay on one device when a model is spread over several."""
+
+
 class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
     """transformers' LlamaModel with Skip-FFN layers, a vision tower and a projector."""
 
     config_class = LlavaConfig
-    _no_split_modules = ["LlamaDecoderLayer", "SkipFFNDecoderLayer", "CLIPVisionTower"]
+    _no_split_modules = NO_SPLIT
 
     def __init__(self, config: LlavaConfig):
         super().__init__(config)
@@ -43,7 +47,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
     """transformers' LlamaForCausalLM that takes images, skips, and forgets what it skipped."""
 
     config_class = LlavaConfig
-    _no_split_modules = LlavaLlamaModel._no_split_modules
+    _no_split_modules = NO_SPLIT
 
     def __init__(self, config: LlavaConfig):
         super(LlamaForCausalLM, self).__init__(config)
@@ -64,7 +68,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
 
     @property
     def last_splice_stats(self) -> dict[str, int] | None:
-        """Of the latest spliced training batch: `tokens` that are real, `padding`, and `visual_tokens` among the real."""
+        """Of the latest training batch as spliced: real `tokens`, `visual_tokens` among them, and `padding`."""
         if self._last_roles is None:
             return None
         real = int((self._last_roles > 0).sum())
@@ -94,7 +98,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         position_ids and token_roles [B, T]. The loss is the mean over supervised positions, or their sum over
         `num_items_in_batch` where given. Logits [B, T, K] are None while training with labels.
         """
-        if inputs_embeds is None and self._wants_splice(input_ids, past_key_values, images):
+        if input_ids is not None and inputs_embeds is None and self._wants_splice(input_ids, past_key_values, images):
             batch = self.prepare_inputs_labels_for_multimodal(input_ids, attention_mask, labels, images, image_sizes)
             input_ids, inputs_embeds, labels = None, batch.inputs_embeds, batch.labels
             attention_mask, position_ids, token_roles = batch.attention_mask, batch.position_ids, batch.token_roles
@@ -115,7 +119,9 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         loss = None if labels is None else self._loss(hidden, labels, num_items_in_batch)
         logits = None
         if labels is None or not self.training:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+            keep = (
+                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+            )
             logits = self.lm_head(hidden if isinstance(keep, int) else hidden[:, keep])
         return CausalLMOutputWithPast(
             loss=loss,
@@ -125,8 +131,8 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             attentions=outputs.attentions,
         )
 
-    def _wants_splice(self, input_ids: Tensor | None, past: Cache | None, images: Images) -> bool:
-        if input_ids is None or (past is not None and past.get_seq_length() > 0):
+    def _wants_splice(self, input_ids: Tensor, past: Cache | None, images: Images) -> bool:
+        if past is not None and past.get_seq_length() > 0:
             return False
         if images is not None or (self.training and self.get_vision_tower() is not None):
             return True
@@ -141,7 +147,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]
         self,
         inputs: Tensor | None = None,
         images: Images = None,
@@ -157,7 +163,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         """
         inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
         if inputs is None:
-            return super().generate(images=images, image_sizes=image_sizes, **kwargs)
+            return super().generate(images=images, image_sizes=image_sizes, **kwargs)  # type: ignore[misc]
         level = self._kv_level(skip_kv)
         if level != "none" and kwargs.get("assistant_model") is not None:
             raise ValueError("skip KV-cache does not work with an assistant model; pass skip_kv='none'")
@@ -165,7 +171,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         batch = self.prepare_inputs_labels_for_multimodal(
             inputs, mask, images=images, image_sizes=image_sizes, padding_side="left"
         )
-        return super().generate(
+        return super().generate(  # type: ignore[misc]
             inputs_embeds=batch.inputs_embeds,
             attention_mask=batch.attention_mask.long(),
             position_ids=batch.position_ids,
@@ -181,13 +187,16 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             raise UserError(f"skip_kv: unknown level {level!r}; known: {', '.join(KV_LEVELS)}")
         return level
 
-    def prepare_inputs_for_generation(  # transformers reads this signature to learn what `generate` may be given
+    # transformers reads this signature to learn what `generate` may be given
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, skip_kv: str | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """transformers' own; `skip_kv` is for `_update_model_kwargs_for_generation`, not for the forward pass."""
-        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore
 
-    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any):
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ):
         """After each step; after the first, which is the prefill, skipped tokens leave the cache (equation 7)."""
         roles = model_kwargs.pop("token_roles", None)
         level = model_kwargs.get("skip_kv", "none")

@@ -62,7 +62,7 @@ class LMHead(nn.Linear):
     """An output layer that is called once a forward, for logits or for the loss."""
 
     def forward(self, input: Tensor, labels: Tensor | None = None) -> Tensor:
-        """[..., C] -> logits [..., K]. With `labels` (as many as `input` has rows): [S, C], [S] -> summed cross entropy.
+        """[..., C] -> logits [..., K]; with `labels` [S] and input [S, C] -> their summed cross entropy.
 
         `labels` may hold no `IGNORE_INDEX`; an empty S gives zero, with zero gradients for every parameter.
         """

@@ -5,9 +5,11 @@ Called by `llava_llama` between prefill and the first decode step. B batch, T ca
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 from llava_sv.errors import UserError
 from llava_sv.model.token_groups import KV_LEVELS
@@ -24,7 +26,7 @@ def kept_after_prefill(token_roles: Tensor, attention_mask: Tensor, level: str) 
 
 
 @torch.no_grad()
-def shrink_cache(cache: Cache, keep: Tensor) -> Tensor:
+def shrink_cache(cache: Any, keep: Tensor) -> Tensor:
     """Drop every cached position where `keep` [B, T] is False, from every layer, and re-pack left-padded.
 
     Keys keep the rotation of their original position ids. The old tensors are released: memory falls.
@@ -44,7 +46,7 @@ def shrink_cache(cache: Cache, keep: Tensor) -> Tensor:
     return column.unsqueeze(0) >= (length - counts).unsqueeze(1)
 
 
-def check_can_shrink(cache: Cache) -> None:
+def check_can_shrink(cache: Any) -> None:
     """`ValueError` unless each layer holds plain key and value tensors of its own."""
     for layer in getattr(cache, "layers", [None]):
         if type(layer) is not DynamicLayer:
@@ -60,7 +62,7 @@ def _gather_positions(states_BHTD: Tensor, index_BT: Tensor) -> Tensor:
     return states_BHTD.gather(2, index)
 
 
-def cache_bytes(cache: Cache) -> int:
+def cache_bytes(cache: Any) -> int:
     """Bytes of memory behind the cache's keys and values (of their storage, so a view hides nothing)."""
     tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

@@ -61,4 +61,3 @@ def rows_through_ffn(token_roles: Tensor) -> Tensor | None:
     mask = passes_ffn(token_roles).flatten()
     rows = mask.nonzero().flatten()
     return None if rows.numel() == mask.numel() else rows
-

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoConfig, CLIPVisionModel
 
 from llava_sv.errors import UserError
+from llava_sv.model.checkpoint_io import load_strictly
 from llava_sv.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 
 VISION_TOWERS: dict[str, type[CLIPVisionTower]] = {"clip_vision_model": CLIPVisionTower}
@@ -19,21 +20,25 @@ def build_vision_tower(config: Any) -> CLIPVisionTower:
     return tower.from_config(config.vision_config, config.mm_vision_select_layer, config.mm_vision_select_feature, attn)
 
 
-def load_vision_tower(path: str, config: Any, dtype: Any = None) -> CLIPVisionTower:
-    """An encoder with its own pretrained weights, from a CLIP checkpoint (vision part or whole) at `path`."""
+def read_vision_config(path: str | None) -> Any:
+    """The vision config of the CLIP checkpoint at `path` (vision part or whole); `UserError` where there is none."""
+    if not path:
+        raise UserError("no vision tower is named: give --vision_tower, or mm_vision_tower in config.json")
     try:
         source = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"vision tower {path}: cannot read its config.json ({str(error).splitlines()[0]})") from error
     vision = getattr(source, "vision_config", source)
     _tower_class(vision.model_type, path)
+    return vision
+
+
+def load_vision_tower(path: str, config: Any, dtype: Any = None) -> CLIPVisionTower:
+    """An encoder with its own pretrained weights, from the CLIP checkpoint (vision part or whole) at `path`."""
+    read_vision_config(path)
     attn = getattr(config, "_attn_implementation", None)
-    model, info = CLIPVisionModel.from_pretrained(
-        path, dtype=dtype, attn_implementation=attn, output_loading_info=True
-    )
-    missing = [key for key in info["missing_keys"] if "position_ids" not in key]
-    if missing:
-        raise UserError(f"vision tower {path}: weights are missing: {', '.join(sorted(missing)[:5])}")
+    other_half = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+    model = load_strictly(CLIPVisionModel, path, unused_weights=other_half, dtype=dtype, attn_implementation=attn)
     return CLIPVisionTower(model, config.mm_vision_select_layer, config.mm_vision_select_feature)
 
 

@@ -5,6 +5,8 @@ Built by `multimodal_encoder.builder`; called by `llava_arch`. V views, N patche
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -40,7 +42,7 @@ class CLIPVisionTower(nn.Module):
         return self.vision_tower["vision_model"]  # type: ignore[return-value]
 
     @property
-    def config(self) -> CLIPVisionConfig:
+    def config(self) -> Any:
         return self.model.config
 
     @property
@@ -90,7 +92,7 @@ class CLIPVisionTower(nn.Module):
 
 
 @torch.no_grad()
-def cls_row_of_attention(block: nn.Module, hidden_VNE: Tensor) -> Tensor:
+def cls_row_of_attention(block: Any, hidden_VNE: Tensor) -> Tensor:
     """Attention of the CLS token to each patch in `block`, summed over heads: [V, N].
 
     Computes one query row from the block's input [V, 1 + N, E]; the full map is never made.

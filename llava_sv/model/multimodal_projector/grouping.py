@@ -44,9 +44,7 @@ def group_llava(
     return [TokenGroups(view, roles) for view in laid_out]
 
 
-def lay_out(
-    retained: Tensor, skipped: Tensor, skip: SkipVisionConfig, summary: SummaryTokens
-) -> tuple[Tensor, Tensor]:
+def lay_out(retained: Tensor, skipped: Tensor, skip: SkipVisionConfig, summary: SummaryTokens) -> tuple[Tensor, Tensor]:
     """The order of equation 6: [V, Nr, C] and [V, Ns, C] -> [V, n, C] with the summaries, and its roles [n]."""
     parts = [(TokenRole.RETAINED, retained)]
     if summary.former is not None:

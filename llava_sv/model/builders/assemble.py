@@ -1,0 +1,128 @@
+"""Putting a model together: language model, encoder and perhaps a pretrained projector. Shared by all families."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import fields
+from typing import Any
+
+import torch
+from transformers import AutoConfig, LlamaConfig
+
+from llava_sv.errors import UserError
+from llava_sv.mm_utils import load_image_processor
+from llava_sv.model.attention import check_attn_implementation
+from llava_sv.model.builders.tokenizer import load_tokenizer
+from llava_sv.model.checkpoint_io import gathered, load_projector, load_strictly
+from llava_sv.model.config import LlavaConfig, SkipVisionConfig
+from llava_sv.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava_sv.model.loading import check_config, is_llava_checkpoint, load_whole, read_config
+from llava_sv.model.multimodal_encoder.builder import load_vision_tower, read_vision_config
+
+logger = logging.getLogger(__name__)
+
+SUMMARY_WEIGHTS = "model.mm_projector.summary."
+
+
+def assemble(
+    family: str,
+    llm: str,
+    vision_tower: str | None,
+    skip_vision: dict[str, Any] | None,
+    defaults: dict[str, Any],
+    pretrain_mm_mlp_adapter: str | None = None,
+    torch_dtype: Any = None,
+    attn_implementation: str | None = None,
+    **overrides: Any,
+) -> tuple[Any, LlavaLlamaForCausalLM, Any]:
+    """(tokenizer, model, image_processor) of `family`; see `build_model`.
+
+    `llm` may be a bare language model, or a whole LLaVA checkpoint to go on from: then its own encoder, projector and
+    settings are the defaults, and only summary weights may be new.
+    """
+    check_attn_implementation(attn_implementation)
+    _refuse_unknown(overrides)
+    goes_on = is_llava_checkpoint(llm)
+    if goes_on:
+        config = _continued_config(family, llm, skip_vision, overrides)
+        model = load_whole(llm, config, (SUMMARY_WEIGHTS,), torch_dtype, attn_implementation)
+    else:
+        config = make_config(family, llm, str(vision_tower), skip_vision, {**defaults, **overrides})
+        model = _load_on_language_model(llm, config, torch_dtype, attn_implementation)
+    if pretrain_mm_mlp_adapter is not None:
+        load_projector(model, pretrain_mm_mlp_adapter)
+    elif not goes_on:
+        logger.info("no pretrained projector is given: it starts from fresh weights")
+    tokenizer = load_tokenizer(llm)
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer, model, load_image_processor(llm if goes_on else str(vision_tower))
+
+
+def make_config(
+    family: str, llm: str, vision_tower: str, skip_vision: dict[str, Any] | None, settings: dict[str, Any]
+) -> LlavaConfig:
+    """The config of a model from base checkpoints, checked as a whole before any weight is read.
+
+    Raises `UserError` for a language model that is not a LLaMA, an unknown name, or Nr + Ns over the patches.
+    """
+    _refuse_unknown(settings)
+    dropped = ("model_type", "architectures", "transformers_version")
+    values = {key: value for key, value in _read_llm_config(llm).to_dict().items() if key not in dropped}
+    vision = read_vision_config(vision_tower)
+    values.update(mm_family=family, mm_vision_tower=vision_tower, mm_hidden_size=vision.hidden_size)
+    values.update(settings)
+    config = LlavaConfig(**values, skip_vision=skip_vision, vision_config=vision.to_dict())
+    check_config(config, vision.to_dict())
+    return config
+
+
+def _continued_config(
+    family: str, llm: str, skip_vision: dict[str, Any] | None, overrides: dict[str, Any]
+) -> LlavaConfig:
+    config = read_config(llm)
+    if config.mm_family != family:
+        raise UserError(f"checkpoint {llm}: is of family {config.mm_family!r}, not {family!r}")
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    if skip_vision is not None:
+        config.skip_vision = SkipVisionConfig.from_dict(skip_vision)
+    check_config(config, config.vision_config or read_vision_config(config.mm_vision_tower).to_dict())
+    return config
+
+
+def _refuse_unknown(settings: dict[str, Any]) -> None:
+    known = {field.name for field in fields(LlavaConfig)}
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise UserError(f"unknown model option {', '.join(map(repr, unknown))}; options are the fields of LlavaConfig")
+
+
+def _read_llm_config(llm: str) -> LlamaConfig:
+    try:
+        base = AutoConfig.from_pretrained(llm)
+    except (OSError, ValueError) as error:
+        raise UserError(f"language model {llm}: cannot read its config.json ({str(error).splitlines()[0]})") from error
+    if base.model_type != "llama":
+        raise UserError(f"language model {llm}: its model_type is {base.model_type!r}; known: llama")
+    return base
+
+
+def _load_on_language_model(llm: str, config: LlavaConfig, dtype: Any, attn: str | None) -> LlavaLlamaForCausalLM:
+    """The language model's weights, a fresh projector, and the pretrained encoder."""
+    without_tower = copy.deepcopy(config)
+    without_tower.vision_config = None
+    model = load_strictly(
+        LlavaLlamaForCausalLM,
+        llm,
+        new_weights=("model.mm_projector.",),
+        config=without_tower,
+        dtype=dtype or "auto",
+        attn_implementation=attn,
+    )
+    projector = model.get_model().mm_projector
+    with torch.no_grad(), gathered(list(projector.parameters())):
+        projector.reset_projection()
+    tower = load_vision_tower(str(config.mm_vision_tower), model.config, dtype=model.dtype)
+    model.get_model().attach_vision_tower(tower)
+    return model

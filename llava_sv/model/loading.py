@@ -1,0 +1,104 @@
+"""Whole checkpoints: config.json read and checked, weights loaded strictly. Shared by `builder` and `builders`."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from transformers.utils import cached_file
+
+from llava_sv.errors import UserError
+from llava_sv.model.checkpoint_io import load_strictly
+from llava_sv.model.compression.select import get_selector
+from llava_sv.model.config import LlavaConfig, patches_of
+from llava_sv.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava_sv.model.multimodal_encoder.builder import load_vision_tower, read_vision_config
+from llava_sv.model.multimodal_projector.grouping import get_grouping
+
+
+def read_config(model_path: str) -> LlavaConfig:
+    """config.json of this project's checkpoints or LLaVA's own (`model_type` llava_llama, or llava with `mm_*` fields).
+
+    `vision_config` stays None where the encoder's weights are not part of the checkpoint. Raises `UserError`.
+    """
+    path, values = _read_config_json(model_path)
+    if not is_llava(values):
+        raise UserError(
+            f"checkpoint {model_path}: config.json describes model_type {values.get('model_type')!r}, not a LLaVA "
+            "(llava_llama, or llava with mm_vision_tower); train one from this language model with `llava-sv train`"
+        )
+    try:
+        config = LlavaConfig.from_dict({key: value for key, value in values.items() if key != "model_type"})
+        check_config(config, config.vision_config or read_vision_config(config.mm_vision_tower).to_dict())
+    except UserError as error:
+        raise UserError(f"checkpoint {path}: {error}") from error
+    return config
+
+
+def is_llava(values: dict[str, Any]) -> bool:
+    """Whether a config.json's contents describe a LLaVA in this project's layout or LLaVA's own."""
+    return values.get("model_type") in ("llava_llama", "llava") and "mm_vision_tower" in values
+
+
+def is_llava_checkpoint(path: str) -> bool:
+    """Whether the model at `path` is a whole LLaVA already, and not a bare language model."""
+    return is_llava(_read_config_json(path)[1])
+
+
+def check_config(config: LlavaConfig, vision_config: dict[str, Any]) -> None:
+    """What a config must hold to before a model is built of it; raises `UserError`."""
+    get_grouping(config.mm_family)
+    skip = config.skip_vision
+    if skip is None:
+        return
+    get_selector(skip.selection)
+    skip.skipped_of(patches_of(vision_config))
+    skip.layers_that_skip(config.num_hidden_layers)
+    if config.mm_vision_select_feature != "patch":
+        raise UserError("skip_vision works on patches: set mm_vision_select_feature to 'patch'")
+
+
+def load_whole(
+    path: str,
+    config: LlavaConfig,
+    new_weights: tuple[str, ...] = (),
+    dtype: Any = None,
+    attn_implementation: str | None = None,
+    **options: Any,
+) -> LlavaLlamaForCausalLM:
+    """The model at `path` as `config` describes it; keys must match but for prefixes in `new_weights`.
+
+    Where the checkpoint names its encoder instead of holding it, the encoder is loaded from `config.mm_vision_tower`.
+    """
+    model = load_strictly(
+        LlavaLlamaForCausalLM,
+        path,
+        new_weights=new_weights,
+        unused_weights=() if config.vision_config else ("model.vision_tower.",),
+        config=config,
+        attn_implementation=attn_implementation,
+        dtype=dtype or "auto",
+        **options,
+    )
+    if config.vision_config is None:
+        tower = load_vision_tower(str(config.mm_vision_tower), model.config, dtype=model.dtype)
+        model.get_model().attach_vision_tower(tower.to(model.device))
+    return model
+
+
+def _read_config_json(model_path: str) -> tuple[str, dict[str, Any]]:
+    path = os.path.join(model_path, "config.json")
+    if os.path.isdir(model_path) and not os.path.isfile(path):
+        raise UserError(f"checkpoint {model_path}: has no config.json; give the folder that training wrote")
+    if not os.path.isdir(model_path):
+        try:
+            path = str(cached_file(model_path, "config.json"))
+        except OSError as error:
+            why = str(error).splitlines()[0]
+            raise UserError(f"checkpoint {model_path}: no such folder, and it cannot be fetched ({why})") from error
+    try:
+        with open(path, encoding="utf-8") as file:
+            return path, json.load(file)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: malformed JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
