@@ -1,0 +1,150 @@
+"""Every flag of training, declared: LLaVA's own names, `--sv_*` for Skip-Vision, and all of transformers' Trainer.
+
+`train.flags.parse` fills these three from a command line; `train.train` reads them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass, field
+
+import transformers
+
+from llava_sv.errors import UserError
+from llava_sv.model.config import SkipVisionConfig
+
+
+def _flag(default, text: str):
+    """A field with its `--help` text."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelArguments:
+    """What to build: a language model, an encoder, a projector between them, and which tokens skip."""
+
+    model_name_or_path: str | None = _flag(
+        None, "Base language model (folder or Hugging Face id), or a checkpoint of this project to go on from."
+    )
+    version: str | None = _flag(
+        None, "Conversation template: plain (pretraining), v1, vicuna_v1, llama_3, llama_2, ..."
+    )
+    mm_family: str = _flag("llava", "Family of model to build: a key of llava_sv.model.builders.BUILDERS.")
+    vision_tower: str | None = _flag(None, "Vision encoder (folder or Hugging Face id).")
+    mm_projector_type: str = _flag("mlp2x_gelu", "Projector: linear, identity or mlp{k}x_gelu.")
+    pretrain_mm_mlp_adapter: str | None = _flag(None, "Pretrained projector to start from (mm_projector.bin).")
+    tune_mm_mlp_adapter: bool = _flag(False, "Train the projector only (pretraining), and save it alone.")
+    freeze_backbone: bool = _flag(False, "Do not train the language model.")
+    freeze_mm_mlp_adapter: bool = _flag(False, "Do not train the projector; its summary weights still train.")
+    mm_vision_select_layer: int = _flag(
+        -2, "Hidden state of the encoder to read: 0 is the embedding, -1 the last layer."
+    )
+    mm_vision_select_feature: str = _flag("patch", "patch, or cls_patch to keep the CLS token (dense models only).")
+    mm_use_im_start_end: bool = _flag(False, "LLaVA's flag; only False is supported: image marks are not tokens here.")
+    mm_use_im_patch_token: bool = _flag(
+        False, "LLaVA's flag; only False is supported: image marks are not tokens here."
+    )
+    sv_skip_ffn: bool | None = _flag(None, "Skip-Vision: skipped tokens bypass the FFN [True].")
+    sv_num_retained: int | None = _flag(None, "Skip-Vision: retained visual tokens an image, Nr [100].")
+    sv_num_skipped: int | None = _flag(None, "Skip-Vision: skipped visual tokens an image after merging, Ns [156].")
+    sv_merge: bool | None = _flag(None, "Skip-Vision: merge what is not retained down to Ns [True].")
+    sv_selection: str | None = _flag(None, "Skip-Vision: cls_similarity or cls_attention [cls_similarity].")
+    sv_former_summary: bool | None = _flag(None, "Skip-Vision: summary token of the retained tokens [True].")
+    sv_latter_summary: bool | None = _flag(None, "Skip-Vision: summary token of the skipped tokens [True].")
+    sv_summary_norm: str | None = _flag(None, "Skip-Vision: none, or layernorm before the summary scores [none].")
+    sv_last_visual_ffn: bool | None = _flag(None, "Skip-Vision: the last skipped token passes the FFN too [False].")
+    sv_skip_layers: str | None = _flag(None, "Skip-Vision: layers that skip: all, 8-31, or 0,4,8-15 [all].")
+    sv_skip_kv: str | None = _flag(
+        None, "Skip-Vision: KV-cache level at inference: none, skipped, fine+skipped [skipped]."
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("mm_use_im_start_end", "mm_use_im_patch_token"):
+            if getattr(self, name):
+                raise UserError(f"--{name} True is not supported: an image's place is marked without tokens; drop it")
+        if self.mm_vision_select_feature not in ("patch", "cls_patch"):
+            raise UserError(
+                f"--mm_vision_select_feature: unknown {self.mm_vision_select_feature!r}; known: patch, cls_patch"
+            )
+        if self.tune_mm_mlp_adapter and self.freeze_mm_mlp_adapter:
+            raise UserError("--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter leave nothing to train; drop one")
+
+    def given_skip_vision(self) -> dict[str, object]:
+        """The `skip_vision` settings that the command line gave, without their prefix."""
+        names = [name.name for name in dataclasses.fields(SkipVisionConfig)]
+        return {name: getattr(self, f"sv_{name}") for name in names if getattr(self, f"sv_{name}") is not None}
+
+    def skip_vision(self, inherited: dict | None = None) -> dict | None:
+        """The `skip_vision` block to build: what the flags say, over `inherited` (the block of the checkpoint that
+        training goes on from) or else over the defaults; without any `--sv_*` flag, `inherited` or None (dense)."""
+        given = self.given_skip_vision()
+        if not given:
+            return inherited
+        return SkipVisionConfig.from_dict({**(inherited or {}), **given}).to_dict()
+
+
+@dataclass
+class DataArguments:
+    """What to train on."""
+
+    data_path: str | None = _flag(None, "Training records: LLaVA JSON (an array) or JSONL.")
+    image_folder: str | None = _flag(None, "Folder that the records' image paths start from.")
+    image_aspect_ratio: str = _flag("pad", "How an image is made square: pad (grow it with the mean colour) or square.")
+    is_multimodal: bool = _flag(True, "LLaVA's flag: records may hold images.")
+    lazy_preprocess: bool = _flag(True, "LLaVA's flag; only True is supported: records are prepared as they are read.")
+    missing_images: str = _flag("error", "A missing or corrupt image: error, skip (take another record), or blank.")
+
+    def __post_init__(self) -> None:
+        if not self.lazy_preprocess:
+            raise UserError("--lazy_preprocess False is not supported: records are prepared as they are read; drop it")
+        for name, known in (("missing_images", ("error", "skip", "blank")), ("image_aspect_ratio", ("pad", "square"))):
+            if getattr(self, name) not in known:
+                raise UserError(f"--{name}: unknown value {getattr(self, name)!r}; known: {', '.join(known)}")
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """transformers' TrainingArguments with LLaVA's additions, and defaults that suit this model."""
+
+    model_max_length: int = _flag(2048, "Longest sequence, visual tokens included; longer ones are cut after an image.")
+    mm_projector_lr: float | None = _flag(None, "Learning rate of the projector; default: --learning_rate.")
+    group_by_modality_length: bool = _flag(
+        False, "Batches of like length, text-only ones apart; lengths count visual tokens after skipping."
+    )
+    attn_implementation: str | None = _flag(
+        None, "Attention: sdpa, eager or flash_attention_2; default: the fastest here."
+    )
+    cache_dir: str | None = _flag(None, "Where Hugging Face models are kept (sets HF_HUB_CACHE for this run).")
+    overwrite_output_dir: bool = _flag(
+        False, "Start from the beginning: earlier checkpoints in --output_dir are removed."
+    )
+    remove_unused_columns: bool = _flag(False, "Transformers' flag; records need all their columns, so it stays False.")
+    # transformers' own order of types, which its parser depends on
+    report_to: None | str | list[str] = field(  # noqa: RUF036
+        default="tensorboard",
+        metadata={"help": "Where metrics go besides OUTPUT/metrics.jsonl: tensorboard, wandb, none, ..."},
+    )
+    logging_steps: float = _flag(1, "Log every so many steps (below 1: a share of all steps).")
+
+    def __post_init__(self) -> None:
+        if self.remove_unused_columns:
+            raise UserError("--remove_unused_columns True is not supported: records need all their columns; drop it")
+        if self.model_max_length < 1:
+            raise UserError(f"--model_max_length: expected 1 or more, got {self.model_max_length}")
+        self._use_non_reentrant_checkpointing()
+        if self.deepspeed:
+            from llava_sv.train.distributed import prepare_deepspeed
+
+            self.deepspeed = prepare_deepspeed(self.deepspeed, use_cpu=self.use_cpu, projector_lr=self.mm_projector_lr)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+            super().__post_init__()
+
+    def _use_non_reentrant_checkpointing(self) -> None:
+        """Re-entrant checkpointing loses gradients where a block's inputs need none (a frozen language model)."""
+        names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+        name = next(name for name in names if hasattr(self, name))
+        given = next((getattr(self, name) for name in names if getattr(self, name, None) is not None), None)
+        if given is None:
+            setattr(self, name, {"use_reentrant": False})

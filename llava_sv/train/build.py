@@ -1,0 +1,143 @@
+"""From arguments to what a Trainer needs: tokenizer, model, image processor, data set, and which parameters train.
+
+Called by `train.train`; raises `UserError` for what the user can mend.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_sv.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava_sv.conversation import get_template
+from llava_sv.data.dataset import LazySupervisedDataset
+from llava_sv.data.records import load_records
+from llava_sv.errors import UserError
+from llava_sv.model.attention import check_attn_implementation
+from llava_sv.model.builder import load_tokenizer
+from llava_sv.model.builders import build_model
+from llava_sv.model.builders.assemble import check_config
+from llava_sv.train.checkpoint import PROJECTOR
+from llava_sv.train.preflight import carries_vision_tower, find_model
+
+NEW_AT_SFT = ("model.mm_projector.summary.",)
+"""Weights that a checkpoint may lack: summaries come in when skipping does."""
+
+
+def check_names(model_args: ModelArguments, training_args: TrainingArguments) -> None:
+    """Refuse unknown templates, families, selections and attentions before anything is loaded."""
+    from llava_sv.model.builders import get_builder
+    from llava_sv.model.compression.select import get_selector
+
+    if model_args.version is None:
+        raise UserError("--version is needed: the conversation template, such as plain (pretraining), v1 or llama_3")
+    get_template(model_args.version)
+    get_builder(model_args.mm_family)
+    check_attn_implementation(training_args.attn_implementation)
+    skip = model_args.skip_vision()
+    if skip is not None:
+        get_selector(str(skip["selection"]))
+
+
+def compute_dtype(args: TrainingArguments) -> torch.dtype:
+    """Weights' precision: DeepSpeed keeps its own float32 copy; elsewhere weights are float32 and autocast narrows."""
+    if args.deepspeed and args.bf16:
+        return torch.bfloat16
+    if args.deepspeed and args.fp16:
+        return torch.float16
+    return torch.float32
+
+
+def build(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> tuple[Any, Any, Any]:
+    """(tokenizer, model, image_processor), from base checkpoints or from a checkpoint of this project."""
+    own = find_model(str(model_args.model_name_or_path))
+    if own is not None and carries_vision_tower(own):
+        tokenizer, model, image_processor = _continue(own, model_args, data_args, args)
+    else:
+        tokenizer, model, image_processor = build_model(
+            model_args.mm_family,
+            llm=model_args.model_name_or_path,
+            vision_tower=model_args.vision_tower,
+            skip_vision=model_args.skip_vision(),
+            pretrain_mm_mlp_adapter=model_args.pretrain_mm_mlp_adapter,
+            torch_dtype=compute_dtype(args),
+            attn_implementation=args.attn_implementation,
+            mm_projector_type=model_args.mm_projector_type,
+            mm_vision_select_layer=model_args.mm_vision_select_layer,
+            mm_vision_select_feature=model_args.mm_vision_select_feature,
+            **_settings(model_args, data_args, args),
+        )
+    tokenizer.model_max_length = args.model_max_length
+    tokenizer.padding_side = "right"
+    return tokenizer, model, image_processor
+
+
+def _settings(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> dict[str, Any]:
+    """Config fields that each run of training sets anew."""
+    return {
+        "image_aspect_ratio": data_args.image_aspect_ratio,
+        "tokenizer_model_max_length": args.model_max_length,
+        "tokenizer_padding_side": "right",
+        "conv_template": model_args.version,
+    }
+
+
+def _continue(own: Path, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments):
+    """Go on from a checkpoint of this project: its own encoder, projector and, unless flags say otherwise, skipping."""
+    from llava_sv.mm_utils import load_image_processor
+    from llava_sv.model.checkpoint_io import load_projector
+    from llava_sv.model.loading import load_whole, read_config
+
+    config = read_config(str(own))
+    inherited = config.skip_vision.to_dict() if config.skip_vision else None
+    config.skip_vision = model_args.skip_vision(inherited)
+    config = type(config).from_dict(json.loads(config.to_json_string(use_diff=False)))  # checks the block
+    for name, value in _settings(model_args, data_args, args).items():
+        setattr(config, name, value)
+    check_config(config)
+    model = load_whole(str(own), config, NEW_AT_SFT, compute_dtype(args), args.attn_implementation)
+    if model_args.pretrain_mm_mlp_adapter:
+        load_projector(model, model_args.pretrain_mm_mlp_adapter)
+    return load_tokenizer(str(own)), model, load_image_processor(str(own))
+
+
+def choose_trainable(model: Any, model_args: ModelArguments) -> None:
+    """Set `requires_grad`: the projector alone when pretraining, else all but the vision tower and what is frozen."""
+    projector = model.get_model().mm_projector
+    model.requires_grad_(not (model_args.tune_mm_mlp_adapter or model_args.freeze_backbone))
+    model.get_vision_tower().requires_grad_(False)
+    projector.requires_grad_(not model_args.freeze_mm_mlp_adapter)
+    if projector.summary is not None:
+        projector.summary.requires_grad_(True)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("nothing is left to train: --freeze_backbone and --freeze_mm_mlp_adapter freeze it all")
+
+
+def part_of(name: str) -> str:
+    """Which part of the model a parameter belongs to."""
+    if f"{PROJECTOR}.summary." in name:
+        return "summaries"
+    if f"{PROJECTOR}." in name:
+        return "projector"
+    return "vision tower" if "vision_tower." in name else "language model"
+
+
+def count_parameters(model: Any) -> dict[str, tuple[int, int]]:
+    """part -> (parameters, those that train); ZeRO-3's partitioned ones count whole."""
+    counts: dict[str, tuple[int, int]] = {}
+    for name, value in model.named_parameters():
+        size = getattr(value, "ds_numel", value.numel())
+        total, trained = counts.get(part_of(name), (0, 0))
+        counts[part_of(name)] = (total + size, trained + size * value.requires_grad)
+    return counts
+
+
+def build_dataset(
+    tokenizer: Any, image_processor: Any, data_args: DataArguments, version: str
+) -> LazySupervisedDataset:
+    """The training records, prepared as they are read."""
+    records = load_records(str(data_args.data_path))
+    return LazySupervisedDataset(records, tokenizer, image_processor, data_args, get_template(version))

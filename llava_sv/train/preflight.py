@@ -1,0 +1,171 @@
+"""What a training command needs on disk, checked before anything heavy is imported.
+
+Takes the command's flags (as `train.py` gets them), returns one line for each missing thing, with where to get it.
+Called by `train.main` and, as a file, by the scripts. Standard library only, and it never touches the network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+HUB = "https://huggingface.co"
+
+WHERE = {
+    "blip_laion_cc_sbu_558k.json": f"LLaVA-558K: {HUB}/datasets/liuhaotian/LLaVA-Pretrain (the JSON, and images.zip)",
+    "llava_v1_5_mix665k.json": f"LLaVA-665K: {HUB}/datasets/liuhaotian/LLaVA-Instruct-150K; "
+    "its images: COCO train2017, GQA, OCR-VQA, TextVQA, Visual Genome",
+}
+"""Where the recipe's own annotation files come from, by file name."""
+
+NEEDED = ("model_name_or_path", "vision_tower", "data_path", "image_folder", "pretrain_mm_mlp_adapter", "deepspeed")
+"""Flags that name something on disk, in the order they are reported."""
+
+VARIABLE = {
+    "model_name_or_path": "LLM",
+    "vision_tower": "VISION_TOWER",
+    "data_path": "DATA",
+    "image_folder": "IMAGE_FOLDER",
+    "pretrain_mm_mlp_adapter": "ADAPTER",
+    "deepspeed": "DEEPSPEED",
+}
+"""The scripts' environment variable for each of them."""
+
+
+def read_flags(argv: list[str], names: tuple[str, ...] = NEEDED) -> dict[str, str]:
+    """The last value of each of `names` in a command line; `--name value`, `--name=value`, `-` or `_`."""
+    found: dict[str, str] = {}
+    for position, word in enumerate(argv):
+        if not word.startswith("--"):
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name in names:
+            following = argv[position + 1] if position + 1 < len(argv) else ""
+            found[name] = value if equals else following
+    return found
+
+
+def hub_cache() -> Path:
+    """Where Hugging Face keeps downloaded models, by its own rules."""
+    if os.environ.get("HF_HUB_CACHE"):
+        return Path(os.environ["HF_HUB_CACHE"])
+    home = os.environ.get("HF_HOME") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "huggingface"
+    )
+    return Path(home).expanduser() / "hub"
+
+
+def find_model(name: str) -> Path | None:
+    """The folder with `name`'s config.json: a local folder, or the newest snapshot in the Hugging Face cache."""
+    local = Path(name).expanduser()
+    if (local / "config.json").is_file():
+        return local
+    snapshots = sorted(
+        (hub_cache() / f"models--{name.replace('/', '--')}" / "snapshots").glob("*/config.json"),
+        key=lambda file: file.stat().st_mtime,
+    )
+    return snapshots[-1].parent if snapshots else None
+
+
+def looks_like_hub_id(name: str) -> bool:
+    """`organisation/name`, with nothing that marks a path."""
+    parts = name.split("/")
+    return len(parts) == 2 and all(parts) and not name.startswith((".", "/", "~")) and not Path(parts[0]).is_dir()
+
+
+def carries_vision_tower(model: Path) -> bool:
+    """Whether this checkpoint is one of ours, with its vision tower inside."""
+    try:
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and bool(config.get("vision_config")) and "mm_projector_type" in config
+
+
+def _missing_model(flag: str, what: str, name: str) -> str | None:
+    if find_model(name) is not None:
+        return None
+    said = f"{what} ({VARIABLE[flag]}, --{flag}): "
+    if Path(name).expanduser().is_dir():
+        return said + f"{name} has no config.json: it is not a Hugging Face model folder"
+    if looks_like_hub_id(name):
+        return said + (
+            f"{name} is neither a folder nor in the Hugging Face cache; accept its licence at {HUB}/{name} if it asks "
+            f"for one, then: hf download {name}"
+        )
+    return said + f"no folder {name}; give a model folder or a Hugging Face id"
+
+
+def _missing_data(name: str) -> str | None:
+    if Path(name).expanduser().is_file():
+        return None
+    hint = WHERE.get(Path(name).name, "give a LLaVA JSON or JSONL file")
+    if "toy" in Path(name).parts:
+        hint = "made by: llava-sv data toy"
+    return f"training data (DATA, --data_path): no file {name}; {hint}"
+
+
+def _missing_images(name: str) -> str | None:
+    if Path(name).expanduser().is_dir():
+        return None
+    hint = (
+        "made by: llava-sv data toy" if "toy" in Path(name).parts else "the folder that the records' paths start from"
+    )
+    return f"images (IMAGE_FOLDER, --image_folder): no folder {name}; {hint}"
+
+
+def _missing_adapter(name: str) -> str | None:
+    if Path(name).expanduser().exists():
+        return None
+    return (
+        f"pretrained projector (ADAPTER, --pretrain_mm_mlp_adapter): no file {name}; "
+        "made by: bash scripts/v1_5/pretrain.sh (with the same PRESET)"
+    )
+
+
+def missing_inputs(argv: list[str]) -> list[str]:
+    """One line for each input that `argv` names and that is not there; empty when all is well."""
+    flags = read_flags(argv)
+    problems: list[str | None] = []
+    model = flags.get("model_name_or_path", "")
+    if not model:
+        problems.append("language model (LLM, --model_name_or_path): not given")
+    else:
+        problems.append(_missing_model("model_name_or_path", "language model", model))
+    found = find_model(model) if model else None
+    tower = flags.get("vision_tower", "")
+    if tower:
+        problems.append(_missing_model("vision_tower", "vision tower", tower))
+    elif found is None or not carries_vision_tower(found):
+        problems.append("vision tower (VISION_TOWER, --vision_tower): not given")
+    data = flags.get("data_path", "")
+    problems.append(_missing_data(data) if data else "training data (DATA, --data_path): not given")
+    if flags.get("image_folder"):
+        problems.append(_missing_images(flags["image_folder"]))
+    if flags.get("pretrain_mm_mlp_adapter"):
+        problems.append(_missing_adapter(flags["pretrain_mm_mlp_adapter"]))
+    config = flags.get("deepspeed", "")
+    if config and not config.startswith("{") and not Path(config).expanduser().is_file():
+        problems.append(f"DeepSpeed configuration (DEEPSPEED, --deepspeed): no file {config}; see scripts/zero2.json")
+    return [problem for problem in problems if problem]
+
+
+def message(problems: list[str]) -> str:
+    """All problems, ready to print."""
+    count = "1 thing is" if len(problems) == 1 else f"{len(problems)} things are"
+    return f"{count} missing; nothing was started\n" + "\n".join(f"  - {problem}" for problem in problems)
+
+
+def main(argv: list[str]) -> int:
+    """Exit code 2, with every problem on stderr, or 0."""
+    problems = missing_inputs(argv)
+    if problems:
+        print(f"error: {message(problems)}", file=sys.stderr)
+    return 2 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

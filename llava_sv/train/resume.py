@@ -1,0 +1,116 @@
+"""Whether OUTPUT is finished, where training goes on from, or that it starts anew. Called by `train.train`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_sv.errors import UserError
+from llava_sv.train import checkpoint
+
+
+@dataclass
+class Plan:
+    """What to do with OUTPUT. checkpoint: go on from here. finished: there is nothing to do. note: a line to print."""
+
+    checkpoint: Path | None = None
+    finished: bool = False
+    note: str = ""
+
+
+def settings_of(model_args: Any, data_args: Any, args: Any) -> dict[str, Any]:
+    """The settings by which two runs are the same run: kept in the summary of a finished one."""
+    return {
+        "model_name_or_path": model_args.model_name_or_path,
+        "vision_tower": model_args.vision_tower,
+        "pretrain_mm_mlp_adapter": model_args.pretrain_mm_mlp_adapter,
+        "version": model_args.version,
+        "tune_mm_mlp_adapter": model_args.tune_mm_mlp_adapter,
+        "skip_vision": model_args.skip_vision(),
+        "data_path": data_args.data_path,
+        "learning_rate": args.learning_rate,
+        "mm_projector_lr": args.mm_projector_lr,
+        "num_train_epochs": args.num_train_epochs,
+        "max_steps": args.max_steps,
+        "batch": args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        "seed": args.seed,
+        "data_seed": args.data_seed,
+    }
+
+
+def plan(args: Any, asked: dict[str, Any]) -> Plan:
+    """Read OUTPUT and `--resume_from_checkpoint`, `--overwrite_output_dir`. The same on every rank.
+
+    Without either flag, training goes on from the last complete checkpoint in OUTPUT, if there is one. Raises
+    `UserError` for a checkpoint that is not complete, and for a finished run with other settings.
+    """
+    output = Path(args.output_dir)
+    wish = str(args.resume_from_checkpoint or "")
+    if args.overwrite_output_dir:
+        if wish.lower() not in ("", "false"):
+            raise UserError("--overwrite_output_dir and --resume_from_checkpoint exclude each other: drop one")
+        if args.should_save:
+            checkpoint.remove_checkpoints(output)
+        return Plan(note=f"starting from the beginning: earlier checkpoints in {output} were removed")
+    if wish.lower() in ("", "true", "false") and (output / checkpoint.SUMMARY).is_file():
+        return _finished(output, asked)
+    if wish.lower() == "false":
+        return _anew(output)
+    if wish.lower() not in ("", "true"):
+        return _rewind(args, output, checkpoint.check_checkpoint(Path(wish)))
+    last = checkpoint.last_complete_checkpoint(output)
+    if last is None and wish:
+        raise UserError(f"--resume_from_checkpoint True: no complete checkpoint in {output}; drop it to start")
+    return _go_on(args, last) if last is not None else _torn_note(output)
+
+
+def _finished(output: Path, asked: dict[str, Any]) -> Plan:
+    summary = json.loads((output / checkpoint.SUMMARY).read_text(encoding="utf-8"))
+    was = summary.get("settings", {})
+    changed = [
+        f"{name} was {was[name]}, now {asked[name]}" for name in asked if name in was and was[name] != asked[name]
+    ]
+    mend = "choose another --output_dir, or pass --overwrite_output_dir True to train again"
+    if changed:
+        raise UserError(f"{output} holds a finished run with other settings ({'; '.join(changed)}); {mend}")
+    return Plan(finished=True, note=f"{output} is finished ({summary['steps']:,} steps): nothing to do; {mend}")
+
+
+def _anew(output: Path) -> Plan:
+    last = checkpoint.last_complete_checkpoint(output)
+    if last is not None:
+        raise UserError(
+            f"--resume_from_checkpoint False, but {output} holds {last.name}: choose another --output_dir, "
+            "or pass --overwrite_output_dir True to remove it"
+        )
+    return Plan()
+
+
+def _go_on(args: Any, folder: Path) -> Plan:
+    marker = checkpoint.read_marker(folder)
+    if marker["world_size"] != args.world_size and args.deepspeed:
+        raise UserError(
+            f"{folder} was saved by {marker['world_size']} processes, and {args.world_size} run now: DeepSpeed resumes "
+            "with the same number; start as many, or convert it with `python -m deepspeed.checkpoint.ds_to_universal`"
+        )
+    torn = [other.name for step, other in checkpoint.checkpoints(folder.parent) if step > marker["step"]]
+    ignored = f" ({', '.join(torn)}: incomplete, ignored)" if torn else ""
+    return Plan(checkpoint=folder, note=f"going on from {folder}, step {marker['step']:,}{ignored}")
+
+
+def _rewind(args: Any, output: Path, folder: Path) -> Plan:
+    found = _go_on(args, folder)
+    if args.should_save:
+        step = checkpoint.read_marker(folder)["step"]
+        later = checkpoint.forget_after(output, step) if folder.resolve().parent == output.resolve() else []
+        (output / checkpoint.SUMMARY).unlink(missing_ok=True)
+        if later:
+            found.note += f"; {', '.join(other.name for other in later)} will be written anew"
+    return found
+
+
+def _torn_note(output: Path) -> Plan:
+    torn = [folder.name for _, folder in checkpoint.checkpoints(output)]
+    return Plan(note=f"{', '.join(torn)} in {output}: incomplete, ignored" if torn else "")

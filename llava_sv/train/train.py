@@ -1,0 +1,187 @@
+"""Training's entry: a command line in, OUTPUT out (model, checkpoints, metrics, summary). `train_mem.py` runs it too.
+
+The walk: preflight, flags, model and data, what is printed before the first step, the loop, what is saved.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_sv.errors import UserError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from llava_sv.arguments import DataArguments, ModelArguments, TrainingArguments
+    from llava_sv.train.llava_trainer import LLaVATrainer, SampleLengths
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`llava-sv train`, and `python llava_sv/train/train.py`. Returns the exit code."""
+    return exit_on_user_error(train, argv=sys.argv[1:] if argv is None else argv)
+
+
+def train(attn_implementation: str | Callable[[], str] | None = None, argv: list[str] | None = None) -> int:
+    """Run the training that `argv` asks for; `attn_implementation` (or what it returns) is used where no flag says.
+
+    Raises `UserError` for whatever the user can mend: missing inputs (all at once, before heavy imports), flags, data.
+    """
+    from llava_sv.train import preflight
+
+    argv = sys.argv[1:] if argv is None else argv
+    if not {"-h", "--help"} & set(argv):
+        cache = preflight.read_flags(argv, ("cache_dir",)).get("cache_dir")
+        if cache:
+            os.environ["HF_HUB_CACHE"] = cache
+        problems = preflight.missing_inputs(argv)
+        if problems:
+            raise UserError(preflight.message(problems))
+
+    from llava_sv.train.flags import parse
+
+    model_args, data_args, args = parse(argv)
+    fallback = attn_implementation() if callable(attn_implementation) else attn_implementation
+    args.attn_implementation = args.attn_implementation or fallback
+    return run(model_args, data_args, args)
+
+
+def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> int:
+    """Train as the arguments say. Every rank runs this."""
+    from llava_sv.train import build, resume
+    from llava_sv.train.distributed import check_world, leave_together
+
+    check_world(args)
+    build.check_names(model_args, args)
+    asked = resume.settings_of(model_args, data_args, args)
+    plan = resume.plan(args, asked)
+    if plan.finished:
+        say(plan.note)
+        return 0
+    _prepare_reporting(args)
+    from transformers import set_seed
+
+    set_seed(args.seed)
+    tokenizer, model, image_processor = build.build(model_args, data_args, args)
+    build.choose_trainable(model, model_args)
+    dataset = build.build_dataset(tokenizer, image_processor, data_args, str(model_args.version))
+    trainer = make_trainer(model_args, args, tokenizer, model, image_processor, dataset)
+    _introduce(trainer, dataset, tokenizer, plan.note)
+    output = trainer.train(resume_from_checkpoint=str(plan.checkpoint) if plan.checkpoint else None)
+    finish(trainer, output.training_loss, asked)
+    leave_together()
+    return 0
+
+
+def say(text: str) -> None:
+    """Print once a node."""
+    if text and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        print(text, flush=True)
+
+
+def _prepare_reporting(args: TrainingArguments) -> None:
+    """Weights & Biases without a key writes to disk instead of asking."""
+    if "wandb" in args.report_to and not os.environ.get("WANDB_API_KEY") and "WANDB_MODE" not in os.environ:
+        netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+        if not (netrc.is_file() and "wandb" in netrc.read_text(errors="ignore")):
+            os.environ["WANDB_MODE"] = "offline"
+            say("note: no WANDB_API_KEY: wandb writes to ./wandb, to be sent later by `wandb sync`")
+
+
+def sample_lengths(dataset: Any, config: Any) -> SampleLengths:
+    """Length of each sample in the spliced sequence, counting visual tokens after skipping."""
+    from llava_sv.train.llava_trainer import SampleLengths
+
+    return SampleLengths(dataset.lengths(config.visual_tokens_per_image), dataset.modalities())
+
+
+def make_trainer(
+    model_args: ModelArguments, args: TrainingArguments, tokenizer: Any, model: Any, image_processor: Any, dataset: Any
+) -> LLaVATrainer:
+    """The Trainer of this run."""
+    from llava_sv.data.collator import DataCollatorForSupervisedDataset
+    from llava_sv.train.llava_trainer import LLaVATrainer
+
+    grouped = args.group_by_modality_length or args.train_sampling_strategy == "group_by_length"
+    return LLaVATrainer(
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        data_collator=DataCollatorForSupervisedDataset(tokenizer),
+        processing_class=tokenizer,
+        image_processor=image_processor,
+        samples=sample_lengths(dataset, model.config) if grouped else None,
+        projector_only=model_args.tune_mm_mlp_adapter,
+    )
+
+
+def _introduce(trainer: LLaVATrainer, dataset: Any, tokenizer: Any, note: str) -> None:
+    """What a user wants to see before the first step. Raises `UserError` when nothing would be supervised."""
+    from llava_sv.data.dataset import describe_first_supervised
+
+    shown = describe_first_supervised(dataset, tokenizer)
+    if trainer.is_world_process_zero():
+        print("\n".join(["", "first sample", shown, "", *summary_lines(trainer, len(dataset)), note, ""]), flush=True)
+
+
+def summary_lines(trainer: LLaVATrainer, samples: int) -> list[str]:
+    """Family, parameters by part, tokens an image before and after, batch and steps."""
+    from llava_sv.train.build import count_parameters
+
+    args, config = trainer.args, trainer.model.config
+    batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    lines = ["this run", f"  family            {config.mm_family}, template {config.conv_template}"]
+    for part, (total, trained) in count_parameters(trainer.model).items():
+        lines.append(
+            f"  {part:<17} {total:>14,} parameters, {'all train' if trained == total else f'{trained:,} train'}"
+        )
+    before, after = config.num_patches, config.visual_tokens_per_image()
+    how = "dense" if config.skip_vision is None else "Skip-Vision"
+    lines.append(f"  tokens an image   {before} patches -> {after} in the sequence ({how})")
+    lines.append(
+        f"  batch             {batch} = {args.per_device_train_batch_size} a device x {args.world_size} processes "
+        f"x {args.gradient_accumulation_steps} accumulated"
+    )
+    lines.append(f"  steps             {total_steps(args, samples):,} over {samples:,} samples")
+    return lines
+
+
+def total_steps(args: Any, samples: int) -> int:
+    """Optimizer steps of the whole run, as Trainer counts them."""
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = math.ceil(samples / (args.per_device_train_batch_size * args.world_size))
+    per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+    return math.ceil(args.num_train_epochs * per_epoch)
+
+
+def finish(trainer: LLaVATrainer, loss: float, asked: dict[str, Any]) -> None:
+    """Save the final model, and last of all the summary, whose presence says that the run is finished."""
+    from llava_sv.files import write_json
+    from llava_sv.train.checkpoint import SUMMARY
+
+    args = trainer.args
+    trainer.save_model(args.output_dir)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        steps = trainer.state.global_step
+        batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+        samples = min(steps * batch, int(args.num_train_epochs * len(trainer.train_dataset)) or steps * batch)
+        summary = {
+            "steps": steps,
+            "samples": samples if args.max_steps <= 0 else steps * batch,
+            "train_seconds": round(trainer.metrics_callback.seconds(), 3),
+            "train_loss": loss,
+            "world_size": args.world_size,
+            "settings": asked,
+        }
+        write_json(Path(args.output_dir) / SUMMARY, summary)
+        print(
+            f"done: {steps:,} steps; the {'projector' if trainer.projector_only else 'model'} is in {args.output_dir}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
