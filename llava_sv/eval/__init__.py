@@ -1,0 +1,1 @@
+"""Asking a checkpoint a benchmark's questions, scoring and timing it."""

@@ -1,0 +1,171 @@
+"""From conversations and pictures to what `model.generate` takes, and from its tokens back to text.
+
+`load_for_inference` opens a checkpoint; `make_batch` turns conversations into a left-padded batch. Called by chat and
+evaluation, so that both ask as training taught: one template function, one image function.
+B conversations, T0 prompt length (an image is one mark in it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from llava_sv.constants import DEFAULT_IMAGE_TOKEN
+from llava_sv.conversation import CONV_TEMPLATES, get_template, render
+from llava_sv.errors import UserError
+from llava_sv.mm_utils import process_images, tokenizer_image_token
+
+
+@dataclass
+class Assistant:
+    """A checkpoint ready to answer: model, tokenizer, image processor, and the template it was trained with."""
+
+    tokenizer: Any
+    model: Any
+    image_processor: Any
+    template: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where prompts go."""
+        return self.model.get_model().embed_tokens.weight.device
+
+    @property
+    def has_vision(self) -> bool:
+        """Whether it can be shown pictures."""
+        return self.model.get_vision_tower() is not None
+
+
+@dataclass
+class PromptBatch:
+    """input_ids [B, T0] left-padded, with image marks; attention_mask bool [B, T0]; images flat, in order of marks."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    images: list[Tensor] | None
+    image_sizes: list[tuple[int, int]] | None
+
+
+def load_for_inference(
+    model_path: str,
+    model_base: str | None = None,
+    conv_template: str | None = None,
+    device: str | None = None,
+    attn_implementation: str | None = None,
+    load_8bit: bool = False,
+    load_4bit: bool = False,
+) -> Assistant:
+    """Open a checkpoint. The template comes from its config unless `conv_template` names one.
+
+    Raises `UserError` for a folder that is not a checkpoint, and for a checkpoint that names no known template.
+    """
+    from llava_sv.model.builder import load_pretrained_model
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: no CUDA GPU is usable here; see llava-sv doctor, or use --device cpu")
+    tokenizer, model, image_processor, _ = load_pretrained_model(
+        model_path,
+        model_base,
+        load_8bit=load_8bit,
+        load_4bit=load_4bit,
+        device=device,
+        attn_implementation=attn_implementation,
+    )
+    name = conv_template or model.config.conv_template
+    if name is None:
+        raise UserError(
+            f"{model_path}: config.json names no conv_template; say which one the model was trained with, "
+            f"--conv-template {{{','.join(CONV_TEMPLATES)}}}"
+        )
+    model.eval()
+    return Assistant(tokenizer, model, image_processor, get_template(name))
+
+
+def user_turn(text: str, num_images: int) -> dict[str, str]:
+    """What a user says, with the images before it, as in LLaVA's data."""
+    return {"from": "human", "value": "\n".join([DEFAULT_IMAGE_TOKEN] * num_images + [text])}
+
+
+def make_batch(
+    assistant: Assistant,
+    conversations: list[list[dict[str, str]]],
+    images: list[list[Image.Image]],
+    system: str | None = None,
+) -> PromptBatch:
+    """One row a conversation, each ending where the assistant is to speak.
+
+    conversations: turns with `from` and `value`; images: those of each conversation, in order of its `<image>` marks;
+    system: replaces the template's system message.
+    """
+    rows = []
+    for turns in conversations:
+        text = render(assistant.template, turns, add_generation_prompt=True, system=system).text
+        rows.append(tokenizer_image_token(text, assistant.tokenizer, return_tensors="pt"))
+    width = max(len(row) for row in rows)
+    pad = assistant.tokenizer.pad_token_id
+    input_ids = torch.full((len(rows), width), 0 if pad is None else pad, dtype=torch.long)
+    attention_mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        input_ids[index, width - len(row) :] = row
+        attention_mask[index, width - len(row) :] = True
+    flat = [image for group in images for image in group]
+    pixels = None
+    if flat:
+        pixels = list(process_images(flat, assistant.image_processor, assistant.model.config))
+    return PromptBatch(
+        input_ids.to(assistant.device),
+        attention_mask.to(assistant.device),
+        pixels,
+        [image.size for image in flat] if flat else None,
+    )
+
+
+def stop_token_ids(assistant: Assistant) -> list[int]:
+    """Ids that end an answer: the tokenizer's end of sequence and the template's end of turn, where it is one token."""
+    tokenizer = assistant.tokenizer
+    ids = {tokenizer.eos_token_id}
+    stop = assistant.template.stop_token
+    if stop:
+        ids.add(tokenizer.convert_tokens_to_ids(stop))
+    return sorted(i for i in ids if i is not None and i != tokenizer.unk_token_id)
+
+
+@torch.inference_mode()
+def generate(assistant: Assistant, batch: PromptBatch, skip_kv: str | None = None, **kwargs: Any) -> Any:
+    """`model.generate` on a batch; the new tokens [B, n] (or transformers' output object where kwargs ask for it)."""
+    pad = assistant.tokenizer.pad_token_id
+    stops = stop_token_ids(assistant)
+    kwargs.setdefault("pad_token_id", stops[0] if pad is None else pad)
+    kwargs.setdefault("eos_token_id", stops)
+    return assistant.model.generate(
+        batch.input_ids,
+        attention_mask=batch.attention_mask,
+        images=batch.images,
+        image_sizes=batch.image_sizes,
+        skip_kv=skip_kv,
+        **kwargs,
+    )
+
+
+def decode(assistant: Assistant, tokens: Tensor) -> list[str]:
+    """Texts of [B, n] new tokens, cut where the template's turn ends."""
+    texts = []
+    for text in assistant.tokenizer.batch_decode(tokens, skip_special_tokens=True):
+        for stop in assistant.template.stop_strings:
+            text = text.split(stop)[0]
+        texts.append(text.strip())
+    return texts
+
+
+def check_image_paths(paths: list[str]) -> list[Path]:
+    """The paths, each an existing file; `UserError` names all that are not."""
+    absent = [path for path in paths if not Path(path).is_file()]
+    if absent:
+        raise UserError(f"no such image file: {', '.join(absent)}")
+    return [Path(path) for path in paths]
