@@ -180,7 +180,7 @@ class LLaVATrainer(Trainer):
         self.window.exclude(time.perf_counter() - began)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """A self-describing folder: weights, config, tokenizer, image and generation settings; or the projector alone."""
+        """A self-describing folder: weights, config, tokenizer, image and generation settings; or a projector."""
         folder = Path(output_dir or self.args.output_dir)
         use_cache, self.model.config.use_cache = self.model.config.use_cache, True
         try:
