@@ -31,45 +31,52 @@ work="$report/seed$SEED"
 mkdir -p "$work"
 
 started=$SECONDS
-# step NAME COMMAND...: run once; a finished step leaves a mark that holds the seconds it took, and is passed over later.
+# step NAME INPUT PRODUCT COMMAND...: a finished step leaves a mark that holds the seconds it took, and is passed over
+# later unless INPUT is newer than that mark; then its PRODUCT is made anew. An interrupted step goes on where it was.
 step() {
-    local name=$1 begun=$SECONDS
-    shift
-    if [ -e "$work/$name.done" ]; then
-        echo "[$((SECONDS - started)) s] $name: done before, in $(cat "$work/$name.done") s"
+    local name=$1 input=$2 product=$3 begun=$SECONDS mark="$work/$1.done"
+    shift 3
+    if [ -e "$mark" ] && [ -e "$product" ] && ! [ "$input" -nt "$mark" ]; then
+        echo "[$((SECONDS - started)) s] $name: done before, in $(cat "$mark") s"
         return
     fi
+    [ ! -e "$mark" ] || rm -rf "$mark" "$product"
     echo "[$((SECONDS - started)) s] $name ..."
     "$@" || { local code=$?; echo "quickstart: $name failed (exit code $code); mend it and run this again: it goes on here" >&2; exit "$code"; }
-    echo "$((SECONDS - begun))" >"$work/$name.done"
+    echo "$((SECONDS - begun))" >"$mark"
     echo "[$((SECONDS - started)) s] $name took $((SECONDS - begun)) s"
 }
 
 if [ -n "${LLAVA_SV_NO_VENV:-}" ]; then
     bash scripts/setup.sh --no-venv
+    export PYTHON=${PYTHON:-$(command -v python3 || command -v python)}
 else
     bash scripts/setup.sh
-    export PATH="$PWD/.venv/bin:$PATH"
+    export PATH="$PWD/.venv/bin:$PATH" PYTHON="$PWD/.venv/bin/python"
 fi
 echo "[$((SECONDS - started)) s] environment ready"
 
 cores=$(nproc 2>/dev/null || echo 2)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores < 8 ? cores : 8))}
 export TOKENIZERS_PARALLELISM=false
-export PRESET=tiny DATA_DIR="$data"
+llava_sv() { "$PYTHON" -m llava_sv.cli "$@"; }
 
-step data llava-sv data toy --output "$data" --seed "$SEED" ${TOY_TRAIN:+--train "$TOY_TRAIN"} ${TOY_BENCH:+--bench "$TOY_BENCH"}
-step pretrain env OUTPUT="$pretrained" bash scripts/v1_5/pretrain.sh --seed "$SEED"
-step sft-dense env OUTPUT="$dense" PROJECTOR="$pretrained/mm_projector.bin" bash scripts/v1_5/finetune.sh --seed "$SEED"
-step sft-skip env OUTPUT="$skip" PROJECTOR="$pretrained/mm_projector.bin" bash scripts/v1_5/finetune_skip.sh --seed "$SEED"
+step data "" "$data" \
+    llava_sv data toy --output "$data" --seed "$SEED" ${TOY_TRAIN:+--train "$TOY_TRAIN"} ${TOY_BENCH:+--bench "$TOY_BENCH"}
 
-evaluate() { llava-sv eval --task toy --data-path "$data" --model-path "$1" --json "$work/$2.json" "${@:3}"; }
-step eval-dense evaluate "$dense" dense --timing 6
-step eval-skip evaluate "$skip" skip --timing 6
-step eval-blind evaluate "$skip" blind --blind
+export PRESET=tiny IMAGE_FOLDER="$data/images" ADAPTER="$pretrained/mm_projector.bin"
+step pretrain "$data/pretrain.json" "$pretrained" \
+    env DATA="$data/pretrain.json" OUTPUT="$pretrained" bash scripts/v1_5/pretrain.sh
+step sft-dense "$ADAPTER" "$dense" env DATA="$data/sft.json" OUTPUT="$dense" bash scripts/v1_5/finetune.sh
+step sft-skip "$ADAPTER" "$skip" env DATA="$data/sft.json" OUTPUT="$skip" bash scripts/v1_5/finetune_skip.sh
+
+evaluate() { llava_sv eval --task toy --data-path "$data" --model-path "$1" --json "$work/$2.json" "${@:3}"; }
+step eval-dense "$dense/config.json" "$work/dense.json" evaluate "$dense" dense --timing 6
+step eval-skip "$skip/config.json" "$work/skip.json" evaluate "$skip" skip --timing 6
+step eval-blind "$skip/config.json" "$work/blind.json" evaluate "$skip" blind --blind
 
 image="$data/images/bench-000000.jpg"
-python -m llava_sv.eval.report --dense "$work/dense.json" --skip "$work/skip.json" --blind "$work/blind.json" \
+"$PYTHON" -m llava_sv.eval.report --dense "$work/dense.json" --skip "$work/skip.json" --blind "$work/blind.json" \
     --image "$image" --seed "$SEED" --output "$report"
 
 echo "[$((SECONDS - started)) s] report: $report/report.md, $report/report.png, $report/patches.png, $report/report.json"
