@@ -26,7 +26,7 @@ class SkipVisionConfig:
     num_retained: int = 100
     """Nr: retained visual tokens an image."""
     num_skipped: int | None = 156
-    """Ns: skipped visual tokens an image after merging. Not read when `merge` is off: all the others are skipped then."""
+    """Ns: skipped visual tokens an image after merging. Without `merge` it is not read: all the others are skipped."""
     merge: bool = True
     """Merge the tokens that are not retained down to `num_skipped` (section 4.1)."""
     selection: str = "cls_similarity"

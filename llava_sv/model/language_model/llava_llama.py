@@ -26,7 +26,6 @@ from llava_sv.model.llava_arch import Images, LlavaMetaForCausalLM, LlavaMetaMod
 from llava_sv.model.multimodal_projector.mlp import LinearProjector
 from llava_sv.model.token_groups import KV_LEVELS, is_visual
 
-
 NO_SPLIT = ["LlamaDecoderLayer", "SkipFFNDecoderLayer", "CLIPVisionTower"]
 """Modules that stay on one device when a model is spread over several."""
 
@@ -202,7 +201,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         level = model_kwargs.get("skip_kv", "none")
         if roles is not None and level != "none" and outputs.past_key_values is not None:
             check_can_shrink(outputs.past_key_values)
-            keep = kept_after_prefill(roles, model_kwargs["attention_mask"], level)
-            mask = shrink_cache(outputs.past_key_values, keep)
-            model_kwargs["attention_mask"] = mask.to(model_kwargs["attention_mask"].dtype)
+            mask = shrink_cache(outputs.past_key_values, kept_after_prefill(roles, level))
+            # transformers leaves the mask out where nothing is masked
+            model_kwargs["attention_mask"] = None if bool(mask.all()) else mask.long()
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)

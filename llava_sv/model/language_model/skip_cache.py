@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from llava_sv.errors import UserError
-from llava_sv.model.token_groups import KV_LEVELS
+from llava_sv.model.token_groups import KV_LEVELS, TokenRole
 
 
-def kept_after_prefill(token_roles: Tensor, attention_mask: Tensor, level: str) -> Tensor:
+def kept_after_prefill(token_roles: Tensor, level: str) -> Tensor:
     """bool [B, T]: the cached positions that stay at this level (Table 7). Padding never stays."""
     if level not in KV_LEVELS:
         raise UserError(f"skip_kv: unknown level {level!r}; known: {', '.join(KV_LEVELS)}")
-    keep = attention_mask.bool()
+    keep = token_roles != int(TokenRole.PAD)
     for role in KV_LEVELS[level]:
         keep = keep & (token_roles != int(role))
     return keep

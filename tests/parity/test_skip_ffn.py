@@ -1,0 +1,108 @@
+"""Skip-FFN on gathered rows against the masked plain loop: logits and every gradient (equations 4 and 5)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from llava_sv.model.token_groups import TokenRole
+from tests.parity.oracle import decode_one
+from tests.parity.tiny import SKIP, ragged_batch, tiny_images, tiny_model
+
+VARIANTS = {
+    "all layers": {},
+    "some layers": {"skip_layers": [0, 2]},
+    "a range": {"skip_layers": "1-2"},
+    "last visual token": {"last_visual_ffn": True},
+    "no summaries": {"former_summary": False, "latter_summary": False},
+    "no merge": {"merge": False},
+    "attention selects": {"selection": "cls_attention"},
+    "summary norm": {"summary_norm": "layernorm"},
+    "skipping off": {"skip_ffn": False},
+}
+
+
+def spliced(model):
+    ids, mask, labels, images = ragged_batch()
+    return model.prepare_inputs_labels_for_multimodal(ids, mask, labels, tiny_images(images))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_and_gradients_equal_the_masked_loop(variant):
+    model = tiny_model({**SKIP, **VARIANTS[variant]})
+    ids, mask, labels, images = ragged_batch()
+    out = model(input_ids=ids, attention_mask=mask, labels=labels, images=tiny_images(images))
+    out.loss.backward()
+    fast = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    model.zero_grad()
+    batch = spliced(model)
+    losses = []
+    for row in range(ids.shape[0]):
+        real = batch.attention_mask[row]
+        logits = decode_one(
+            model, batch.inputs_embeds[row][real], torch.arange(int(real.sum())), batch.token_roles[row][real]
+        )
+        torch.testing.assert_close(out.logits[row][real], logits, rtol=1e-9, atol=1e-10)
+        losses.append(F.cross_entropy(logits[:-1], batch.labels[row][real][1:], reduction="sum"))
+    supervised = int((batch.labels[:, 1:] != -100).sum())
+    loss = torch.stack(losses).sum() / supervised
+    torch.testing.assert_close(out.loss, loss, rtol=1e-10, atol=1e-12)
+    loss.backward()
+    plain = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert fast.keys() == plain.keys()
+    if "skip_ffn" not in VARIANTS[variant] and "no summaries" != variant:
+        assert "model.mm_projector.summary.former.weight" in fast
+    for name, gradient in plain.items():
+        torch.testing.assert_close(fast[name], gradient, rtol=1e-8, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_oracle_tells_skipping_from_not():
+    """The comparison above can fail: without the mask the logits differ by far more than its tolerance."""
+    model = tiny_model()
+    batch = spliced(model)
+    real = batch.attention_mask[0]
+    roles = batch.token_roles[0][real]
+    assert (roles == TokenRole.SKIPPED).any()
+    with torch.no_grad():
+        args = batch.inputs_embeds[0][real], torch.arange(int(real.sum()))
+        skipped = decode_one(model, *args, roles)
+        everything = decode_one(model, *args, torch.full_like(roles, int(TokenRole.TEXT)))
+    assert (skipped - everything).abs().max() > 1e-3
+
+
+def test_gradient_checkpointing_changes_nothing():
+    plain, checkpointed = tiny_model(), tiny_model()
+    ids, mask, labels, images = ragged_batch()
+    plain.train()
+    checkpointed.train()
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+    for model in (plain, checkpointed):
+        model(input_ids=ids, attention_mask=mask, labels=labels, images=tiny_images(images)).loss.backward()
+    for (name, a), (_, b) in zip(plain.named_parameters(), checkpointed.named_parameters()):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_ffn_runs_on_the_retained_rows_only():
+    """Counted, not believed: torch's FLOP counter sees the FFN's matrix products on R rows, 6 C M each."""
+    model = tiny_model()
+    ids, mask, _, images = ragged_batch()
+    batch = model.prepare_inputs_labels_for_multimodal(ids, mask, images=tiny_images(images))
+    rows = int(((batch.token_roles != TokenRole.PAD) & (batch.token_roles != TokenRole.SKIPPED)).sum())
+    skipped = int((batch.token_roles == TokenRole.SKIPPED).sum())
+    assert skipped == images * SKIP["num_skipped"]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(
+            inputs_embeds=batch.inputs_embeds,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            token_roles=batch.token_roles,
+        )
+    config = model.config
+    per_module = counter.get_flop_counts()
+    counted = [sum(flops.values()) for name, flops in per_module.items() if name.endswith(".mlp")]
+    assert counted == [6 * rows * config.hidden_size * config.intermediate_size] * config.num_hidden_layers

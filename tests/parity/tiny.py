@@ -1,0 +1,68 @@
+"""Random tiny models and batches for the parity tests. float64, so that tolerances can be tight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig
+
+from llava_sv.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava_sv.model import LlavaConfig, LlavaLlamaForCausalLM
+
+SKIP = {"num_retained": 4, "num_skipped": 5}
+SIDE = 32
+"""Pixels; 4 x 4 patches of 8."""
+
+
+def tiny_config(skip: dict[str, Any] | None = SKIP, **overrides: Any) -> LlavaConfig:
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=SIDE, patch_size=8
+    )
+    settings: dict[str, Any] = dict(
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=101,
+        pad_token_id=0,
+        eos_token_id=None,
+        max_position_embeddings=256,
+        mm_vision_tower="random",
+        vision_config=vision.to_dict(),
+        mm_hidden_size=32,
+        skip_vision=dict(skip) if skip is not None else None,
+        attn_implementation="sdpa",
+    )
+    return LlavaConfig(**{**settings, **overrides})
+
+
+def tiny_model(skip: dict[str, Any] | None = SKIP, seed: int = 0, **overrides: Any) -> LlavaLlamaForCausalLM:
+    """Weights large enough that attention is far from uniform and a wrong mask shows."""
+    torch.manual_seed(seed)
+    model = LlavaLlamaForCausalLM(tiny_config(skip, **overrides)).double().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 or "summary" in name:
+                parameter.normal_(std=0.15)
+    return model
+
+
+def tiny_images(count: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def ragged_batch(marks: tuple[tuple[int, int, int], ...] = ((3, 1, 5), (2, 2, 4), (6, 0, 3)), seed: int = 2):
+    """Right-padded prompts of (text before, images, text after): input_ids, attention_mask, labels, number of images."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for before, images, after in marks:
+        text = torch.randint(1, 100, (before + after,), generator=generator).tolist()
+        rows.append(text[:before] + [IMAGE_TOKEN_INDEX] * images + text[before:])
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
+    labels = ids.masked_fill(~mask | (ids == IMAGE_TOKEN_INDEX), IGNORE_INDEX)
+    labels[:, :2] = IGNORE_INDEX
+    return ids, mask, labels, sum(images for _, images, _ in marks)
