@@ -1,4 +1,4 @@
-"""The method written plainly: loops, whole score maps, masks instead of gathers. Slow, obvious, and shared by no fast path."""
+"""The method written plainly: loops, whole score maps, masks instead of gathers. Shared by no fast path."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def attention(layer, x_TC: Tensor, angles: tuple[Tensor, Tensor], visible_TT: Te
     return layer.self_attn.o_proj(torch.cat(out, dim=-1))
 
 
-def decode_one(model, embeds_TC: Tensor, positions_T: Tensor, roles_T: Tensor, visible_TT: Tensor | None = None) -> Tensor:
+def decode_one(
+    model, embeds_TC: Tensor, positions_T: Tensor, roles_T: Tensor, visible_TT: Tensor | None = None
+) -> Tensor:
     """Logits [T, K] of one unpadded sample: FFN everywhere, then multiplied by a mask that is zero on skipped rows."""
     config = model.config
     length = embeds_TC.shape[0]
@@ -50,8 +52,10 @@ def decode_one(model, embeds_TC: Tensor, positions_T: Tensor, roles_T: Tensor, v
     return model.model.norm(hidden) @ model.lm_head.weight.T
 
 
-def greedy_recompute(model, embeds_TC: Tensor, roles_T: Tensor, dropped: tuple[TokenRole, ...], steps: int) -> list[int]:
-    """Greedy tokens by full recomputation: prompt rows see all before them, new rows do not see dropped keys (equation 7)."""
+def greedy_recompute(
+    model, embeds_TC: Tensor, roles_T: Tensor, dropped: tuple[TokenRole, ...], steps: int
+) -> list[int]:
+    """Greedy tokens by full recomputation: new rows do not see the dropped keys (equation 7)."""
     prompt = embeds_TC.shape[0]
     hidden_from_new = torch.zeros(prompt, dtype=torch.bool)
     for role in dropped:

@@ -32,7 +32,9 @@ def test_cached_decoding_equals_recomputation(level, switches):
     model = tiny_model({**SKIP, **switches})
     ids, mask, _, count = ragged_batch()
     images = tiny_images(count)
-    together = model.generate(ids, attention_mask=mask, images=images, skip_kv=level, max_new_tokens=STEPS, do_sample=False)
+    together = model.generate(
+        ids, attention_mask=mask, images=images, skip_kv=level, max_new_tokens=STEPS, do_sample=False
+    )
     for row, (own, pixels) in enumerate(single_samples(model, ids, mask, images)):
         batch = model.prepare_inputs_labels_for_multimodal(own, images=pixels)
         expected = greedy_recompute(model, batch.inputs_embeds[0], batch.token_roles[0], KV_LEVELS[level], STEPS)
@@ -73,7 +75,11 @@ def test_fine_tokens_leave_at_their_level():
         mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
         step = torch.tensor([[tokens[-1]]])
         out = model(
-            input_ids=step, attention_mask=mask, position_ids=torch.tensor([[position]]), past_key_values=cache, use_cache=True
+            input_ids=step,
+            attention_mask=mask,
+            position_ids=torch.tensor([[position]]),
+            past_key_values=cache,
+            use_cache=True,
         )
         position += 1
         tokens.append(int(out.logits[0, -1].argmax()))
@@ -109,7 +115,7 @@ def test_the_side_of_the_prompt_s_padding_does_not_matter():
 
 
 def test_cache_bytes_before_and_after_removal():
-    """Bytes of the storage behind every layer's keys and values, by hand: 2 (K, V) x layers x kv heads x head size x 8."""
+    """Bytes behind all keys and values, by hand: 2 (K, V) x layers x kv heads x head size x 8."""
     model = tiny_model()
     config = model.config
     ids, mask, _, count = ragged_batch()
@@ -117,7 +123,12 @@ def test_cache_bytes_before_and_after_removal():
     lengths = {}
     for level in ("none", "skipped"):
         out = model.generate(
-            ids, attention_mask=mask, images=tiny_images(count), skip_kv=level, max_new_tokens=2, return_dict_in_generate=True
+            ids,
+            attention_mask=mask,
+            images=tiny_images(count),
+            skip_kv=level,
+            max_new_tokens=2,
+            return_dict_in_generate=True,
         )
         lengths[level] = out.past_key_values.get_seq_length()
         assert cache_bytes(out.past_key_values) == per_position * lengths[level] * ids.shape[0]
@@ -158,9 +169,11 @@ def test_one_beam_wins_by_its_score():
     found = model.generate(ids, images=images, num_beams=101, max_new_tokens=2, do_sample=False, skip_kv="none")
     batch = model.prepare_inputs_labels_for_multimodal(ids, images=images)
     with torch.no_grad():
-        first = model(
-            inputs_embeds=batch.inputs_embeds, position_ids=batch.position_ids, token_roles=batch.token_roles
-        ).logits[0, -1].log_softmax(-1)
+        first = (
+            model(inputs_embeds=batch.inputs_embeds, position_ids=batch.position_ids, token_roles=batch.token_roles)
+            .logits[0, -1]
+            .log_softmax(-1)
+        )
         second = []
         for token in range(101):
             embeds = torch.cat([batch.inputs_embeds, model.model.embed_tokens(torch.tensor([[token]]))], dim=1)
@@ -174,7 +187,9 @@ def test_one_beam_wins_by_its_score():
 def test_sampling_follows_the_seed_and_returns_many():
     model = tiny_model()
     ids, mask, _, count = ragged_batch()
-    options = dict(attention_mask=mask, images=tiny_images(count), do_sample=True, max_new_tokens=6, num_return_sequences=4)
+    options = dict(
+        attention_mask=mask, images=tiny_images(count), do_sample=True, max_new_tokens=6, num_return_sequences=4
+    )
     torch.manual_seed(0)
     first = model.generate(ids, **options)
     torch.manual_seed(0)

@@ -10,15 +10,21 @@ from transformers import LlavaConfig as StockConfig
 from tests.parity.tiny import ragged_batch, tiny_images, tiny_model
 
 IMAGE_ID = 100
+LLAMA_FIELDS = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+]
 
 
 def stock_twin(model) -> LlavaForConditionalGeneration:
     """transformers' LLaVA with this model's weights."""
     ours = model.config
-    names = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads rms_norm_eps"
-    ).split()
-    text = LlamaConfig(**{name: getattr(ours, name) for name in names}, max_position_embeddings=256)
+    text = LlamaConfig(**{name: getattr(ours, name) for name in LLAMA_FIELDS}, max_position_embeddings=256)
     config = StockConfig(
         vision_config=CLIPVisionConfig.from_dict(ours.vision_config),
         text_config=text,
@@ -80,7 +86,9 @@ def test_logits_equal_transformers_llava():
             token_roles=batch.token_roles,
         ).logits
         padded, attention = as_stock_inputs(ids, mask)
-        theirs = stock(input_ids=padded, attention_mask=attention, pixel_values=images, position_ids=batch.position_ids).logits
+        theirs = stock(
+            input_ids=padded, attention_mask=attention, pixel_values=images, position_ids=batch.position_ids
+        ).logits
     assert batch.attention_mask.long().tolist() == attention.tolist()
     real = attention.bool()
     torch.testing.assert_close(ours[real], theirs[real], rtol=1e-9, atol=1e-10)

@@ -54,7 +54,7 @@ def tiny_images(count: int, seed: int = 1) -> torch.Tensor:
 
 
 def ragged_batch(marks: tuple[tuple[int, int, int], ...] = ((3, 1, 5), (2, 2, 4), (6, 0, 3)), seed: int = 2):
-    """Right-padded prompts of (text before, images, text after): input_ids, attention_mask, labels, number of images."""
+    """Right-padded prompts (text before, images, text after): input_ids, attention_mask, labels, count of images."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for before, images, after in marks:
