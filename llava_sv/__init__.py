@@ -8,6 +8,7 @@ import sys
 
 __version__ = "0.1.0"
 
-# the command line answers --help without waiting for torch; its commands import the model when they need it
-if os.path.basename(sys.argv[0] if sys.argv else "") != "llava-sv":
+# these answer --help, or say what is missing, without waiting for torch; they import the model when they need it
+_ENTRIES = ("llava-sv", "train.py", "train_mem.py")
+if os.path.basename(sys.argv[0] if sys.argv else "") not in _ENTRIES:
     from llava_sv import model as model

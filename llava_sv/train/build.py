@@ -5,7 +5,6 @@ Called by `train.train`; raises `UserError` for what the user can mend.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,9 @@ from llava_sv.data.dataset import LazySupervisedDataset
 from llava_sv.data.records import load_records
 from llava_sv.errors import UserError
 from llava_sv.model.attention import check_attn_implementation
-from llava_sv.model.builder import load_tokenizer
 from llava_sv.model.builders import build_model
-from llava_sv.model.builders.assemble import check_config
 from llava_sv.train.checkpoint import PROJECTOR
-from llava_sv.train.preflight import carries_vision_tower, find_model
+from llava_sv.train.preflight import find_model, is_llava
 
 NEW_AT_SFT = ("model.mm_projector.summary.",)
 """Weights that a checkpoint may lack: summaries come in when skipping does."""
@@ -54,7 +51,7 @@ def compute_dtype(args: TrainingArguments) -> torch.dtype:
 def build(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> tuple[Any, Any, Any]:
     """(tokenizer, model, image_processor), from base checkpoints or from a checkpoint of this project."""
     own = find_model(str(model_args.model_name_or_path))
-    if own is not None and carries_vision_tower(own):
+    if own is not None and is_llava(own):
         tokenizer, model, image_processor = _continue(own, model_args, data_args, args)
     else:
         tokenizer, model, image_processor = build_model(
@@ -86,22 +83,25 @@ def _settings(model_args: ModelArguments, data_args: DataArguments, args: Traini
 
 
 def _continue(own: Path, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments):
-    """Go on from a checkpoint of this project: its own encoder, projector and, unless flags say otherwise, skipping."""
+    """Go on from a whole LLaVA: its own encoder, projector and, unless flags say otherwise, skipping."""
     from llava_sv.mm_utils import load_image_processor
+    from llava_sv.model.builders.tokenizer import load_tokenizer
     from llava_sv.model.checkpoint_io import load_projector
-    from llava_sv.model.loading import load_whole, read_config
+    from llava_sv.model.config import SkipVisionConfig
+    from llava_sv.model.loading import check_config, load_whole, read_config
 
     config = read_config(str(own))
-    inherited = config.skip_vision.to_dict() if config.skip_vision else None
-    config.skip_vision = model_args.skip_vision(inherited)
-    config = type(config).from_dict(json.loads(config.to_json_string(use_diff=False)))  # checks the block
+    block = model_args.skip_vision(config.skip_vision.to_dict() if config.skip_vision else None)
+    config.skip_vision = SkipVisionConfig.from_dict(block) if block else None
     for name, value in _settings(model_args, data_args, args).items():
         setattr(config, name, value)
-    check_config(config)
+    if config.vision_config:
+        check_config(config, config.vision_config)
     model = load_whole(str(own), config, NEW_AT_SFT, compute_dtype(args), args.attn_implementation)
     if model_args.pretrain_mm_mlp_adapter:
         load_projector(model, model_args.pretrain_mm_mlp_adapter)
-    return load_tokenizer(str(own)), model, load_image_processor(str(own))
+    processor = own if (own / "preprocessor_config.json").is_file() else config.mm_vision_tower
+    return load_tokenizer(str(own)), model, load_image_processor(str(processor))
 
 
 def choose_trainable(model: Any, model_args: ModelArguments) -> None:

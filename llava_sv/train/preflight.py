@@ -76,13 +76,19 @@ def looks_like_hub_id(name: str) -> bool:
     return len(parts) == 2 and all(parts) and not name.startswith((".", "/", "~")) and not Path(parts[0]).is_dir()
 
 
-def carries_vision_tower(model: Path) -> bool:
-    """Whether this checkpoint is one of ours, with its vision tower inside."""
+def read_config(model: Path) -> dict:
+    """The contents of a model folder's config.json; empty where it cannot be read."""
     try:
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and bool(config.get("vision_config")) and "mm_projector_type" in config
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def is_llava(model: Path) -> bool:
+    """Whether the model in this folder is a whole LLaVA already, and not a bare language model."""
+    config = read_config(model)
+    return config.get("model_type") in ("llava_llama", "llava") and "mm_vision_tower" in config
 
 
 def _missing_model(flag: str, what: str, name: str) -> str | None:
@@ -97,6 +103,17 @@ def _missing_model(flag: str, what: str, name: str) -> str | None:
             f"for one, then: hf download {name}"
         )
     return said + f"no folder {name}; give a model folder or a Hugging Face id"
+
+
+def _missing_tower(name: str, model: Path | None) -> str | None:
+    """The encoder is named by its flag, or comes with (or is named by) a LLaVA that training goes on from."""
+    if model is not None and is_llava(model):
+        config = read_config(model)
+        name = "" if config.get("vision_config") else name or str(config["mm_vision_tower"])
+        return _missing_model("vision_tower", "vision tower", name) if name else None
+    if not name:
+        return "vision tower (VISION_TOWER, --vision_tower): not given"
+    return _missing_model("vision_tower", "vision tower", name)
 
 
 def _missing_data(name: str) -> str | None:
@@ -136,11 +153,7 @@ def missing_inputs(argv: list[str]) -> list[str]:
     else:
         problems.append(_missing_model("model_name_or_path", "language model", model))
     found = find_model(model) if model else None
-    tower = flags.get("vision_tower", "")
-    if tower:
-        problems.append(_missing_model("vision_tower", "vision tower", tower))
-    elif found is None or not carries_vision_tower(found):
-        problems.append("vision tower (VISION_TOWER, --vision_tower): not given")
+    problems.append(_missing_tower(flags.get("vision_tower", ""), found))
     data = flags.get("data_path", "")
     problems.append(_missing_data(data) if data else "training data (DATA, --data_path): not given")
     if flags.get("image_folder"):

@@ -1,0 +1,148 @@
+"""The recipe's scripts: valid bash, known flags, defaults that are checked all at once, and the tiny preset."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from llava_sv.train.flags import parse
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(path.name for path in (ROOT / "scripts" / "v1_5").glob("*.sh") if path.name != "tiny.sh")
+
+
+def run(script, *flags, **environment):
+    clean = {key: value for key, value in os.environ.items() if key in ("PATH", "HOME", "LANG")}
+    clean |= {"HF_HUB_CACHE": "/nonexistent/hub", **environment}
+    return subprocess.run(
+        ["bash", f"scripts/v1_5/{script}", *flags], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=60
+    )
+
+
+def flags_of(script, *extra, **environment):
+    """(launcher words, training flags) that the script would run."""
+    done = run(script, *extra, DRY_RUN="1", **environment)
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.splitlines()
+    entry = words.index("llava_sv/train/train_mem.py")
+    return words[:entry], words[entry + 1 :]
+
+
+def on_cpu(flags):
+    """The same flags where they can be parsed without a GPU or DeepSpeed."""
+    flags = list(flags)
+    for name in ("--bf16", "--tf32", "--deepspeed"):
+        if name in flags:
+            at = flags.index(name)
+            del flags[at : at + 2]
+    return [*flags, "--use_cpu", "True"]
+
+
+def test_the_four_scripts_are_there():
+    assert SCRIPTS == ["finetune.sh", "finetune_skip.sh", "finetune_skip_256.sh", "pretrain.sh"]
+
+
+@pytest.mark.parametrize("script", [*(f"v1_5/{name}" for name in SCRIPTS), "v1_5/tiny.sh", "common.sh"])
+def test_bash_can_read_it(script):
+    assert subprocess.run(["bash", "-n", f"scripts/{script}"], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("preset", ["", "tiny"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_known(script, preset):
+    _, flags = flags_of(script, PRESET=preset)
+    model, _, training = parse(on_cpu(flags))
+    assert model.tune_mm_mlp_adapter is (script == "pretrain.sh")
+    assert (model.skip_vision() is not None) is ("skip" in script)
+    assert training.gradient_checkpointing is (preset == "")
+
+
+@pytest.mark.parametrize(
+    ("script", "batch", "lr", "zero"),
+    [
+        ("pretrain.sh", 256, 1e-3, "scripts/zero2.json"),
+        ("finetune.sh", 128, 1e-5, "scripts/zero3.json"),
+        ("finetune_skip.sh", 128, 1e-5, "scripts/zero3.json"),
+        ("finetune_skip_256.sh", 128, 1e-5, "scripts/zero3.json"),
+    ],
+)
+def test_the_papers_recipe(script, batch, lr, zero):
+    launcher, flags = flags_of(script)
+    _, _, training = parse(on_cpu(flags))
+    assert launcher[-2:] == ["--num_gpus", "8"]
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps * 8 == batch
+    assert training.learning_rate == lr
+    assert (training.warmup_steps, training.lr_scheduler_type, training.weight_decay) == (0.03, "cosine", 0.0)
+    assert (training.num_train_epochs, training.model_max_length) == (1, 2048)
+    assert flags[flags.index("--deepspeed") + 1] == zero
+    assert flags[flags.index("--model_name_or_path") + 1] == "meta-llama/Meta-Llama-3-8B-Instruct"
+    assert flags[flags.index("--vision_tower") + 1] == "openai/clip-vit-large-patch14-336"
+
+
+def test_what_the_skipping_scripts_skip():
+    model = parse(on_cpu(flags_of("finetune_skip.sh")[1]))[0]
+    block = model.skip_vision()
+    assert (block["num_retained"], block["num_skipped"], block["merge"]) == (100, 156, True)
+    model = parse(on_cpu(flags_of("finetune_skip_256.sh")[1]))[0]
+    block = model.skip_vision()
+    assert (block["num_retained"], block["merge"]) == (256, False)
+
+
+def test_fewer_devices_accumulate_to_the_same_batch():
+    _, flags = flags_of("finetune.sh", NPROC="2", PER_DEVICE_BATCH="4")
+    assert flags[flags.index("--gradient_accumulation_steps") + 1] == "16"
+    done = run("finetune.sh", NPROC="3", DRY_RUN="1")
+    assert done.returncode == 2
+    assert "BATCH=128 is no multiple of PER_DEVICE_BATCH=16 x NPROC=3" in done.stderr
+
+
+def test_further_flags_are_passed_on_and_win():
+    _, flags = flags_of("finetune.sh", "--learning_rate", "3e-5", "--max_steps", "7", LR="2e-5")
+    training = parse(on_cpu(flags))[2]
+    assert (training.learning_rate, training.max_steps) == (3e-5, 7)
+
+
+def test_launchers():
+    assert flags_of("finetune.sh", HOSTFILE="hosts")[0][-2:] == ["--hostfile", "hosts"]
+    launcher, _ = flags_of("finetune.sh", USE_CPU="1", NPROC="2", DEEPSPEED="")
+    assert launcher[1:5] == ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launcher, _ = flags_of("finetune.sh", PRESET="tiny")
+    assert len(launcher) == 1
+    assert run("finetune.sh", NNODES="2", DRY_RUN="1").returncode == 2
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_missing_defaults_are_said_all_at_once(script):
+    done = run(script, USE_CPU="1")
+    assert done.returncode == 2
+    assert "nothing was started" in done.stderr
+    for what in ("language model (LLM", "vision tower (VISION_TOWER", "training data (DATA"):
+        assert what in done.stderr
+    if script != "pretrain.sh":
+        assert "pretrained projector (ADAPTER" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_unknown_preset():
+    done = run("finetune.sh", PRESET="huge")
+    assert (done.returncode, done.stderr.strip()) == (2, "error: PRESET=huge: unknown preset; known: tiny")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_the_page_and_the_environment(script):
+    done = run(script, "--help")
+    assert done.returncode == 0
+    assert f"PRESET=tiny bash scripts/v1_5/{script}" in done.stdout
+    assert "PER_DEVICE_BATCH" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["zero2.json", "zero3.json", "zero3_offload.json"])
+def test_deepspeed_configurations(name):
+    config = json.loads((ROOT / "scripts" / name).read_text())
+    assert config["train_micro_batch_size_per_gpu"] == "auto"
+    assert config["zero_optimization"]["stage"] == (2 if name == "zero2.json" else 3)
+    assert "optimizer" not in config, "one there would take --mm_projector_lr away"
+    if name != "zero2.json":
+        assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
