@@ -69,6 +69,8 @@ def load_for_inference(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: no CUDA GPU is usable here; see llava-sv doctor, or use --device cpu")
+    if conv_template is not None:
+        get_template(conv_template)
     tokenizer, model, image_processor, _ = load_pretrained_model(
         model_path,
         model_base,
@@ -88,8 +90,9 @@ def load_for_inference(
 
 
 def user_turn(text: str, num_images: int) -> dict[str, str]:
-    """What a user says, with the images before it, as in LLaVA's data."""
-    return {"from": "human", "value": "\n".join([DEFAULT_IMAGE_TOKEN] * num_images + [text])}
+    """What a user says, with the images before it, as in LLaVA's data. An `<image>` in the words marks no image."""
+    words = text.replace(DEFAULT_IMAGE_TOKEN, "< image>")
+    return {"from": "human", "value": "\n".join([DEFAULT_IMAGE_TOKEN] * num_images + [words])}
 
 
 def make_batch(
@@ -143,6 +146,8 @@ def generate(assistant: Assistant, batch: PromptBatch, skip_kv: str | None = Non
     stops = stop_token_ids(assistant)
     kwargs.setdefault("pad_token_id", stops[0] if pad is None else pad)
     kwargs.setdefault("eos_token_id", stops)
+    if assistant.template.stop_token is None and assistant.template.stop_strings:
+        kwargs |= {"stop_strings": list(assistant.template.stop_strings), "tokenizer": assistant.tokenizer}
     return assistant.model.generate(
         batch.input_ids,
         attention_mask=batch.attention_mask,
