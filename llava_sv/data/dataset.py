@@ -1,0 +1,173 @@
+"""Records -> training samples, prepared as they are read. `train.build` makes it, the DataLoader reads it.
+
+T tokens, an image being one mark; V pictures of the sample; H, W pixels of the encoder's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from llava_sv.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava_sv.conversation import Template
+from llava_sv.data.image_policy import ImageReader
+from llava_sv.data.index import Records
+from llava_sv.data.preprocess import check_tokenizer, preprocess
+from llava_sv.errors import UserError
+from llava_sv.mm_utils import ImageError, mean_color, process_images
+
+MAX_SKIPS = 100
+"""Records in a row whose pictures cannot be read before `skip` gives up."""
+
+EXACT_LENGTHS = 2048
+"""Up to so many records are tokenised for their lengths; of more, `SAMPLED_LENGTHS` are, and the rest estimated."""
+SAMPLED_LENGTHS = 512
+
+CHECKED_AT_START = 64
+"""Records looked at before training, spread over the data."""
+
+
+class SampleError(UserError):
+    """A sample that cannot be made. A DataLoader worker hands an error on with its traceback as text; only its last
+    line, the message, is kept."""
+
+    def __init__(self, message: str) -> None:
+        last = message.strip().splitlines()[-1] if message.strip() else message
+        super().__init__(last.removeprefix(f"{type(self).__module__}.{type(self).__name__}: "))
+
+
+class LazySupervisedDataset(Dataset):
+    """Item i: `id`, `input_ids` [T], `labels` [T], `images` list of V tensors [3, H, W], `image_sizes` list of V
+    (width, height) as in the files.
+
+    data_args: has `image_folder`, `image_aspect_ratio`, `missing_images`, `is_multimodal`.
+    Raises `UserError` at once for a tokenizer that does not suit the template, or images without a folder.
+    """
+
+    def __init__(
+        self, records: Records, tokenizer: Any, image_processor: Any, data_args: Any, template: Template
+    ) -> None:
+        check_tokenizer(tokenizer, template)
+        with_images = int((records.num_images > 0).sum())
+        if with_images and not data_args.is_multimodal:
+            raise UserError(f"{records.path}: {with_images} records hold images, but --is_multimodal is False")
+        if with_images and not data_args.image_folder:
+            raise UserError(f"{records.path}: {with_images} records hold images; say where with --image_folder")
+        if with_images and image_processor is None:
+            raise UserError(f"{records.path}: {with_images} records hold images; give the model a --vision_tower")
+        self.records, self.tokenizer, self.template = records, tokenizer, template
+        self.image_processor, self.data_args = image_processor, data_args
+        size, color = _blank_of(image_processor)
+        self.reader = ImageReader(data_args.image_folder, data_args.missing_images, size, color)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Sample `index`; under `missing_images="skip"`, the first readable one from there on (deterministically)."""
+        tries = min(len(self), MAX_SKIPS) if self.reader.policy == "skip" else 1
+        for step in range(tries):
+            try:
+                return self._sample((index + step) % len(self))
+            except ImageError as error:
+                last = error
+            except UserError as error:
+                raise SampleError(str(error)) from error
+        if self.reader.policy == "error":
+            raise SampleError(str(last)) from last
+        raise SampleError(
+            f"{self.records.path}: {tries} records in a row from record number {index} have images that cannot be "
+            f"read, the last: {last}; check --image_folder {self.data_args.image_folder}"
+        )
+
+    def _sample(self, index: int) -> dict[str, Any]:
+        record = self.records[index]
+        images = self.reader.read(record)
+        pixels = list(process_images(images, self.image_processor, self.data_args)) if images else []
+        return {
+            "id": record.id,
+            **preprocess(record, self.tokenizer, self.template),
+            "images": pixels,
+            "image_sizes": [image.size for image in images],
+        }
+
+    def image_problems(self) -> dict[str, int]:
+        """How many pictures were missing or corrupt so far, over all workers: `{"missing": n, "corrupt": n}`."""
+        return self.reader.counts.total()
+
+    def modalities(self) -> list[bool]:
+        """Whether each record has an image."""
+        return (self.records.num_images > 0).tolist()
+
+    def lengths(self, visual_tokens: Callable[[tuple[int, int] | None], int]) -> list[int]:
+        """Tokens of each record in the spliced sequence: its text's, and `visual_tokens(None)` for each image.
+
+        Text is counted exactly for up to `EXACT_LENGTHS` records. In larger data it is estimated from characters and
+        turns by a least-squares fit on a sample: grouping needs no more.
+        """
+        images = self.records.num_images
+        each = visual_tokens(None) if images.any() else 0
+        return (self._text_lengths() + images * each).tolist()
+
+    def _text_lengths(self) -> np.ndarray:
+        total = len(self)
+        sampled = range(total) if total <= EXACT_LENGTHS else np.linspace(0, total - 1, SAMPLED_LENGTHS, dtype=int)
+        counts = np.array([self._count_text(int(index)) for index in sampled])
+        if total <= EXACT_LENGTHS:
+            return counts
+        known = np.stack([np.ones(total), self.records.num_chars, self.records.num_turns], axis=1)
+        weights = np.linalg.lstsq(known[sampled], counts, rcond=None)[0]
+        return np.maximum(1, np.rint(known @ weights)).astype(int)
+
+    def _count_text(self, index: int) -> int:
+        ids = preprocess(self.records[index], self.tokenizer, self.template)["input_ids"]
+        return int((ids != IMAGE_TOKEN_INDEX).sum())
+
+
+def describe_first_supervised(dataset: LazySupervisedDataset, tokenizer: Any) -> str:
+    """The first sample that teaches something, decoded, what is supervised marked `[[...]]`.
+
+    Raises `UserError` where none of the records looked at has an answer with a supervised token.
+    """
+    indices = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), CHECKED_AT_START), dtype=int))
+    for index in indices.tolist():
+        record = dataset.records[index]
+        sample = preprocess(record, tokenizer, dataset.template)
+        supervised = sample["labels"] != IGNORE_INDEX
+        if supervised.any() and any(turn["from"] == "gpt" and turn["value"].strip() for turn in record.turns):
+            head = f"record {record.id!r}, images: {', '.join(record.images) or 'none'}"
+            counts = f"{len(supervised)} tokens, {int(supervised.sum())} supervised, marked [[...]]"
+            return f"{head}; {counts}:\n{mark_supervised(sample['input_ids'].tolist(), supervised.tolist(), tokenizer)}"
+    raise UserError(
+        f"{dataset.records.path}: nothing would be supervised in the {len(indices)} records looked at with template "
+        f"{dataset.template.name!r}; see that their gpt turns hold text and that --version suits the tokenizer"
+    )
+
+
+def mark_supervised(input_ids: list[int], supervised: list[bool], tokenizer: Any) -> str:
+    """Decoded ids, `<image>` at images and each supervised run as `[[...]]`."""
+    text, start = "", 0
+    for end in range(1, len(input_ids) + 1):
+        if end < len(input_ids) and _kind(input_ids, supervised, end) == _kind(input_ids, supervised, start):
+            continue
+        if input_ids[start] == IMAGE_TOKEN_INDEX:
+            text += DEFAULT_IMAGE_TOKEN * (end - start)
+        else:
+            run = tokenizer.decode(input_ids[start:end], skip_special_tokens=False)
+            text += f"[[{run}]]" if supervised[start] else run
+        start = end
+    return text
+
+
+def _kind(input_ids: list[int], supervised: list[bool], index: int) -> tuple[bool, bool]:
+    return input_ids[index] == IMAGE_TOKEN_INDEX, supervised[index]
+
+
+def _blank_of(image_processor: Any) -> tuple[tuple[int, int], tuple[int, int, int]]:
+    """(width, height) and colour of the picture that stands in for one that cannot be read."""
+    if image_processor is None:
+        return (1, 1), (0, 0, 0)
+    return (image_processor.crop_size["width"], image_processor.crop_size["height"]), mean_color(image_processor)

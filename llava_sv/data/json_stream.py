@@ -1,0 +1,151 @@
+"""A JSON array or JSONL file arrives; its values leave one by one, each with its line, without the file in memory.
+
+Called by `data.index` and `data.commands`. Damage is told by file, line and column.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llava_sv.errors import UserError
+
+CHUNK_BYTES = 1 << 23
+_DECODER = json.JSONDecoder()
+_BLANKS = " \t\r\n"
+
+
+def read_values(
+    path: str | Path,
+    progress: Callable[[int], Any] | None = None,
+    on_error: Callable[[UserError], Any] | None = None,
+) -> Iterator[tuple[int, Any]]:
+    """(line, value) of each element of a JSON array, or of each line of a JSONL file; the first character tells which.
+
+    progress: called with the number of bytes, each time some are read.
+    on_error: is given what is malformed instead of it being raised; a JSONL file is then read on, an array is not.
+
+    Raises `UserError` for a file that is absent, empty, not UTF-8 or malformed (file, line, column).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no such data file: {path}")
+    with path.open("rb") as file:
+        window = _Window(path, file, progress)
+        first = window.peek()
+        if not first:
+            raise UserError(f"{path}: is empty; expected LLaVA records, as a JSON array or JSONL")
+        yield from (_array if first == "[" else _lines)(window, on_error)
+
+
+class _Window:
+    """A stretch of a file's text, of which `text[at:]` is still to be read; knows lines and columns."""
+
+    def __init__(self, path: Path, file: BinaryIO, progress: Callable[[int], Any] | None) -> None:
+        self.path, self.text, self.at = path, "", 0
+        self._file, self._progress, self._ended, self._bytes = file, progress, False, 0
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._line, self._line_start, self._counted = 1, 0, 0  # the line of text[_counted], and where it begins
+
+    def fill(self) -> bool:
+        """Drop what was read and read on, at least doubling what is left; False where the file has ended."""
+        if self._ended:
+            return False
+        self.position(self.at)
+        self.text, self._line_start = self.text[self.at :], self._line_start - self.at
+        self.at = self._counted = 0
+        data = self._file.read(max(CHUNK_BYTES, len(self.text)))
+        try:
+            self.text += self._decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            near = self._bytes + error.start
+            raise UserError(f"{self.path}: is not UTF-8 text (near byte {near}); save it as UTF-8") from error
+        self._bytes += len(data)
+        self._ended = not data
+        if self._progress is not None:
+            self._progress(len(data))
+        return not self._ended
+
+    def peek(self) -> str:
+        """The next character that is not blank, or "" at the end; `at` moves to it."""
+        while True:
+            while self.at < len(self.text) and self.text[self.at] in _BLANKS:
+                self.at += 1
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self.fill():
+                return ""
+
+    def position(self, at: int) -> tuple[int, int]:
+        """(line, column), both from 1, of `text[at]`; `at` only ever grows, so that counting is done once."""
+        newlines = self.text.count("\n", self._counted, at)
+        if newlines:
+            self._line += newlines
+            self._line_start = self.text.rfind("\n", self._counted, at) + 1
+        self._counted = at
+        return self._line, at - self._line_start + 1
+
+    def malformed(self, message: str, at: int) -> UserError:
+        """The error for damage at `text[at]`."""
+        line, column = self.position(at)
+        return UserError(f"{self.path}: malformed JSON at line {line} column {column}: {message}")
+
+
+def _array(window: _Window, on_error: Callable[[UserError], Any] | None) -> Iterator[tuple[int, Any]]:
+    try:
+        window.at += 1
+        more = window.peek() != "]"
+        while more:
+            yield _element(window)
+            mark = window.peek()
+            if mark not in (",", "]"):
+                raise window.malformed("expected ',' or ']' after a record", window.at)
+            more = mark == ","
+            window.at += more
+        window.at += 1
+        if window.peek():
+            raise window.malformed("text after the array's end", window.at)
+    except UserError as error:
+        if on_error is None:
+            raise
+        on_error(error)
+
+
+def _element(window: _Window) -> tuple[int, Any]:
+    """(line, value) of the element that begins at the next character."""
+    window.peek()
+    line = window.position(window.at)[0]
+    while True:
+        try:
+            value, window.at = _DECODER.raw_decode(window.text, window.at)
+            return line, value
+        except json.JSONDecodeError as error:
+            if not (_may_be_cut(error, len(window.text)) and window.fill()):
+                raise window.malformed(error.msg, error.pos) from None
+
+
+def _may_be_cut(error: json.JSONDecodeError, size: int) -> bool:
+    """Whether the window's end, and not the file, may be what broke the value."""
+    return error.msg.startswith("Unterminated string") or error.pos >= size - 16
+
+
+def _lines(window: _Window, on_error: Callable[[UserError], Any] | None) -> Iterator[tuple[int, Any]]:
+    while window.peek():
+        end = window.text.find("\n", window.at)
+        while end < 0 and window.fill():
+            end = window.text.find("\n", window.at)
+        end = len(window.text) if end < 0 else end
+        line = window.position(window.at)[0]
+        try:
+            value = json.loads(window.text[window.at : end])
+        except json.JSONDecodeError as error:
+            malformed = window.malformed(error.msg, window.at + error.pos)
+            if on_error is None:
+                raise malformed from None
+            on_error(malformed)
+        else:
+            yield line, value
+        window.at = end

@@ -1,0 +1,113 @@
+"""LLaVA records: their schema and its checks. A decoded JSON value arrives, a `LlavaRecord` or a `UserError` leaves.
+
+Called by `data.index` for every record of a file, once; `load_records` is where training and commands come in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_sv.constants import DEFAULT_IMAGE_TOKEN
+from llava_sv.errors import UserError
+
+if TYPE_CHECKING:
+    from llava_sv.data.index import Records
+
+SPEAKERS = ("human", "gpt")
+
+
+@dataclass(frozen=True)
+class LlavaRecord:
+    """One conversation. `images`: paths relative to the image folder, one for each `<image>` in `turns`, in order.
+    `turns`: `{"from": "human" | "gpt", "value": text}`, alternating; a human begins and an answer ends."""
+
+    id: str
+    images: tuple[str, ...]
+    turns: tuple[dict[str, str], ...]
+
+
+def check_record(raw: Any, where: str) -> LlavaRecord:
+    """The record that `raw` is, or `UserError` with `where` (file and line), the record's id and the field.
+
+    As LLaVA does: an answer before the first question is dropped, and so is a question after the last answer.
+    """
+    if not isinstance(raw, dict):
+        raise UserError(f"{where}: expected a record (a JSON object), found {_kind(raw)}")
+    identity = raw.get("id")
+    where = where if identity is None else f"{where}: record {identity!r}"
+    turns = _conversations(raw, where)
+    images = _images(raw, where)
+    marks = sum(turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in turns)
+    if marks != len(images):
+        raise UserError(
+            f"{where}: {_count(len(images), 'image')} in field 'image' but {marks} {DEFAULT_IMAGE_TOKEN} in the "
+            f"conversation; make the two counts equal"
+        )
+    return LlavaRecord("" if identity is None else str(identity), images, turns)
+
+
+def load_records(path: str | Path, cache_dir: str | Path | None = None) -> Records:
+    """The records of a LLaVA JSON or JSONL file, checked and memory-mapped. See `data.index.open_index`."""
+    from llava_sv.data.index import open_index
+
+    return open_index(path, cache_dir)
+
+
+def _conversations(raw: dict[str, Any], where: str) -> tuple[dict[str, str], ...]:
+    given = raw.get("conversations")
+    if given is None:
+        raise UserError(f"{where}: has no field 'conversations'; expected a list of {{'from', 'value'}} turns")
+    if not isinstance(given, list):
+        raise UserError(
+            f"{where}: field 'conversations' is {_kind(given)}; expected a list of {{'from', 'value'}} turns"
+        )
+    turns = [_turn(turn, f"{where}: conversations[{index}]") for index, turn in enumerate(given)]
+    first = 1 if turns and turns[0]["from"] == "gpt" else 0
+    last = len(turns) - 1 if turns and turns[-1]["from"] == "human" else len(turns)
+    kept = turns[first:last]
+    if not kept:
+        raise UserError(f"{where}: field 'conversations' holds no question with an answer")
+    for index, turn in enumerate(kept):
+        if turn["from"] != SPEAKERS[index % 2]:
+            raise UserError(f"{where}: conversations[{first + index}] is the second {turn['from']!r} turn in a row")
+        if turn["from"] == "gpt" and DEFAULT_IMAGE_TOKEN in turn["value"]:
+            raise UserError(
+                f"{where}: conversations[{first + index}] is an answer with {DEFAULT_IMAGE_TOKEN} in it; "
+                f"images belong to human turns: reword it"
+            )
+    return tuple(kept)
+
+
+def _turn(turn: Any, where: str) -> dict[str, str]:
+    if not isinstance(turn, dict):
+        raise UserError(f"{where} is {_kind(turn)}; expected an object with 'from' and 'value'")
+    for field in ("from", "value"):
+        if not isinstance(turn.get(field), str):
+            raise UserError(f"{where}: field {field!r} is {_kind(turn.get(field))}; expected text")
+    if turn["from"] not in SPEAKERS:
+        raise UserError(f"{where}: unknown speaker {turn['from']!r}; known: {', '.join(SPEAKERS)}")
+    return {"from": turn["from"], "value": turn["value"]}
+
+
+def _images(raw: dict[str, Any], where: str) -> tuple[str, ...]:
+    given = raw.get("image")
+    if given is None or given == "":
+        return ()
+    images = [given] if isinstance(given, str) else given
+    if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
+        raise UserError(f"{where}: field 'image' is {_kind(given)}; expected a path or a list of paths")
+    return tuple(images)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, in words."""
+    if isinstance(value, list) and not all(isinstance(item, str) and item for item in value):
+        return "a list with something else than text in it"
+    names = {type(None): "missing", bool: "a truth value", int: "a number", float: "a number", str: "text"}
+    return names.get(type(value), "a list" if isinstance(value, list) else "an object")
