@@ -5,6 +5,7 @@ Called by the builders and by training.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,10 +41,17 @@ def load_strictly(
 
     new_weights: key prefixes that may be missing, because they start fresh; unused_weights: prefixes that may be extra.
     """
+    report = logging.getLogger("transformers.modeling_utils")
+    level = report.level
+    report.setLevel(logging.ERROR)  # its table of keys says less than the line below, and alarms over expected ones
     try:
-        model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
+        model, info = model_class.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     except (OSError, SafetensorError) as error:
         raise UserError(f"checkpoint {path}: weights cannot be read ({str(error).splitlines()[0]})") from error
+    finally:
+        report.setLevel(level)
     refuse_key_mismatch(path, info, new_weights, unused_weights)
     return model
 
@@ -59,7 +67,7 @@ def refuse_key_mismatch(
         (
             missing,
             "lacks",
-            "weights that nothing trained would be made up; is this the right checkpoint and config.json?",
+            "they would start untrained; is this the right checkpoint for its config.json?",
         ),
         (unexpected, "has, unlike its config,", "does config.json belong to these weights?"),
         (misshapen, "has in another shape than its config says", "does config.json belong to these weights?"),

@@ -41,6 +41,15 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
         self.init_multimodal(config)
         self.post_init()
 
+    @torch.no_grad()
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SummaryToken):
+            init.zeros_(module.weight)
+        elif isinstance(module, LinearProjector):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            init.zeros_(module.bias)
+
 
 class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
     """transformers' LlamaForCausalLM that takes images, skips, and forgets what it skipped."""
@@ -55,15 +64,6 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
         self._last_roles: Tensor | None = None
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: torch.nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, SummaryToken):
-            init.zeros_(module.weight)
-        elif isinstance(module, LinearProjector):
-            init.normal_(module.weight, std=self.config.initializer_range)
-            init.zeros_(module.bias)
 
     @property
     def last_splice_stats(self) -> dict[str, int] | None:
