@@ -133,7 +133,7 @@ def collect() -> dict[str, Any]:
     optional = {name: _installed(name) for name in OPTIONAL}
     have_torch = any(row["name"] == "torch" and row["version"] for row in required)
     have_transformers = any(row["name"] == "transformers" and row["version"] for row in required)
-    no_gpu = {"cuda_build": None, "driver_present": False, "devices": []}
+    no_gpu: dict[str, Any] = {"cuda_build": None, "driver_present": False, "devices": []}
     gpu = gpu_facts() if have_torch else no_gpu
     missing = find_missing(required, optional, gpu)
     return {

@@ -109,7 +109,7 @@ def make_batch(
     rows = []
     for turns in conversations:
         text = render(assistant.template, turns, add_generation_prompt=True, system=system).text
-        rows.append(tokenizer_image_token(text, assistant.tokenizer, return_tensors="pt"))
+        rows.append(torch.tensor(tokenizer_image_token(text, assistant.tokenizer)))
     width = max(len(row) for row in rows)
     pad = assistant.tokenizer.pad_token_id
     input_ids = torch.full((len(rows), width), 0 if pad is None else pad, dtype=torch.long)
