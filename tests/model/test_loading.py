@@ -164,7 +164,7 @@ def test_unexpected_keys_are_named(saved):
 
 def test_misshapen_keys_are_named(saved):
     edit_weights(saved[0], reshape="model.layers.1.mlp.up_proj.weight")
-    with pytest.raises(UserError, match=r"another shape than its config says 1 key\(s\): model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(UserError, match=r"another shape than its config says.* model\.layers\.1\.mlp\.up_proj\.weight"):
         load_pretrained_model(saved[0])
 
 
