@@ -4,7 +4,8 @@
 #   bash scripts/quickstart.sh               everything, into playground/quickstart/report.{md,json,png}
 #   SEED=2 bash scripts/quickstart.sh        the same with another seed
 #   bash scripts/quickstart.sh --fresh       forget what this seed has made, and start over
-# Environment: SEED (1), LLAVA_SV_NO_VENV=1 (use the active environment), TOY_TRAIN and TOY_BENCH (images, questions).
+# Environment: SEED (1), REPORT (folder of the report), LLAVA_SV_NO_VENV=1 (use the active environment), TOY_TRAIN and
+# TOY_BENCH (images, questions), and whatever scripts/v1_5/*.sh read.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec </dev/null
@@ -15,7 +16,7 @@ fresh=0
 case "${1:-}" in
     "") ;;
     --fresh) fresh=1 ;;
-    -h|--help) sed -n '2,7s/^# \{0,1\}//p' scripts/quickstart.sh; exit 0 ;;
+    -h|--help) sed -n '2,8s/^# \{0,1\}//p' scripts/quickstart.sh; exit 0 ;;
     *) echo "quickstart: unknown option '$1'; known: --fresh, --help" >&2; exit 2 ;;
 esac
 
@@ -25,7 +26,7 @@ data="playground/data/toy$suffix"
 pretrained="checkpoints/tiny$suffix-pretrain"
 dense="checkpoints/tiny$suffix-dense"
 skip="checkpoints/tiny$suffix-skip"
-report="playground/quickstart"
+report=${REPORT:-playground/quickstart}
 work="$report/seed$SEED"
 [ "$fresh" = 0 ] || rm -rf "$data" "$pretrained" "$dense" "$skip" "$work"
 mkdir -p "$work"
