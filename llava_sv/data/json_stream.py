@@ -123,8 +123,9 @@ def _element(window: _Window) -> tuple[int, Any]:
             value, window.at = _DECODER.raw_decode(window.text, window.at)
             return line, value
         except json.JSONDecodeError as error:
+            inside = error.pos - window.at
             if not (_may_be_cut(error, len(window.text)) and window.fill()):
-                raise window.malformed(error.msg, error.pos) from None
+                raise window.malformed(error.msg, window.at + inside) from None
 
 
 def _may_be_cut(error: json.JSONDecodeError, size: int) -> bool:
