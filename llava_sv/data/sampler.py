@@ -69,6 +69,6 @@ class LengthGroupedSampler(Sampler[int]):
         """Global batches, each sorted from long to short, out of stretches of `MEGABATCHES` sorted together."""
         stretch = self.global_batch * min(MEGABATCHES, max(1, len(indices) // (4 * self.global_batch)))
         batches: list[torch.Tensor] = []
-        for piece in indices.split(stretch):
+        for piece in indices.split(stretch) if len(indices) else ():  # splitting nothing gives one empty piece
             batches += piece[self.lengths[piece].argsort(descending=True, stable=True)].split(self.global_batch)
         return batches
