@@ -125,6 +125,9 @@ class TrainingArguments(transformers.TrainingArguments):
         default="tensorboard",
         metadata={"help": "Where metrics go besides OUTPUT/metrics.jsonl: tensorboard, wandb, none, ..."},
     )
+    ddp_find_unused_parameters: bool | None = _flag(
+        False, "Search for unused parameters under DDP: needless, since every parameter is used in every step."
+    )
     logging_steps: float = _flag(1, "Log every so many steps (below 1: a share of all steps).")
 
     def __post_init__(self) -> None:

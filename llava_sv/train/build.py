@@ -56,8 +56,8 @@ def build(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     else:
         tokenizer, model, image_processor = build_model(
             model_args.mm_family,
-            llm=model_args.model_name_or_path,
-            vision_tower=model_args.vision_tower,
+            llm=str(model_args.model_name_or_path),
+            vision_tower=str(model_args.vision_tower),
             skip_vision=model_args.skip_vision(),
             pretrain_mm_mlp_adapter=model_args.pretrain_mm_mlp_adapter,
             torch_dtype=compute_dtype(args),

@@ -42,7 +42,6 @@ DROPPED = {
     "jit_mode_eval": "nothing is evaluated while training",
     "prediction_loss_only": "nothing is evaluated while training",
     "dispatch_batches": "each process reads its own batches",
-    "ddp_find_unused_parameters": "every parameter is used in every step",
 }
 """Flags that older scripts pass and that change nothing here, and why."""
 
@@ -61,7 +60,7 @@ class Parser(HfArgumentParser):
 
     def __init__(self) -> None:
         super().__init__(
-            (ModelArguments, DataArguments, TrainingArguments),
+            (ModelArguments, DataArguments, TrainingArguments),  # type: ignore[arg-type]
             prog="llava-sv train",
             description="Train: projector pretraining or supervised fine-tuning, dense or skipping.",
             epilog=EXAMPLE,

@@ -84,6 +84,10 @@ def split_parameters(model: nn.Module, decay: set[str], args: Any) -> list[dict[
 class LLaVATrainer(Trainer):
     """See the module's head. `projector_only`: checkpoints hold the projector instead of the whole model."""
 
+    model: Any
+    args: Any
+    train_dataset: Any
+
     def __init__(self, *, image_processor: Any, samples: SampleLengths | None, projector_only: bool, **kwargs: Any):
         self.image_processor = image_processor
         self.samples = samples
@@ -118,7 +122,7 @@ class LLaVATrainer(Trainer):
 
     # -- optimizer --------------------------------------------------------------------------------------------------
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The library's optimizer over LLaVA's groups: `--mm_projector_lr`; norms and biases without weight decay."""
         model = self.model if model is None else model
         if self.optimizer is None:

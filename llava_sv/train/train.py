@@ -83,7 +83,7 @@ def say(text: str) -> None:
 
 def _prepare_reporting(args: TrainingArguments) -> None:
     """Weights & Biases without a key writes to disk instead of asking."""
-    if "wandb" in args.report_to and not os.environ.get("WANDB_API_KEY") and "WANDB_MODE" not in os.environ:
+    if "wandb" in (args.report_to or ()) and not os.environ.get("WANDB_API_KEY") and "WANDB_MODE" not in os.environ:
         netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
         if not (netrc.is_file() and "wandb" in netrc.read_text(errors="ignore")):
             os.environ["WANDB_MODE"] = "offline"

@@ -30,7 +30,8 @@ class SkipFFNMixin:
     def _add_ffn(self, hidden_BTC: Tensor, ffn_rows: Tensor) -> Tensor:
         flat = hidden_BTC.flatten(0, 1)
         ffn = self.mlp(self.post_attention_layernorm(flat.index_select(0, ffn_rows)))  # type: ignore[attr-defined]
-        return flat.index_add(0, ffn_rows, ffn).view_as(hidden_BTC)
+        # under autocast the FFN's output is narrower than the residual stream, and `index_add` does not promote
+        return flat.index_add(0, ffn_rows, ffn.to(flat.dtype)).view_as(hidden_BTC)
 
 
 class SkipFFNDecoderLayer(SkipFFNMixin, LlamaDecoderLayer):
