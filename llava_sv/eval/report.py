@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from llava_sv.bench.flops import paper_flops
+from llava_sv.bench.flops import paper_ratio
 from llava_sv.errors import UserError, exit_on_user_error
 from llava_sv.files import replacing, write_json, write_text
 from llava_sv.model.config import LlavaConfig
@@ -48,10 +48,8 @@ def paper_flops_ratio(config: LlavaConfig) -> float:
     """FLOPs of visual tokens, skipping over dense, by the paper's formula (section 6.2): no text, no summaries."""
     if config.skip_vision is None:
         raise UserError("flops_ratio needs a skipping checkpoint: this one has no skip_vision block")
-    retained, dense = config.skip_vision.num_retained, config.num_patches
-    entering = retained + config.skip_vision.skipped_of(dense)
-    width, ffn = config.hidden_size, config.intermediate_size
-    return paper_flops(entering, retained, width, ffn) / paper_flops(dense, dense, width, ffn)
+    retained, skipped = config.skip_vision.num_retained, config.skip_vision.skipped_of(config.num_patches)
+    return paper_ratio(retained, skipped, config.num_patches, config.hidden_size, config.intermediate_size)
 
 
 def build(sources: Sources) -> dict[str, Any]:
