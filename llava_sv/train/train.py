@@ -5,6 +5,7 @@ The walk: preflight, flags, model and data, what is printed before the first ste
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -33,9 +34,7 @@ def train(attn_implementation: str | Callable[[], str] | None = None, argv: list
 
     argv = sys.argv[1:] if argv is None else argv
     if not {"-h", "--help"} & set(argv):
-        cache = preflight.read_flags(argv, ("cache_dir",)).get("cache_dir")
-        if cache:
-            os.environ["HF_HUB_CACHE"] = cache
+        _prepare_environment(preflight.read_flags(argv, ("cache_dir", "use_cpu", "no_cuda")))
         problems = preflight.missing_inputs(argv)
         if problems:
             raise UserError(preflight.message(problems))
@@ -46,6 +45,16 @@ def train(attn_implementation: str | Callable[[], str] | None = None, argv: list
     fallback = attn_implementation() if callable(attn_implementation) else attn_implementation
     args.attn_implementation = args.attn_implementation or fallback
     return run(model_args, data_args, args)
+
+
+def _prepare_environment(flags: dict[str, str]) -> None:
+    """What libraries read from the environment as they are imported."""
+    if flags.get("cache_dir"):
+        os.environ["HF_HUB_CACHE"] = flags["cache_dir"]
+    if "true" in (flags.get("use_cpu", "").lower(), flags.get("no_cuda", "").lower()):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # it lists the layers that are not split between devices, where nothing is
+    logging.getLogger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)
 
 
 def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> int:
@@ -165,22 +174,40 @@ def finish(trainer: LLaVATrainer, loss: float, asked: dict[str, Any]) -> None:
     args = trainer.args
     trainer.save_model(args.output_dir)
     trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        steps = trainer.state.global_step
-        batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-        samples = min(steps * batch, int(args.num_train_epochs * len(trainer.train_dataset)) or steps * batch)
-        summary = {
-            "steps": steps,
-            "samples": samples if args.max_steps <= 0 else steps * batch,
-            "train_seconds": round(trainer.metrics_callback.seconds(), 3),
-            "train_loss": loss,
-            "world_size": args.world_size,
-            "settings": asked,
-        }
-        write_json(Path(args.output_dir) / SUMMARY, summary)
+    problems = image_problems(trainer)
+    if not trainer.is_world_process_zero():
+        return
+    steps = trainer.state.global_step
+    batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    whole = int(args.num_train_epochs * len(trainer.train_dataset))
+    summary = {
+        "steps": steps,
+        "samples": steps * batch if args.max_steps > 0 else min(steps * batch, whole),
+        "train_seconds": round(trainer.metrics_callback.seconds(), 3),
+        "train_loss": loss,
+        "world_size": args.world_size,
+        "image_problems": problems,
+        "settings": asked,
+    }
+    write_json(Path(args.output_dir) / SUMMARY, summary)
+    if any(problems.values()):
+        said = ", ".join(f"{count:,} {kind}" for kind, count in problems.items())
         print(
-            f"done: {steps:,} steps; the {'projector' if trainer.projector_only else 'model'} is in {args.output_dir}"
+            f"images that could not be read: {said} (--missing_images {trainer.train_dataset.data_args.missing_images})"
         )
+    what = "projector" if trainer.projector_only else "model"
+    print(f"done: {steps:,} steps; the {what} is in {args.output_dir}", flush=True)
+
+
+def image_problems(trainer: LLaVATrainer) -> dict[str, int]:
+    """Images that were missing or corrupt, over all ranks."""
+    import torch
+
+    counts = trainer.train_dataset.image_problems()
+    if trainer.args.world_size > 1:
+        every = torch.tensor(list(counts.values()), device=trainer.args.device)
+        counts = dict(zip(counts, trainer.accelerator.reduce(every, reduction="sum").tolist()))
+    return counts
 
 
 if __name__ == "__main__":
