@@ -1,0 +1,1 @@
+"""Counting and timing: FLOPs on paper, training steps and answers on a clock."""

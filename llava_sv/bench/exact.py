@@ -1,0 +1,121 @@
+"""FLOPs of one sample, counted exactly: every matrix product from pixels to logits, forward and in training.
+
+Called by `flops` and checked against torch's own counter. Two FLOPs a multiply-add; norms, activations, softmax and
+rotary embedding are left out, as torch's counter leaves them out. Attention is counted over the whole T x T square.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llava_sv.bench.presets import EncoderSize, LlmSize
+
+RESAMPLER_WIDTH = 1024
+"""CoS: 16 heads of 64."""
+RESAMPLER_LEVELS = 2
+"""CoS: feature levels applied in sequence."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What one sample lays into its sequence."""
+
+    text: int
+    retained: int
+    """Visual tokens that pass the FFN; all of them in a dense model."""
+    skipped: int = 0
+    """Visual tokens that do not."""
+    summaries: int = 0
+    merged_from: int = 0
+    """Tokens that were merged down to `skipped`; 0 without merging."""
+
+    @property
+    def sequence(self) -> int:
+        """T."""
+        return self.text + self.retained + self.skipped + self.summaries
+
+    @property
+    def ffn_rows(self) -> int:
+        """Rows that pass the FFN of a layer that skips."""
+        return self.sequence - self.skipped
+
+
+def encoder_flops(encoder: EncoderSize, views: int = 1) -> dict[str, float]:
+    """Patch embedding, projections, attention and FFN of the blocks that run."""
+    rows, width = encoder.patches + 1, encoder.hidden_size
+    block = 8 * rows * width**2 + 4 * rows**2 * width + 4 * rows * width * encoder.intermediate_size
+    patches = 6 * encoder.patches * encoder.patch_size**2 * width
+    return {"encoder_patches": views * patches, "encoder_blocks": views * encoder.num_blocks * block}
+
+
+def mlp_projector_flops(tokens: int, width: int, llm_width: int, depth: int = 2) -> dict[str, float]:
+    """`depth` linear layers on each of `tokens` patches; none is the identity."""
+    first = 2 * tokens * width * llm_width if depth else 0
+    return {"projector_in": first, "projector_out": 2 * max(depth - 1, 0) * tokens * llm_width**2}
+
+
+def resampler_flops(encoder: EncoderSize, windows: tuple[tuple[int, int], ...], llm_width: int) -> dict[str, float]:
+    """CoS's resampler: per level and scale, windowed cross-attention and a 4x MLP; then one linear layer."""
+    width, inner = encoder.hidden_size, RESAMPLER_WIDTH
+    total = 0
+    for cells, queries in windows:
+        projections = 2 * queries * width * inner * 2 + 2 * encoder.patches * width * inner * 2
+        attention = 4 * queries * cells**2 * inner
+        total += RESAMPLER_LEVELS * (projections + attention + 16 * queries * width**2)
+    tokens = sum(queries for _, queries in windows)
+    return {"projector_in": total, "projector_out": 2 * tokens * width * llm_width}
+
+
+def compression_flops(tokens: Tokens, llm_width: int) -> dict[str, float]:
+    """Pairwise similarities of the merge, and scores and pooling of the summaries (both summaries, or none)."""
+    pooled = (tokens.retained + tokens.skipped) if tokens.summaries else 0
+    return {"merge": 2 * tokens.merged_from**2 * llm_width, "summaries": 4 * pooled * llm_width}
+
+
+def llm_flops(llm: LlmSize, tokens: Tokens, head_tokens: int, skipping_layers: int | None = None) -> dict[str, float]:
+    """The decoder on one sample. `skipping_layers` of its layers run the FFN on `tokens.ffn_rows` only (default: all).
+
+    Projections count grouped-query attention: keys and values are `num_key_value_heads` wide. `head_tokens` positions
+    reach lm_head.
+    """
+    skipping = llm.num_hidden_layers if skipping_layers is None else skipping_layers
+    query_width = llm.num_attention_heads * llm.head_dim
+    kv_width = llm.num_key_value_heads * llm.head_dim
+    projections = 2 * tokens.sequence * llm.hidden_size * (2 * query_width + 2 * kv_width)
+    attention = 4 * tokens.sequence**2 * query_width
+    rows = skipping * tokens.ffn_rows + (llm.num_hidden_layers - skipping) * tokens.sequence
+    return {
+        "llm_projections": llm.num_hidden_layers * projections,
+        "llm_attention": llm.num_hidden_layers * attention,
+        "llm_ffn": 6 * rows * llm.hidden_size * llm.intermediate_size,
+        "lm_head": 2 * head_tokens * llm.hidden_size * llm.vocab_size,
+    }
+
+
+def train_factors(train_llm: bool = True, train_encoder: bool = False, recompute: bool = False) -> dict[str, float]:
+    """What a training step costs of each part's forward: 1 forward, 1 for input gradients, 1 for weight gradients.
+
+    Attention's backward is five products where its forward is two (flash kernels recompute the scores). A frozen
+    encoder runs forward only, and nothing before the projector needs an input gradient. The projector always trains.
+    `recompute`: activation checkpointing runs the decoder's layers forward once more.
+    """
+    again = 1.0 if recompute else 0.0
+    linear = (3.0 if train_llm else 2.0) + again
+    return {
+        "encoder_patches": 2.0 if train_encoder else 1.0,
+        "encoder_blocks": 3.0 if train_encoder else 1.0,
+        "projector_in": 3.0 if train_encoder else 2.0,
+        "projector_out": 3.0,
+        "merge": 1.0,
+        "summaries": 3.0,
+        "llm_projections": linear,
+        "llm_attention": 3.5 + again,
+        "llm_ffn": linear,
+        "lm_head": 3.0 if train_llm else 2.0,
+    }
+
+
+def with_total(parts: dict[str, float]) -> dict[str, float]:
+    """The parts, then their sums: `llm` (the decoder and its head) and `total`."""
+    llm = sum(value for name, value in parts.items() if name.startswith(("llm_", "lm_head")))
+    return {**parts, "llm": llm, "total": sum(parts.values())}
