@@ -72,13 +72,15 @@ step sft-dense "$ADAPTER" "$dense" env DATA="$data/sft.json" OUTPUT="$dense" bas
 step sft-skip "$ADAPTER" "$skip" env DATA="$data/sft.json" OUTPUT="$skip" bash scripts/v1_5/finetune_skip.sh
 
 evaluate() { llava_sv eval --task toy --data-path "$data" --model-path "$1" --json "$work/$2.json" "${@:3}"; }
-step eval-dense "$dense/config.json" "$work/dense.json" evaluate "$dense" dense --timing 6
-step eval-skip "$skip/config.json" "$work/skip.json" evaluate "$skip" skip --timing 6
+step eval-dense "$dense/config.json" "$work/dense.json" evaluate "$dense" dense
+step eval-skip "$skip/config.json" "$work/skip.json" evaluate "$skip" skip
 step eval-blind "$skip/config.json" "$work/blind.json" evaluate "$skip" blind --blind
+step timing "$skip/config.json" "$work/timing.json" \
+    "$PYTHON" -m llava_sv.eval.timing --dense "$dense" --skip "$skip" --task toy --data-path "$data" --json "$work/timing.json"
 
 image="$data/images/bench-000000.jpg"
 "$PYTHON" -m llava_sv.eval.report --dense "$work/dense.json" --skip "$work/skip.json" --blind "$work/blind.json" \
-    --image "$image" --seed "$SEED" --output "$report"
+    --timing "$work/timing.json" --image "$image" --seed "$SEED" --output "$report"
 
 echo "[$((SECONDS - started)) s] report: $report/report.md, $report/report.png, $report/patches.png, $report/report.json"
 echo

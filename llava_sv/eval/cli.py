@@ -14,9 +14,9 @@ from llava_sv.errors import UserError
 from llava_sv.eval.answer_loop import AnswerSettings, answer_questions, fingerprint
 from llava_sv.eval.tasks import TASKS, get_task
 from llava_sv.eval.tasks.base import Question, Task, accuracy, chance
+from llava_sv.eval.timing import make_prompts, measure, peak_memory_bytes
 from llava_sv.files import write_json
-from llava_sv.generation import Assistant, check_image_paths, load_for_inference, make_batch, user_turn
-from llava_sv.mm_utils import load_image
+from llava_sv.generation import Assistant, check_image_paths, load_for_inference
 from llava_sv.model.token_groups import KV_LEVELS
 
 
@@ -93,16 +93,13 @@ def evaluate(assistant: Assistant, request: EvalRequest, questions: list[Questio
         **accuracy(task, questions, answers),
         "chance": chance(questions),
         "seconds": round(seconds, 3),
+        "peak_memory_bytes": peak_memory_bytes(assistant.device),
         "answers_file": str(path),
     }
     if request.timing_samples:
-        from llava_sv.eval.timing import measure
-
-        prompts = []
-        for question in questions[:: max(len(questions) // request.timing_samples, 1)][: request.timing_samples]:
-            images = [] if settings.blind else [load_image(p) for p in question.images]
-            prompts.append(make_batch(assistant, [[user_turn(task.prompt(question), len(images))]], [images]))
-        result["timing"] = measure(assistant, prompts, settings.skip_kv, request.timing_repeats).to_dict()
+        prompts = make_prompts(assistant, task, questions, request.timing_samples, settings.blind)
+        measured = measure({"it": (assistant, prompts)}, settings.skip_kv, request.timing_repeats)
+        result["timing"] = measured["it"].to_dict()
     return result
 
 

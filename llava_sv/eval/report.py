@@ -27,10 +27,12 @@ class Sources:
     """Where the figures come from."""
 
     dense: Path
-    """`llava-sv eval --timing` JSON of the dense checkpoint."""
+    """`llava-sv eval` JSON of the dense checkpoint."""
     skip: Path
     blind: Path
     """The skipping checkpoint asked without images."""
+    timing: Path
+    """`llava_sv.eval.timing` JSON of both, side by side."""
     seed: int
 
 
@@ -55,9 +57,7 @@ def paper_flops_ratio(config: LlavaConfig) -> float:
 def build(sources: Sources) -> dict[str, Any]:
     """report.json as a dict."""
     results = {name: read_json(getattr(sources, name)) for name in ("dense", "skip", "blind")}
-    for name in ("dense", "skip"):
-        if "timing" not in results[name]:
-            raise UserError(f"{getattr(sources, name)}: no timing in it; make it with llava-sv eval --timing")
+    timing = read_json(sources.timing)
     models = {}
     for name in ("dense", "skip"):
         checkpoint = results[name]["model_path"]
@@ -66,7 +66,8 @@ def build(sources: Sources) -> dict[str, Any]:
             "per_category": results[name]["per_category"],
             "train_seconds": read_json(Path(checkpoint) / "train_summary.json")["train_seconds"],
             "checkpoint": checkpoint,
-            "timing": results[name]["timing"],
+            "timing": timing[name],
+            "peak_memory_bytes": results[name]["peak_memory_bytes"],
         }
     config = LlavaConfig.from_pretrained(results["skip"]["model_path"])
     blind = {key: results["blind"][key] for key in ("accuracy", "per_category")}
@@ -102,7 +103,7 @@ def costs(report: dict[str, Any]) -> list[tuple[str, float, float, str]]:
         ("decode time per token", *(m["timing"]["decode_ms_per_token"] for m in (dense, skip)), "ms"),
         ("KV cache after prefill", *(m["timing"]["kv_bytes_prefill"] / 1024 for m in (dense, skip)), "KiB"),
         ("KV cache while decoding", *(m["timing"]["kv_bytes"] / 1024 for m in (dense, skip)), "KiB"),
-        ("peak memory", *(m["timing"]["peak_memory_bytes"] / 2**20 for m in (dense, skip)), "MiB"),
+        ("peak memory", *(m["peak_memory_bytes"] / 2**20 for m in (dense, skip)), "MiB"),
     ]
 
 
@@ -133,8 +134,8 @@ def render_markdown(report: dict[str, Any]) -> str:
     timing = report["skip"]["timing"]
     lines += [
         "",
-        f"Times are medians of {timing['repeats']} runs on each of {timing['samples']} questions, one at a time, on "
-        f"{environment['device']} ({environment['threads']} threads, torch {environment['torch']}). At this size fixed "
+        f"Answers are timed side by side: medians of {timing['repeats']} runs on each of {timing['samples']} questions, "
+        f"on {environment['device']} ({environment['threads']} threads, torch {environment['torch']}). At this size fixed "
         "costs weigh most: the savings in time and memory grow with the model.",
         "",
         "![accuracy and cost](report.png)",
@@ -201,15 +202,17 @@ def main(argv: list[str]) -> int:
         prog="python -m llava_sv.eval.report",
         description="Put a dense and a skipping checkpoint side by side.",
         epilog="example: python -m llava_sv.eval.report --dense dense.json --skip skip.json --blind blind.json "
-        "--image playground/data/toy/images/bench-000000.jpg --seed 1 --output playground/quickstart",
+        "--timing timing.json --image playground/data/toy/images/bench-000000.jpg --seed 1 "
+        "--output playground/quickstart",
     )
     for name in ("dense", "skip", "blind"):
         parser.add_argument(f"--{name}", type=Path, required=True, help="JSON that llava-sv eval wrote")
+    parser.add_argument("--timing", type=Path, required=True, help="JSON that llava_sv.eval.timing wrote")
     parser.add_argument("--image", type=Path, required=True, help="the image of patches.png")
     parser.add_argument("--seed", type=int, required=True, help="seed of data and training, for the record")
     parser.add_argument("--output", type=Path, required=True, help="folder for report.json, .md, .png and patches.png")
     args = parser.parse_args(argv)
-    report = build(Sources(args.dense, args.skip, args.blind, args.seed))
+    report = build(Sources(args.dense, args.skip, args.blind, args.timing, args.seed))
     draw_patches(report["skip"]["checkpoint"], args.image, args.output / "patches.png")
     draw_chart(report, args.output / "report.png")
     write_text(args.output / "report.md", render_markdown(report))

@@ -17,7 +17,6 @@ TIMING = {
     "kv_bytes_prefill": 4096,
     "kv_bytes": 4096,
     "prompt_tokens": 60,
-    "peak_memory_bytes": 2**30,
     "samples": 6,
     "repeats": 5,
     "new_tokens": 33,
@@ -25,14 +24,14 @@ TIMING = {
 CHANCE = {"accuracy": 0.3, "per_category": {"existence": 0.5, "count": 0.1}}
 
 
-def result(checkpoint, accuracy, **timing):
+def result(checkpoint, accuracy):
     return {
         "model_path": str(checkpoint),
         "accuracy": accuracy,
         "per_category": {"existence": accuracy, "count": accuracy},
         "questions": 12,
         "chance": CHANCE,
-        "timing": {**TIMING, **timing},
+        "peak_memory_bytes": 2**30,
     }
 
 
@@ -40,8 +39,9 @@ def result(checkpoint, accuracy, **timing):
 def sources(tmp_path, dense_checkpoint, skip_checkpoint):
     values = {
         "dense": result(dense_checkpoint, 0.95),
-        "skip": result(skip_checkpoint, 0.9375, kv_bytes=1024, kv_bytes_prefill=2048, time_to_first_token_ms=10.0),
+        "skip": result(skip_checkpoint, 0.9375),
         "blind": result(skip_checkpoint, 0.35),
+        "timing": {"dense": TIMING, "skip": {**TIMING, "kv_bytes": 1024, "kv_bytes_prefill": 2048}},
     }
     for name, value in values.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
@@ -50,7 +50,7 @@ def sources(tmp_path, dense_checkpoint, skip_checkpoint):
 
 def arguments(sources, bench, output):
     image = sorted((bench / "images").glob("bench-*"))[0]
-    files = [f"--{name}={sources / name}.json" for name in ("dense", "skip", "blind")]
+    files = [f"--{name}={sources / name}.json" for name in ("dense", "skip", "blind", "timing")]
     return [*files, "--image", str(image), "--seed", "7", "--output", str(output)]
 
 
@@ -111,8 +111,6 @@ def test_missing_and_broken_sources_are_named(sources, bench, tmp_path, capsys):
     (sources / "blind.json").write_text("{,")
     fails("blind.json, line 1, column 2: not JSON")
     (sources / "blind.json").write_text(blind)
-    dense = json.loads((sources / "dense.json").read_text())
-    del dense["timing"]
-    (sources / "dense.json").write_text(json.dumps(dense))
-    fails("dense.json: no timing in it")
+    (sources / "timing.json").unlink()
+    fails(f"no such file: {sources / 'timing.json'}")
     assert not (tmp_path / "out").exists()
