@@ -107,7 +107,7 @@ def bench_items(seed: int, count: int, seen: set[tuple]) -> Iterator[tuple[int, 
 
 
 def _asked(question: Question) -> int:
-    """How many of the choices are ever the answer: counting asks for 0 to 2 of one kind, though up to 4 may be named."""
+    """How many of the choices are ever the answer: counting one kind goes from 0 to 2, though 4 may be named."""
     return 3 if question.category == "count" and question.choices[0] == "0" else len(question.choices)
 
 
