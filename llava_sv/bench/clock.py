@@ -1,0 +1,168 @@
+"""Timing in interleaved rounds, counting FLOPs and bytes, and saying on what. Called by `bench train|infer`.
+
+Each round runs every contender once, so that a slow moment falls on all; ratios are taken within a round.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from llava_sv.errors import UserError
+
+Step = Callable[[], dict[str, float]]
+"""Runs once; returns what it measured of itself, in milliseconds."""
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device asked for, or CUDA where there is one; `UserError` where it is asked for and is not there."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: no CUDA GPU is usable here; see llava-sv doctor, or use --device cpu")
+    return device
+
+
+def now_ms(device: torch.device) -> float:
+    """Wall-clock milliseconds, all work on the device done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() * 1000
+
+
+def rounds(steps: dict[str, Step], repeats: int, warmup: int, what: str) -> dict[str, list[dict[str, float]]]:
+    """Run every step once a round, `warmup` unmeasured rounds first, in turning order; what each measured, by round."""
+    names = list(steps)
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    with tqdm(total=(warmup + repeats) * len(names), desc=what, unit="run", leave=False) as bar:
+        for index in range(warmup + repeats):
+            gc.collect()
+            shift = index % len(names)
+            for name in names[shift:] + names[:shift]:
+                result = steps[name]()
+                if index >= warmup:
+                    measured[name].append(result)
+                bar.update()
+    return measured
+
+
+def medians(results: list[dict[str, float]]) -> dict[str, float]:
+    """The median of each figure over the rounds."""
+    return {key: statistics.median(result[key] for result in results) for key in results[0]}
+
+
+def median_ratio(over: list[dict[str, float]], under: list[dict[str, float]], key: str) -> float:
+    """Median over rounds of one contender's figure divided by another's in the same round."""
+    return statistics.median(a[key] / b[key] for a, b in zip(over, under))
+
+
+def quartiles(over: list[dict[str, float]], under: list[dict[str, float]], key: str) -> list[float]:
+    """Lower and upper quartile of that ratio (both its median for a single round)."""
+    ratios = [a[key] / b[key] for a, b in zip(over, under)]
+    if len(ratios) < 2:
+        return ratios * 2
+    cuts = statistics.quantiles(ratios, n=4, method="inclusive")
+    return [cuts[0], cuts[2]]
+
+
+def _attention_flop(query_shape: Any, key_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    batch, heads, length, width = query_shape
+    return 4 * batch * heads * length * key_shape[-2] * width
+
+
+def _attention_backward_flop(grad_shape: Any, query_shape: Any, key_shape: Any, *args: Any, **kwargs: Any) -> int:
+    return _attention_flop(query_shape, key_shape) * 5 // 2
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, taught the CPU's attention kernel; attention is counted over the whole square everywhere."""
+    aten = torch.ops.aten
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={
+            aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
+            aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flop,
+        },
+    )
+
+
+def count_flops(run: Callable[[], Any]) -> int:
+    """FLOPs of one run, forward and backward, as executed."""
+    with flop_counter() as counter:
+        run()
+    return counter.get_total_flops()
+
+
+class SavedBytes:
+    """Bytes that a forward keeps for its backward, each storage once, parameters left out."""
+
+    def __init__(self, model: torch.nn.Module):
+        self._parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self._seen: dict[int, int] = {}
+        self._alive: list[Tensor] = []
+
+    @contextmanager
+    def watch(self) -> Iterator[SavedBytes]:
+        """Count what is saved inside the block."""
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept):
+            yield self
+        self._alive.clear()
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._parameters:
+            self._seen[storage.data_ptr()] = storage.nbytes()
+            # a freed storage's address may be given out again
+            self._alive.append(tensor.detach())
+        return tensor
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(self._seen.values())
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+    """CUDA: the most that tensors took during one run, weights included. None elsewhere: there is no such counter."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)
+
+
+def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """On what it ran."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "attention": "sdpa",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+
+
+def _processor() -> str:
+    """A line such as `x86_64 CPU, 2 cores, AMX`."""
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text(encoding="utf-8") if info.exists() else ""
+    units = [name for flag, name in (("amx_bf16", "AMX"), ("avx512f", "AVX-512")) if flag in flags]
+    name = platform.machine() or "unknown"
+    cores = len(flags.split("\nprocessor")) if flags else torch.get_num_threads()
+    return ", ".join([f"{name} CPU", f"{cores} cores", *units[:1]])
