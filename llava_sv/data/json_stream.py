@@ -116,7 +116,8 @@ def _array(window: _Window, on_error: Callable[[UserError], Any] | None) -> Iter
 
 def _element(window: _Window) -> tuple[int, Any]:
     """(line, value) of the element that begins at the next character."""
-    window.peek()
+    if window.peek() == "]":
+        raise window.malformed("expected a record after ','", window.at)
     line = window.position(window.at)[0]
     while True:
         try:
