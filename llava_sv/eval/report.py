@@ -134,9 +134,9 @@ def render_markdown(report: dict[str, Any]) -> str:
     timing = report["skip"]["timing"]
     lines += [
         "",
-        f"Answers are timed side by side: medians of {timing['repeats']} runs on each of {timing['samples']} questions, "
-        f"on {environment['device']} ({environment['threads']} threads, torch {environment['torch']}). At this size fixed "
-        "costs weigh most: the savings in time and memory grow with the model.",
+        f"Answers are timed side by side: medians of {timing['repeats']} runs on each of {timing['samples']} questions "
+        f"({environment['device']}, {environment['threads']} threads, torch {environment['torch']}). At this size "
+        "fixed costs weigh most: the savings in time and memory grow with the model.",
         "",
         "![accuracy and cost](report.png)",
         "",
