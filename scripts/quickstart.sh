@@ -43,7 +43,7 @@ step() {
     fi
     [ ! -e "$mark" ] || rm -rf "$mark" "$product"
     echo "[$((SECONDS - started)) s] $name ..."
-    "$@" || { local code=$?; echo "quickstart: $name failed (exit code $code); mend it and run this again: it goes on here" >&2; exit "$code"; }
+    "$@" || { local code=$?; echo "quickstart: $name failed (exit code $code); mend it and run this again: it goes on here (--fresh starts over)" >&2; exit "$code"; }
     echo "$((SECONDS - begun))" >"$mark"
     echo "[$((SECONDS - started)) s] $name took $((SECONDS - begun)) s"
 }
