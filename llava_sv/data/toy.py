@@ -7,12 +7,10 @@ What arrives is a command line; what leaves is a folder with images/, pretrain.j
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,6 +19,7 @@ from llava_sv.constants import DEFAULT_IMAGE_TOKEN
 from llava_sv.data.toy_questions import ANSWER_PROMPT, CATEGORIES, Question, ask_some
 from llava_sv.data.toy_scene import Scene, describe, random_scene, render
 from llava_sv.errors import UserError
+from llava_sv.files import replacing, write_text
 
 DEFAULT_OUTPUT = "playground/data/toy"
 QUESTIONS_PER_IMAGE = 8
@@ -123,28 +122,18 @@ def bench_record(name: str, image: str, question: Question) -> dict:
     }
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place in one step."""
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _write_image(path: Path, scene: Scene) -> None:
-    buffer = io.BytesIO()
-    if path.suffix == ".png":
-        render(scene).save(buffer, format="PNG", compress_level=1)
-    else:
-        render(scene).save(buffer, format="JPEG", quality=90)
-    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
+    picture = render(scene)
+    with replacing(path) as temporary:
+        if path.suffix == ".png":
+            picture.save(temporary, format="PNG", compress_level=1)
+        else:
+            picture.save(temporary, format="JPEG", quality=90)
 
 
-def _write_json(path: Path, records: list[dict]) -> None:
+def _write_records(path: Path, records: list[dict]) -> None:
     lines = ",\n".join(json.dumps(record) for record in records)
-    write_atomically(path, lambda temporary: temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8"))
+    write_text(path, f"[\n{lines}\n]\n")
 
 
 def _image_name(split: str, index: int) -> str:
@@ -171,11 +160,10 @@ def write_toy(output: Path, seed: int, train: int, bench: int, text_only: int, t
         sft.append(two_image_record(f"toy-two-{i}", [names[a], names[b]], [scenes[a], scenes[b]], rng))
     _rng(seed, "order").shuffle(sft)
 
-    _write_json(output / "pretrain.json", [pretrain_record(f"toy-{i}", names[i], scenes[i]) for i in range(train)])
-    _write_json(output / "sft.json", sft)
+    _write_records(output / "pretrain.json", [pretrain_record(f"toy-{i}", names[i], scenes[i]) for i in range(train)])
+    _write_records(output / "sft.json", sft)
     lines = [bench_record(f"bench-{n}", _image_name("bench", n), question) for n, _, question in items]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    write_atomically(output / "bench.jsonl", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(output / "bench.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _parser() -> argparse.ArgumentParser:
