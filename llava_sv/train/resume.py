@@ -66,6 +66,21 @@ def plan(args: Any, asked: dict[str, Any]) -> Plan:
     return _go_on(args, last) if last is not None else _torn_note(output)
 
 
+def check_agreement(found: Plan, args: Any) -> None:
+    """Every rank must have read the same OUTPUT; `UserError` where nodes do not share it."""
+    if args.world_size < 2:
+        return
+    import torch.distributed as dist
+
+    seen: list[Any] = [None] * args.world_size
+    dist.all_gather_object(seen, (str(found.checkpoint), found.finished))
+    if len(set(seen)) > 1:
+        raise UserError(
+            f"--output_dir {args.output_dir}: processes see different contents there ({sorted(map(str, set(seen)))}); "
+            "put it on storage that all nodes share"
+        )
+
+
 def _finished(output: Path, asked: dict[str, Any]) -> Plan:
     summary = json.loads((output / checkpoint.SUMMARY).read_text(encoding="utf-8"))
     was = summary.get("settings", {})

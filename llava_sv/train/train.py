@@ -66,6 +66,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     build.check_names(model_args, args)
     asked = resume.settings_of(model_args, data_args, args)
     plan = resume.plan(args, asked)
+    resume.check_agreement(plan, args)
     if plan.finished:
         say(plan.note)
         return 0

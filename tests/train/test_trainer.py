@@ -163,6 +163,32 @@ def test_metrics_of_a_run(skipping):
     assert summary["train_seconds"] > 0
 
 
+def test_gradient_checkpointing_changes_nothing(world, tmp_path):
+    plain, saving = tmp_path / "plain", tmp_path / "saving"
+    run(world.flags("skip", plain, "--max_steps", "3"))
+    run(world.flags("skip", saving, "--max_steps", "3", "--gradient_checkpointing", "True"))
+    losses = [[row["loss"] for row in read_metrics(output / "metrics.jsonl")] for output in (plain, saving)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_bf16_without_deepspeed_keeps_weights_in_float32(world, tmp_path):
+    run(world.flags("skip", tmp_path, "--max_steps", "2", "--bf16", "True"))
+    assert {value.dtype for value in load_file(tmp_path / "model.safetensors").values()} == {torch.float32}
+
+
+def test_an_image_that_is_not_there_ends_in_one_line(world, tmp_path, capsys):
+    """Whatever loads it: this process or a worker of the loader; with `skip`, training goes on and counts."""
+    records = json.loads((world.data / "sft.json").read_text())
+    records[0]["image"] = "gone.png"
+    data = tmp_path / "sft.json"
+    data.write_text(json.dumps(records))
+    flags = world.flags("sft", tmp_path / "out", "--data_path", str(data))
+    for workers in ("0", "1"):
+        assert main([*flags, "--dataloader_num_workers", workers]) == 2
+        assert "record 's0': no such image file" in capsys.readouterr().err
+    assert "images that could not be read: 1 missing" in run([*flags, "--missing_images", "skip"])
+
+
 def test_the_first_sample_is_shown_with_what_is_supervised(skipping):
     _, printed = skipping
     assert "first sample" in printed
