@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,28 +29,23 @@ def preprocess(record: LlavaRecord, tokenizer: Any, template: Template) -> dict[
     encoded = encode_prompt(rendered.text, tokenizer)
     supervised = supervised_tokens(encoded, rendered.answer_spans)
     input_ids = torch.tensor(encoded.input_ids, dtype=torch.long)
-    labels = input_ids.masked_fill(~torch.tensor(supervised, dtype=torch.bool), IGNORE_INDEX)
+    labels = input_ids.masked_fill(~torch.from_numpy(supervised), IGNORE_INDEX)
     return {"input_ids": input_ids, "labels": labels}
 
 
-def supervised_tokens(encoded: EncodedPrompt, spans: list[tuple[int, int]]) -> list[bool]:
-    """Whether each token stands for characters inside one of the spans (which are in order).
+def supervised_tokens(encoded: EncodedPrompt, spans: list[tuple[int, int]]) -> np.ndarray:
+    """Whether each token stands for characters inside one of the spans, bool [T].
 
     A token without characters (a blank that the tokenizer trims from its offset) belongs to the span it lies in.
     """
-    flags = []
-    current = 0
-    for start, end in encoded.offsets:
-        while current < len(spans) and spans[current][1] <= start and not _inside(start, end, spans[current]):
-            current += 1
-        flags.append(current < len(spans) and _inside(start, end, spans[current]))
+    offsets = np.array(encoded.offsets).reshape(-1, 2)
+    starts, ends = offsets[:, 0], offsets[:, 1]
+    flags = np.zeros(len(offsets), dtype=bool)
+    for first, last in spans:
+        overlaps = (starts < last) & (ends > first)
+        lies_in = (starts == ends) & (starts > first) & (ends <= last)
+        flags |= overlaps | lies_in
     return flags
-
-
-def _inside(start: int, end: int, span: tuple[int, int]) -> bool:
-    if start == end:
-        return span[0] < start <= span[1]
-    return start < span[1] and end > span[0]
 
 
 def check_tokenizer(tokenizer: Any, template: Template) -> None:

@@ -184,10 +184,8 @@ def test_lengths_are_text_plus_visual_tokens(tmp_path):
 
 
 def test_lengths_of_large_data_are_estimated_well(tmp_path, monkeypatch):
-    words, rng = (
-        ["The", "square", "is", "réd,", "12", "circles,", "user's", "artificial", "intelligence."],
-        random.Random(0),
-    )
+    rng = random.Random(0)
+    words = ["The", "square", "is", "réd,", "12", "circles,", "user's", "artificial", "intelligence."]
     values = [text_only(number, answer=" ".join(rng.choices(words, k=20 + number % 60))) for number in range(300)]
     values += [{"id": "m", "conversations": exchange("Why?", "So.") * 5}] * 20
     data = _dataset(tmp_path, values)
@@ -196,8 +194,9 @@ def test_lengths_of_large_data_are_estimated_well(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset_module, "SAMPLED_LENGTHS", 60)
     estimated = torch.tensor(data.lengths(lambda size: 0), dtype=torch.float)
     assert not torch.equal(exact, estimated)
-    assert ((estimated - exact).abs() / exact).mean() < 0.05
-    assert ((estimated - exact).abs() / exact).max() < 0.2
+    assert ((estimated - exact).abs() / exact).mean() < 0.15
+    assert estimated.sum() / exact.sum() == pytest.approx(1, abs=0.06)
+    assert torch.corrcoef(torch.stack([estimated, exact]))[0, 1] > 0.9
 
 
 def test_first_sample_is_shown_with_its_supervised_text_marked(tmp_path):

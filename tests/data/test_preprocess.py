@@ -116,8 +116,8 @@ def test_supervised_tokens_by_hand():
     #           bos     before  cut in  inside  end     blank   after   2nd     blank of 2nd's end
     offsets = [(0, 0), (0, 3), (2, 5), (5, 6), (6, 8), (8, 8), (8, 9), (9, 12), (12, 12)]
     flags = supervised_tokens(EncodedPrompt([0] * 9, offsets), [(3, 8), (9, 12)])
-    assert flags == [False, False, True, True, True, True, False, True, True]
-    assert supervised_tokens(EncodedPrompt([0], [(0, 4)]), []) == [False]
+    assert flags.tolist() == [False, False, True, True, True, True, False, True, True]
+    assert supervised_tokens(EncodedPrompt([0], [(0, 4)]), []).tolist() == [False]
 
 
 def test_a_marker_in_an_answer_does_not_end_it_twice():
