@@ -175,8 +175,9 @@ def draw_chart(report: dict[str, Any], path: Path) -> None:
     rows = [("FLOPs (paper's formula)", report["flops_ratio"])]
     rows += [(what, skip / dense) for what, dense, skip, _ in costs(report)]
     bars = right.barh([what for what, _ in rows], [ratio for _, ratio in rows], color=names["skip"])
-    right.bar_label(bars, [f"{ratio:.2f}" for _, ratio in rows], padding=3)
-    right.axvline(1, color=names["dense"], lw=1.5)
+    right.axvline(1, color=names["dense"], lw=1.5, zorder=0.5)
+    plate = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+    right.bar_label(bars, [f"{ratio:.2f}" for _, ratio in rows], padding=4, bbox=plate)
     right.set_xlim(0, max(1.2, *(ratio * 1.15 for _, ratio in rows)))
     right.invert_yaxis()
     right.set_title("cost of skip, dense = 1")
