@@ -64,6 +64,8 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
         self._last_roles: Tensor | None = None
         self.post_init()
+        # no plan of LLaMA's covers encoder and projector: transformers would list every weight of theirs at each load
+        self._tp_plan = None  # type: ignore[assignment]
 
     @property
     def last_splice_stats(self) -> dict[str, int] | None:
