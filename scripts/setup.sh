@@ -43,7 +43,7 @@ base_python=$(find_python)
 
 if [ "$use_venv" = 1 ]; then
     python="$PWD/.venv/bin/python"
-    if ! new_enough "$python"; then
+    if ! new_enough "$python" || [ ! -x .venv/bin/pip ]; then  # none, too old, or one whose making was cut short
         say "making .venv with $("$base_python" -V)"
         "$base_python" -m venv --clear .venv || fail "could not make .venv; on Debian and Ubuntu install python3-venv, or use your own environment with --no-venv"
     fi

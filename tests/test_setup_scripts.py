@@ -27,7 +27,7 @@ FAKE_PYTHON = """#!/bin/bash
 case "$*" in
     "-m pip --version") exit 0 ;;
     "-m pip "*) echo "${@:3}" >>"$FAKE_LOG" ;;
-    "-m venv "*) mkdir -p .venv/bin && cp "$0" .venv/bin/python && touch .venv/bin/llava-sv ;;
+    "-m venv "*) mkdir -p .venv/bin && cp "$0" .venv/bin/python && cp "$0" .venv/bin/pip && touch .venv/bin/llava-sv ;;
     *"print(sys.prefix)"*) echo "$FAKE_PREFIX" ;;
     *"m.version(sys.argv[1])"*) case " $FAKE_HAS " in *" ${@: -1} "*) exit 0 ;; *) exit 1 ;; esac ;;
     *) exec "$REAL_PYTHON" "$@" ;;
