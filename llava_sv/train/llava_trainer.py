@@ -18,10 +18,14 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 
 from llava_sv.data.sampler import LengthGroupedSampler
+from llava_sv.errors import UserError
 from llava_sv.model.checkpoint_io import load_projector
 from llava_sv.train import checkpoint
 from llava_sv.train.distributed import check_engine
 from llava_sv.train.metrics import MetricsCallback, Window, window_metrics
+
+OWN_GROUPS = {"params", "model", "optimizer_dict"}
+"""Options by which some of the library's optimizers (GaLore, LOMO, ...) bring parameter groups of their own."""
 
 
 @dataclass
@@ -128,6 +132,10 @@ class LLaVATrainer(Trainer):
         if self.optimizer is None:
             groups = split_parameters(model, set(self.get_decay_parameter_names(model)), self.args)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            if OWN_GROUPS & set(options):
+                if self.args.mm_projector_lr is not None:
+                    raise UserError(f"--mm_projector_lr: --optim {self.args.optim} chooses its own groups; drop one")
+                return super().create_optimizer(model)
             self.optimizer = kind(groups, **options)
         return self.optimizer
 

@@ -102,6 +102,8 @@ def _missing_model(flag: str, what: str, name: str) -> str | None:
             f"{name} is neither a folder nor in the Hugging Face cache; accept its licence at {HUB}/{name} if it asks "
             f"for one, then: hf download {name}"
         )
+    if "tiny" in Path(name).parts:
+        return said + f"no folder {name}; it is part of the repository (git checkout playground/tiny)"
     return said + f"no folder {name}; give a model folder or a Hugging Face id"
 
 

@@ -34,7 +34,7 @@ def settings_of(model_args: Any, data_args: Any, args: Any) -> dict[str, Any]:
         "mm_projector_lr": args.mm_projector_lr,
         "num_train_epochs": args.num_train_epochs,
         "max_steps": args.max_steps,
-        "batch": args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        "batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "seed": args.seed,
         "data_seed": args.data_seed,
     }
