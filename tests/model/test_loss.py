@@ -29,6 +29,15 @@ def test_chunked_loss_equals_cross_entropy(monkeypatch, chunk_rows, frozen):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def test_a_second_backward_pass_is_refused():
+    """Gradients are scaled in place: a second pass would scale them twice."""
+    head = LMHead(8, 29, bias=False)
+    total = head(torch.randn(3, 8), labels=torch.tensor([1, 2, 3]))
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        total.backward()
+
+
 def test_supervised_positions_predict_the_next_token():
     labels = torch.tensor([[-100, 5, -100, 6], [7, -100, 8, 9]])
     rows, targets = supervised_positions(labels)

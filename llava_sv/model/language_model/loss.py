@@ -5,6 +5,8 @@ Called by `llava_llama`. S supervised positions, C width, K vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,34 +30,40 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden_SC.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden_SC.device)
         grad_hidden = torch.empty_like(hidden_SC) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight_KC, dtype=wide) if wants_weight else None
-        step = max(CHUNK_ELEMENTS // weight_KC.shape[0], 1)
-        for start in range(0, hidden_SC.shape[0], step):
-            hidden, targets = hidden_SC[start : start + step], targets_S[start : start + step]
+        grad_weight: Tensor | None = None
+        for hidden, targets, rows in _chunks(hidden_SC, targets_S, step=max(CHUNK_ELEMENTS // weight_KC.shape[0], 1)):
             log_probs = (hidden @ weight_KC.T).to(wide).log_softmax(dim=-1)
             total -= log_probs.gather(1, targets.unsqueeze(1)).sum()
-            if grad_hidden is None and grad_weight is None:
+            if not (wants_hidden or wants_weight):
                 continue
             grad_logits = log_probs.exp_()
-            grad_logits[torch.arange(targets.shape[0], device=targets.device), targets] -= 1
+            grad_logits.scatter_add_(1, targets.unsqueeze(1), grad_logits.new_full((targets.shape[0], 1), -1.0))
             narrow = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[start : start + step] = narrow @ weight_KC
-            if grad_weight is not None:
-                grad_weight += narrow.T @ hidden
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_KC.dtype))
+                torch.mm(narrow, weight_KC, out=grad_hidden[rows])
+            if wants_weight:
+                grad_weight = narrow.T @ hidden if grad_weight is None else grad_weight.addmm_(narrow.T, hidden)
+        if wants_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight_KC)
+        ctx.gradients = [grad_hidden, grad_weight]
         return total
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grads[0]
-        return (
-            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
-            None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype),
-            None,
-            None,
-        )
+        if ctx.gradients is None:
+            raise RuntimeError("the chunked loss keeps its gradients for one backward pass; run the forward pass again")
+        # scaled in place: a vocabulary's gradient is the largest tensor of the step, a copy would double it
+        scaled = [
+            None if gradient is None else gradient.mul_(grads[0].to(gradient.dtype)) for gradient in ctx.gradients
+        ]
+        ctx.gradients = None
+        return scaled[0], scaled[1], None, None
+
+
+def _chunks(hidden_SC: Tensor, targets_S: Tensor, step: int) -> Iterator[tuple[Tensor, Tensor, slice]]:
+    for start in range(0, hidden_SC.shape[0], step):
+        rows = slice(start, start + step)
+        yield hidden_SC[rows], targets_S[rows], rows
 
 
 class LMHead(nn.Linear):
