@@ -27,7 +27,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores < 8 ? cores : 8))}
 export TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg WANDB_MODE=disabled HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 
 if [ "$all" = 0 ]; then
-    exec "$python" -m pytest -m "not slow and not gpu" ${args[@]+"${args[@]}"}
+    exec "$python" -m pytest --timeout 600 -m "not slow and not gpu" ${args[@]+"${args[@]}"}
 fi
 
 log=$(mktemp)
