@@ -1,0 +1,160 @@
+"""The benchmarks' reports: keys, figures that can be checked by hand, refusals. No test judges a time."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from llava_sv import cli
+from llava_sv.bench import clock
+from llava_sv.bench.models import make_batch, make_pair
+from llava_sv.bench.peers import make_stock_llava, stock_inputs
+from llava_sv.bench.sizes import SIZES
+from llava_sv.bench.train import PEER
+
+SIZE = SIZES["tiny"]
+CPU = torch.device("cpu")
+
+
+def report_of(command: str, tmp_path_factory, *more: str) -> dict:
+    target = tmp_path_factory.mktemp(command) / "report.json"
+    argv = ["bench", command, "--size", "tiny", "--family", "llava", "--dtype", "fp32", "--repeats", "2"]
+    assert cli.main([*argv, "--device", "cpu", "--json", str(target), *more]) == 0
+    return json.loads(target.read_text())
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    return report_of("train", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def infer(tmp_path_factory):
+    return report_of("infer", tmp_path_factory)
+
+
+@pytest.mark.parametrize("which", ["train", "infer"])
+def test_reports_have_the_contracts_keys(which, request):
+    report = request.getfixturevalue(which)
+    for key in ("dense", "skip", "time_saved", "flops_saved", "peers", "environment", "size", "family"):
+        assert key in report
+    assert {"device", "dtype", "torch", "transformers", "threads", "date"} <= set(report["environment"])
+    assert report["environment"]["dtype"] == "float32"
+    assert "dense_over_peer" in report["peers"][PEER]
+
+
+def test_train_report_has_both_regions_and_the_llm_on_top(train):
+    assert set(train["regions"]) == {"llm", "model"}
+    for region in train["regions"].values():
+        for name in ("dense", "skip"):
+            assert {"step_ms", "forward_ms", "backward_ms", "flops", "activation_bytes"} <= set(region[name])
+        assert region["skip"]["flops"] < region["dense"]["flops"]
+        assert region["skip"]["activation_bytes"] < region["dense"]["activation_bytes"]
+        saved = 1 - region["skip"]["flops"] / region["dense"]["flops"]
+        assert region["flops_saved"] == pytest.approx(saved)
+    assert train["flops_saved"] == train["regions"]["llm"]["flops_saved"]
+    # the encoder costs the same on both sides, so the share saved of the whole is smaller
+    assert train["regions"]["model"]["flops_saved"] < train["flops_saved"]
+
+
+def test_infer_report_counts_the_caches_bytes(infer):
+    """Keys and values, float32: 2 x layers x batch x kv heads x head width x 4 bytes a token."""
+    llm = SIZE.llm
+    a_token = 2 * llm.num_hidden_layers * SIZE.batch * llm.num_key_value_heads * llm.head_dim * 4
+    tokens = {
+        "dense": SIZE.text_tokens + SIZE.dense_tokens,
+        "skip": SIZE.text_tokens + SIZE.num_retained + 2,
+        "skip_keeping_cache": SIZE.text_tokens + SIZE.num_retained + SIZE.num_skipped + 2,
+    }
+    for name, count in tokens.items():
+        assert infer[name]["kv_tokens"] == count
+        assert infer[name]["kv_bytes"] == count * a_token
+    assert infer["kv_saved"] == pytest.approx(1 - tokens["skip"] / tokens["dense"])
+
+
+def test_infer_report_keeps_prefill_and_decode_apart(infer):
+    assert set(infer["regions"]) == {"prefill", "decode", "end_to_end"}
+    for name in ("dense", "skip"):
+        row = infer[name]
+        parts = row["flops"]["prefill"] + (infer["new_tokens"] - 1) * row["flops"]["decode"]
+        assert parts == pytest.approx(row["flops"]["end_to_end"])
+        assert {"prefill_ms", "decode_ms_per_token", "end_to_end_ms"} <= set(row)
+    assert infer["skip"]["flops"]["decode"] < infer["skip_keeping_cache"]["flops"]["decode"]
+
+
+def test_the_peer_is_the_same_model():
+    """transformers' LLaVA with our weights gives our dense model's loss and gradients: the race is fair."""
+    dense, _ = make_pair(SIZE, "llava", CPU, torch.float32)
+    batch = make_batch(SIZE, CPU, torch.float32)
+    stock = make_stock_llava(dense).train()
+    ours = dense.train()(input_ids=batch.input_ids, labels=batch.labels, images=batch.images).loss
+    theirs = stock(**stock_inputs(batch, SIZE.dense_tokens, SIZE.llm.vocab_size)).loss
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    ours.backward()
+    theirs.backward()
+    torch.testing.assert_close(
+        dense.model.layers[0].mlp.up_proj.weight.grad,
+        stock.model.language_model.layers[0].mlp.up_proj.weight.grad,
+        rtol=1e-3,
+        atol=1e-6,
+    )
+
+
+def test_no_peers(tmp_path_factory):
+    assert report_of("train", tmp_path_factory, "--no-peers")["peers"] == {}
+    assert report_of("infer", tmp_path_factory, "--no-peers", "--new-tokens", "3")["peers"] == {}
+
+
+def test_rounds_run_everyone_once_a_round_in_turning_order():
+    order = []
+
+    def step(name):
+        return lambda: order.append(name) or {"ms": float(len(order))}
+
+    measured = clock.rounds({name: step(name) for name in "abc"}, repeats=2, warmup=1, what="test")
+    assert order == list("abc") + list("bca") + list("cab")
+    assert [result["ms"] for result in measured["a"]] == [6.0, 8.0]
+
+
+def test_ratios_are_taken_within_a_round():
+    slow = [{"ms": 10.0}, {"ms": 100.0}, {"ms": 30.0}]
+    fast = [{"ms": 5.0}, {"ms": 50.0}, {"ms": 10.0}]
+    assert clock.median_ratio(slow, fast, "ms") == 2.0
+    assert clock.quartiles(slow, fast, "ms") == [2.0, 2.5]
+    assert clock.medians(slow) == {"ms": 30.0}
+
+
+def test_saved_bytes_count_each_storage_once_and_no_parameter():
+    layer = torch.nn.Linear(8, 8)
+    x = torch.ones(4, 8)
+    saved = clock.SavedBytes(layer)
+    with saved.watch():
+        hidden = layer(x)
+        (hidden * hidden).sum()
+    # x for the weight's gradient, hidden (twice, one storage) for the product's
+    assert saved.total == 2 * 4 * 8 * 4
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--size", "huge"], "unknown size 'huge'; known: tiny, cpu, gpu-8b, gpu-8b-4layers"),
+        (["--family", "lava"], "unknown family 'lava'; known: llava"),
+        (["--dtype", "int8"], "unknown precision 'int8'; known: fp32, bf16"),
+        (["--repeats", "0"], "--repeats 0: at least one round"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "infer"])
+def test_mistakes_are_one_line_and_exit_code_2(command, argv, message, capsys):
+    assert cli.main(["bench", command, *argv]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
+def test_cuda_where_there_is_none(capsys):
+    assert cli.main(["bench", "train", "--device", "cuda"]) == 2
+    assert "no CUDA GPU is usable here" in capsys.readouterr().err
