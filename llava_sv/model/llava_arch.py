@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from llava_sv.model.config import LlavaConfig
-from llava_sv.model.language_model.skip_ffn import enable_skip_ffn
 from llava_sv.model.multimodal_encoder.builder import build_vision_tower
 from llava_sv.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava_sv.model.multimodal_projector.builder import build_vision_projector
@@ -24,12 +23,10 @@ Images = Tensor | list[Tensor] | None
 
 
 class LlavaMetaModel:
-    """The decoder's side: owns `vision_tower` and `mm_projector`, and skips in the layers that the config names."""
+    """The decoder's side: owns `vision_tower` and `mm_projector`."""
 
     def init_multimodal(self, config: LlavaConfig) -> None:
         """Called once, at the end of the decoder's `__init__`."""
-        skip = config.skip_vision
-        enable_skip_ffn(self.layers, skip.layers_that_skip(config.num_hidden_layers) if skip else [])  # type: ignore[attr-defined]
         if config.vision_config is not None:
             self.vision_tower = build_vision_tower(config)
             self.vision_tower.requires_grad_(False)

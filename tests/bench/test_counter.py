@@ -47,7 +47,7 @@ def uncounted(name: str) -> int:
 
 
 def same(counted: float, one: float, name: str) -> bool:
-    """Equal, but for rotary angles (frequencies times positions): torch counts them where it makes them by a product."""
+    """Equal, but for rotary angles: torch counts them where it makes them by a product (frequency times position)."""
     rotary = SIZE.llm.head_dim * TOKENS[name].sequence
     return counted - SIZE.batch * one in (0, SIZE.batch * rotary)
 

@@ -21,7 +21,7 @@ from llava_sv.model.compression.summary import SummaryToken
 from llava_sv.model.config import LlavaConfig
 from llava_sv.model.language_model.loss import LMHead, supervised_positions
 from llava_sv.model.language_model.skip_cache import check_can_shrink, kept_after_prefill, shrink_cache
-from llava_sv.model.language_model.skip_ffn import rows_through_ffn
+from llava_sv.model.language_model.skip_ffn import enable_skip_ffn, rows_through_ffn
 from llava_sv.model.llava_arch import Images, LlavaMetaForCausalLM, LlavaMetaModel
 from llava_sv.model.multimodal_projector.mlp import LinearProjector
 from llava_sv.model.token_groups import KV_LEVELS, is_visual
@@ -38,6 +38,8 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
 
     def __init__(self, config: LlavaConfig):
         super().__init__(config)
+        skip = config.skip_vision
+        enable_skip_ffn(self.layers, skip.layers_that_skip(config.num_hidden_layers) if skip else [])
         self.init_multimodal(config)
         self.post_init()
 
