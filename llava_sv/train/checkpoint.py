@@ -19,7 +19,7 @@ from llava_sv.errors import UserError
 from llava_sv.files import replacing, write_json
 
 MARKER = "complete.json"
-"""Written last into checkpoint-N: the step, the world size, every file and its size in bytes."""
+"""Written last into checkpoint-N: the step, the world size, the settings, every file and its size in bytes."""
 
 SUMMARY = "train_summary.json"
 """Written last into OUTPUT: its presence says that the run is finished."""
@@ -28,14 +28,14 @@ PROJECTOR = "mm_projector"
 """Parameters with this in their name are the projector's (the summaries among them)."""
 
 
-def mark_complete(folder: Path, step: int, world_size: int) -> None:
+def mark_complete(folder: Path, step: int, world_size: int, settings: dict[str, Any] | None = None) -> None:
     """Write the marker: call it when every rank has written its part of `folder`."""
     files = {
         str(file.relative_to(folder)): file.stat().st_size
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name != MARKER
     }
-    write_json(folder / MARKER, {"step": step, "world_size": world_size, "files": files})
+    write_json(folder / MARKER, {"step": step, "world_size": world_size, "settings": settings or {}, "files": files})
 
 
 def what_is_torn(folder: Path) -> str | None:
@@ -110,11 +110,13 @@ def rotate(output: Path, limit: int | None, keep: Path) -> None:
 
 
 def remove_checkpoints(output: Path) -> None:
-    """Remove what an earlier run left that a new one would take up: checkpoints, metrics and the summary."""
+    """Remove what an earlier run left that a new one would take up, or that would pass for its result."""
     for _, folder in checkpoints(output):
         shutil.rmtree(folder)
-    for name in (SUMMARY, "metrics.jsonl", "loss.png"):
+    for name in (SUMMARY, "metrics.jsonl", "loss.png", "model.safetensors.index.json", f"{PROJECTOR}.bin"):
         (output / name).unlink(missing_ok=True)
+    for weights in output.glob("*.safetensors"):
+        weights.unlink()
 
 
 def projector_state(state: dict[str, Tensor]) -> dict[str, Tensor]:

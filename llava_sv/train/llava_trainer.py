@@ -86,14 +86,26 @@ def split_parameters(model: nn.Module, decay: set[str], args: Any) -> list[dict[
 
 
 class LLaVATrainer(Trainer):
-    """See the module's head. `projector_only`: checkpoints hold the projector instead of the whole model."""
+    """See the module's head. `projector_only`: checkpoints hold the projector instead of the whole model.
+
+    `settings` are kept with each checkpoint, so that a resumption can tell what has changed.
+    """
 
     model: Any
     args: Any
     train_dataset: Any
 
-    def __init__(self, *, image_processor: Any, samples: SampleLengths | None, projector_only: bool, **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        image_processor: Any,
+        samples: SampleLengths | None,
+        projector_only: bool,
+        settings: dict[str, Any],
+        **kwargs: Any,
+    ):
         self.image_processor = image_processor
+        self.settings = settings
         self.samples = samples
         self.projector_only = projector_only
         self.sampler: Any = None
@@ -187,7 +199,7 @@ class LLaVATrainer(Trainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            checkpoint.mark_complete(folder, self.state.global_step, self.args.world_size)
+            checkpoint.mark_complete(folder, self.state.global_step, self.args.world_size, self.settings)
             checkpoint.rotate(folder.parent, limit, keep=folder)
         self.window.exclude(time.perf_counter() - began)
 
@@ -219,4 +231,7 @@ class LLaVATrainer(Trainer):
         missing = sorted(set(load_result.missing_keys) - tied)
         unexpected = sorted(load_result.unexpected_keys)
         if missing or unexpected:
-            raise RuntimeError(f"resuming: weights missing: {missing[:5]}; unexpected: {unexpected[:5]}")
+            raise UserError(
+                f"the checkpoint to resume from is of another model: weights missing: {missing[:5]}; unexpected: "
+                f"{unexpected[:5]}; give the flags it was trained with, or choose another --output_dir"
+            )

@@ -59,11 +59,11 @@ def plan(args: Any, asked: dict[str, Any]) -> Plan:
     if wish.lower() == "false":
         return _anew(output)
     if wish.lower() not in ("", "true"):
-        return _rewind(args, output, checkpoint.check_checkpoint(Path(wish)))
+        return _rewind(args, output, checkpoint.check_checkpoint(Path(wish)), asked)
     last = checkpoint.last_complete_checkpoint(output)
     if last is None and wish:
         raise UserError(f"--resume_from_checkpoint True: no complete checkpoint in {output}; drop it to start")
-    return _go_on(args, last) if last is not None else _torn_note(output)
+    return _go_on(args, last, asked) if last is not None else _torn_note(output)
 
 
 def check_agreement(found: Plan, args: Any) -> None:
@@ -81,15 +81,18 @@ def check_agreement(found: Plan, args: Any) -> None:
         )
 
 
+def what_changed(was: dict[str, Any], now: dict[str, Any]) -> str:
+    """The settings that differ, in words; empty when none does."""
+    names = [name for name in now if name in was and was[name] != now[name]]
+    return "; ".join(f"{name} was {was[name]}, now {now[name]}" for name in names)
+
+
 def _finished(output: Path, asked: dict[str, Any]) -> Plan:
     summary = json.loads((output / checkpoint.SUMMARY).read_text(encoding="utf-8"))
-    was = summary.get("settings", {})
-    changed = [
-        f"{name} was {was[name]}, now {asked[name]}" for name in asked if name in was and was[name] != asked[name]
-    ]
+    changed = what_changed(summary.get("settings", {}), asked)
     mend = "choose another --output_dir, or pass --overwrite_output_dir True to train again"
     if changed:
-        raise UserError(f"{output} holds a finished run with other settings ({'; '.join(changed)}); {mend}")
+        raise UserError(f"{output} holds a finished run with other settings ({changed}); {mend}")
     return Plan(finished=True, note=f"{output} is finished ({summary['steps']:,} steps): nothing to do; {mend}")
 
 
@@ -103,7 +106,7 @@ def _anew(output: Path) -> Plan:
     return Plan()
 
 
-def _go_on(args: Any, folder: Path) -> Plan:
+def _go_on(args: Any, folder: Path, asked: dict[str, Any]) -> Plan:
     marker = checkpoint.read_marker(folder)
     if marker["world_size"] != args.world_size and args.deepspeed:
         raise UserError(
@@ -111,12 +114,15 @@ def _go_on(args: Any, folder: Path) -> Plan:
             "with the same number; start as many, or convert it with `python -m deepspeed.checkpoint.ds_to_universal`"
         )
     torn = [other.name for step, other in checkpoint.checkpoints(folder.parent) if step > marker["step"]]
-    ignored = f" ({', '.join(torn)}: incomplete, ignored)" if torn else ""
-    return Plan(checkpoint=folder, note=f"going on from {folder}, step {marker['step']:,}{ignored}")
+    note = f"going on from {folder}, step {marker['step']:,}"
+    if torn:
+        note += f" ({', '.join(torn)}: incomplete, ignored)"
+    changed = what_changed(marker.get("settings", {}), asked)
+    return Plan(checkpoint=folder, note=note + (f"\nnote: settings have changed since: {changed}" if changed else ""))
 
 
-def _rewind(args: Any, output: Path, folder: Path) -> Plan:
-    found = _go_on(args, folder)
+def _rewind(args: Any, output: Path, folder: Path, asked: dict[str, Any]) -> Plan:
+    found = _go_on(args, folder, asked)
     if args.should_save:
         step = checkpoint.read_marker(folder)["step"]
         later = checkpoint.forget_after(output, step) if folder.resolve().parent == output.resolve() else []

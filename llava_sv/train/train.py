@@ -69,6 +69,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     resume.check_agreement(plan, args)
     if plan.finished:
         say(plan.note)
+        leave_together()
         return 0
     _prepare_reporting(args)
     from transformers import set_seed
@@ -77,7 +78,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     tokenizer, model, image_processor = build.build(model_args, data_args, args)
     build.choose_trainable(model, model_args)
     dataset = build.build_dataset(tokenizer, image_processor, data_args, str(model_args.version))
-    trainer = make_trainer(model_args, args, tokenizer, model, image_processor, dataset)
+    parts = {"processing_class": tokenizer, "model": model, "image_processor": image_processor}
+    trainer = make_trainer(args, parts, dataset, model_args.tune_mm_mlp_adapter, asked)
     _introduce(trainer, dataset, tokenizer, plan.note)
     output = trainer.train(resume_from_checkpoint=str(plan.checkpoint) if plan.checkpoint else None)
     finish(trainer, output.training_loss, asked)
@@ -108,22 +110,21 @@ def sample_lengths(dataset: Any, config: Any) -> SampleLengths:
 
 
 def make_trainer(
-    model_args: ModelArguments, args: TrainingArguments, tokenizer: Any, model: Any, image_processor: Any, dataset: Any
+    args: TrainingArguments, parts: dict[str, Any], dataset: Any, projector_only: bool, settings: dict[str, Any]
 ) -> LLaVATrainer:
-    """The Trainer of this run."""
+    """The Trainer of this run. parts: `model`, `processing_class` (the tokenizer) and `image_processor`."""
     from llava_sv.data.collator import DataCollatorForSupervisedDataset
     from llava_sv.train.llava_trainer import LLaVATrainer
 
     grouped = args.group_by_modality_length or args.train_sampling_strategy == "group_by_length"
     return LLaVATrainer(
-        model=model,
+        **parts,
         args=args,
         train_dataset=dataset,
-        data_collator=DataCollatorForSupervisedDataset(tokenizer),
-        processing_class=tokenizer,
-        image_processor=image_processor,
-        samples=sample_lengths(dataset, model.config) if grouped else None,
-        projector_only=model_args.tune_mm_mlp_adapter,
+        data_collator=DataCollatorForSupervisedDataset(parts["processing_class"]),
+        samples=sample_lengths(dataset, parts["model"].config) if grouped else None,
+        projector_only=projector_only,
+        settings=settings,
     )
 
 

@@ -118,10 +118,19 @@ def test_a_named_checkpoint_rewinds_the_run(tmp_path):
     assert checkpoint.last_complete_checkpoint(tmp_path) == chosen, "a kill now must not resume from the later one"
 
 
+def test_changed_settings_are_said_on_resumption(tmp_path):
+    folder = write(tmp_path, 10)
+    checkpoint.mark_complete(folder, 10, 1, {"learning_rate": 1e-3, "seed": 1})
+    assert "have changed" not in resume.plan(args_for(tmp_path), {"learning_rate": 1e-3, "seed": 1}).note
+    note = resume.plan(args_for(tmp_path), {"learning_rate": 2e-3, "seed": 1}).note
+    assert note.endswith("note: settings have changed since: learning_rate was 0.001, now 0.002")
+
+
 def test_overwriting_removes_what_would_be_taken_up(tmp_path):
     write(tmp_path, 10)
     finished(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "model.safetensors").write_bytes(b"of the earlier run")
     assert resume.plan(args_for(tmp_path, overwrite_output_dir=True), {}).checkpoint is None
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 

@@ -3,10 +3,11 @@
 import contextlib
 import io
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llava_sv.errors import UserError
 from llava_sv.model.builder import load_pretrained_model
@@ -235,6 +236,31 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(world, tmp_path, capsys, sta
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert said in error
+
+
+def test_tied_embeddings_resume(world, tmp_path):
+    """A language model whose head is its embedding saves one of the two; resuming must not call the other missing."""
+    tied = tmp_path / "tied"
+    shutil.copytree(world.llm, tied)
+    config = json.loads((tied / "config.json").read_text())
+    (tied / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    weights = load_file(tied / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if k != "lm_head.weight"}, tied / "model.safetensors", {"format": "pt"})
+    flags = ["--model_name_or_path", str(tied), "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2"]
+    output = tmp_path / "out"
+    run(world.flags("skip", output, *flags))
+    losses = [row["loss"] for row in read_metrics(output / "metrics.jsonl")]
+    shutil.rmtree(output / "checkpoint-4")
+    (output / "train_summary.json").unlink()
+    assert "checkpoint-2, step 2" in run(world.flags("skip", output, *flags))
+    assert [row["loss"] for row in read_metrics(output / "metrics.jsonl")] == losses
+
+
+def test_a_checkpoint_of_another_model_is_not_resumed(world, skipping, tmp_path, capsys):
+    """Weights that do not fit are an error that names them, not a warning."""
+    flags = world.flags("sft", tmp_path, "--resume_from_checkpoint", str(skipping[0] / "checkpoint-4"))
+    assert main(flags) == 2
+    assert "unexpected: ['model.mm_projector.summary.former.weight'" in capsys.readouterr().err
 
 
 def test_the_random_order_depends_on_seed_and_epoch_alone():
