@@ -203,7 +203,7 @@ def _question(args: argparse.Namespace) -> Question:
         block = config.get("skip_vision") or {}
         dense = preset.dense_tokens if preset.windows else preset.views * encoder.patches
         retained, skipped = block.get("num_retained"), block.get("num_skipped")
-        if block and not block.get("merge", True):
+        if retained is not None and not block.get("merge", True):
             skipped = dense - retained
         setting = Setting(encoder, preset.views, dense, retained, skipped, preset.windows, projector_depth_of(config))
         name, llm = args.preset, llm_of(config)

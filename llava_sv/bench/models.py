@@ -5,6 +5,7 @@ Called by `bench train` and `bench infer`. B batch, T0 prompt length, T spliced 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ class BenchBatch:
 
 def make_config(size: BenchSize, skip_vision: dict[str, Any] | None, family: str = "llava") -> LlavaConfig:
     """The config of a model of this size; dense where `skip_vision` is None."""
-    return LlavaConfig(
+    settings: dict[str, Any] = dict(
         **asdict(size.llm),
         max_position_embeddings=4096,
         rope_theta=500000.0,
@@ -42,6 +43,7 @@ def make_config(size: BenchSize, skip_vision: dict[str, Any] | None, family: str
         skip_vision=skip_vision,
         attn_implementation="sdpa",
     )
+    return LlavaConfig(**settings)
 
 
 def make_model(config: LlavaConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> LlavaLlamaForCausalLM:
@@ -51,7 +53,7 @@ def make_model(config: LlavaConfig, device: torch.device, dtype: torch.dtype, se
         return LlavaLlamaForCausalLM._from_config(config, dtype=dtype)
 
 
-def share_weights(target: torch.nn.Module, weights: dict[str, Tensor]) -> torch.nn.Module:
+def share_weights(target: torch.nn.Module, weights: Mapping[str, Tensor]) -> torch.nn.Module:
     """Let `target` hold the very tensors of `weights` (gradients stay its own); others keep their values."""
     own = {name for name, _ in target.named_parameters()}
     absent = own - set(weights)
@@ -70,7 +72,7 @@ def make_pair(
     skip = make_model(make_config(size, skip_vision, family), device, dtype)
     share_weights(skip, dict(dense.named_parameters()))
     for model in (dense, skip):
-        model.get_vision_tower().requires_grad_(False)
+        model.get_model().vision_tower.requires_grad_(False)
     return dense, skip
 
 

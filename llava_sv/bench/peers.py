@@ -28,7 +28,7 @@ def make_stock_llava(dense: LlavaLlamaForCausalLM) -> LlavaForConditionalGenerat
     config = StockConfig(
         vision_config=CLIPVisionConfig.from_dict(ours.vision_config),
         text_config=LlamaConfig(**text),
-        image_token_id=ours.vocab_size - IMAGE_ID_FROM_END,
+        image_token_index=ours.vocab_size - IMAGE_ID_FROM_END,
         vision_feature_layer=ours.mm_vision_select_layer,
         vision_feature_select_strategy="default",
     )

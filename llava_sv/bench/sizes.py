@@ -17,7 +17,7 @@ class BenchSize:
     """A LLaVA of random weights, and the batch it is given."""
 
     llm: LlmSize
-    vision: dict[str, int]
+    vision: dict[str, Any]
     """Fields of `CLIPVisionConfig`."""
     batch: int
     """Samples, each with one image."""
@@ -41,7 +41,7 @@ class BenchSize:
         return (self.vision["image_size"] // self.vision["patch_size"]) ** 2
 
 
-def _vision(width: int, layers: int, side: int, patch: int) -> dict[str, int]:
+def _vision(width: int, layers: int, side: int, patch: int) -> dict[str, Any]:
     """A CLIP of 64-wide heads and a 4x FFN."""
     return {
         "hidden_size": width,
