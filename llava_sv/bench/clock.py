@@ -5,10 +5,12 @@ Each round runs every contender once, so that a slow moment falls on all; ratios
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import gc
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +35,21 @@ def pick_device(name: str | None) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {name}: no CUDA GPU is usable here; see llava-sv doctor, or use --device cpu")
     return device
+
+
+def keep_freed_memory(device: torch.device) -> bool:
+    """CPU on glibc: keep what a step frees for the next one, as GPUs' allocators do and the tiny preset's scripts ask.
+
+    Without it each step's large tensors are mapped and zeroed anew by the kernel, at a cost that no FLOP explains.
+    Returns whether it took effect.
+    """
+    if device.type != "cpu" or not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return False
+    trim_threshold, mmap_max = -1, -4
+    return bool(libc.mallopt(mmap_max, 0)) and bool(libc.mallopt(trim_threshold, 2**31 - 1))
 
 
 def now_ms(device: torch.device) -> float:

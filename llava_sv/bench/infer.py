@@ -131,6 +131,7 @@ def run(
 ) -> dict[str, Any]:
     """The whole report; its top level is `end_to_end`, all three regions are under `regions`."""
     count = new_tokens or size.new_tokens
+    clock.keep_freed_memory(device)
     with torch.inference_mode(False):
         dense, skip = make_pair(size, family, device, dtype)
         batch = make_batch(size, device, dtype)

@@ -126,6 +126,7 @@ def run(
     size: BenchSize, family: str, device: torch.device, dtype: torch.dtype, repeats: int, with_peers: bool = True
 ) -> dict[str, Any]:
     """The whole report; its top level is the `llm` region, both regions are under `regions`."""
+    clock.keep_freed_memory(device)
     dense, skip = make_pair(size, family, device, dtype)
     batch = make_batch(size, device, dtype)
     contenders: dict[str, tuple[torch.nn.Module, dict[str, Forward]]] = {}
