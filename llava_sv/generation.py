@@ -144,8 +144,8 @@ def generate(assistant: Assistant, batch: PromptBatch, skip_kv: str | None = Non
     """`model.generate` on a batch; the new tokens [B, n] (or transformers' output object where kwargs ask for it)."""
     pad = assistant.tokenizer.pad_token_id
     stops = stop_token_ids(assistant)
-    kwargs.setdefault("pad_token_id", stops[0] if pad is None else pad)
-    kwargs.setdefault("eos_token_id", stops)
+    kwargs.setdefault("pad_token_id", next(iter(stops), None) if pad is None else pad)
+    kwargs.setdefault("eos_token_id", stops or None)
     if assistant.template.stop_token is None and assistant.template.stop_strings:
         kwargs |= {"stop_strings": list(assistant.template.stop_strings), "tokenizer": assistant.tokenizer}
     return assistant.model.generate(

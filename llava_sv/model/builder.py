@@ -60,6 +60,8 @@ def load_pretrained_model(
     quantization = _quantization(load_8bit, load_4bit)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if _is_projector_only(model_path):
+        if quantization:
+            raise UserError(f"checkpoint {model_path}: a projector alone cannot be loaded with load_8bit or load_4bit")
         tokenizer, model, image_processor = _load_on_base(
             model_path, model_base, config, torch_dtype, attn_implementation
         )

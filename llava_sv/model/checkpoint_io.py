@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from llava_sv.errors import UserError
 
 PROJECTOR_KEY = "mm_projector."
+UNREADABLE = (OSError, SafetensorError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError)
+"""What torch.load and safetensors raise for a file that is torn, or is something else."""
 
 
 @contextmanager
@@ -48,7 +51,7 @@ def load_strictly(
         model, info = model_class.from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"checkpoint {path}: weights cannot be read ({str(error).splitlines()[0]})") from error
     finally:
         report.setLevel(level)
@@ -126,9 +129,12 @@ def read_weights(path: str) -> dict[str, Tensor]:
     try:
         if path.endswith(".safetensors"):
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
         raise UserError(f"weights {path}: cannot be read ({str(error).splitlines()[0]})") from error
+    if not isinstance(weights, dict):
+        raise UserError(f"weights {path}: hold a {type(weights).__name__}, not a dict of tensors")
+    return weights
 
 
 def _some(keys: list[str], limit: int = 5) -> str:

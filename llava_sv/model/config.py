@@ -48,14 +48,21 @@ class SkipVisionConfig:
         for name in ("skip_ffn", "merge", "former_summary", "latter_summary", "last_visual_ffn"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"skip_vision.{name}: expected true or false, got {getattr(self, name)!r}")
-        if not isinstance(self.num_retained, int) or self.num_retained < 1:
+        if not _is_count(self.num_retained):
             raise UserError(
                 f"skip_vision.num_retained: expected a whole number of 1 or more, got {self.num_retained!r}"
             )
-        if self.merge and (not isinstance(self.num_skipped, int) or self.num_skipped < 1):
+        if self.merge and not _is_count(self.num_skipped):
             raise UserError(
                 f"skip_vision.num_skipped: expected a whole number of 1 or more, got {self.num_skipped!r}; "
                 "to skip without merging, set merge to false"
+            )
+        for name in ("selection", "summary_norm", "skip_kv"):
+            if not isinstance(getattr(self, name), str):
+                raise UserError(f"skip_vision.{name}: expected a name, got {getattr(self, name)!r}")
+        if not isinstance(self.skip_layers, (str, list)):
+            raise UserError(
+                f"skip_vision.skip_layers: expected 'all', a range or a list of layers, got {self.skip_layers!r}"
             )
         if self.skip_kv not in KV_LEVELS:
             raise UserError(f"skip_vision.skip_kv: unknown level {self.skip_kv!r}; known: {', '.join(KV_LEVELS)}")
@@ -67,6 +74,8 @@ class SkipVisionConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SkipVisionConfig:
         """Build from config.json's block; an unknown key is a `UserError` that lists the known ones."""
+        if not isinstance(values, dict):
+            raise UserError(f"skip_vision: expected a block of settings, or null for a dense model, got {values!r}")
         known = [field.name for field in fields(cls)]
         unknown = [key for key in values if key not in known]
         if unknown:
@@ -107,9 +116,16 @@ class SkipVisionConfig:
         return wanted if self.merge else rest
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def patches_of(vision_config: dict[str, Any]) -> int:
     """N: patches of one square view of the encoder that `vision_config` describes."""
-    return (vision_config["image_size"] // vision_config["patch_size"]) ** 2
+    try:
+        return (vision_config["image_size"] // vision_config["patch_size"]) ** 2
+    except (KeyError, TypeError) as error:
+        raise UserError("vision_config: image_size and patch_size are needed, in pixels") from error
 
 
 def _parse_layers(text: str) -> list[int]:
@@ -117,7 +133,7 @@ def _parse_layers(text: str) -> list[int]:
     layers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
             raise UserError(f"skip_vision.skip_layers: cannot read {text!r}; write 'all', '8-31' or '0,4,8-15'")
         layers.extend(range(int(first), int(last) + 1) if dash else [int(first)])
     return layers
@@ -154,10 +170,10 @@ class LlavaConfig(LlamaConfig):
     skip_vision: Any = None
     """`SkipVisionConfig` (a dict is accepted and checked), or None for a dense model."""
 
-    def __post_init__(self, **kwargs):
-        if isinstance(self.skip_vision, dict):
-            self.skip_vision = SkipVisionConfig.from_dict(self.skip_vision)
-        super().__post_init__(**kwargs)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "skip_vision" and value is not None and not isinstance(value, SkipVisionConfig):
+            value = SkipVisionConfig.from_dict(value)
+        super().__setattr__(name, value)
 
     def to_dict(self) -> dict[str, Any]:
         """As stored in config.json."""

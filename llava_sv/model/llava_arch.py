@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_sv.constants import IMAGE_TOKEN_INDEX
 from llava_sv.model.config import LlavaConfig
 from llava_sv.model.multimodal_encoder.builder import build_vision_tower
 from llava_sv.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava_sv.model.multimodal_projector.builder import build_vision_projector
-from llava_sv.model.splice import SplicedBatch, splice
+from llava_sv.model.splice import SplicedBatch, labels_after_cut, splice
 from llava_sv.model.token_groups import TokenGroups
 
 Images = Tensor | list[Tensor] | None
@@ -63,13 +64,30 @@ class LlavaMetaForCausalLM:
         tower = self.get_vision_tower()
         if tower is None:
             raise ValueError("images were given, but this model has no vision tower")
+        if isinstance(images, Tensor) and images.dim() == 3:
+            images = images.unsqueeze(0)
         views = [image if image.dim() == 4 else image.unsqueeze(0) for image in ([] if images is None else images)]
         if not views:
             return []
         skip = self.config.skip_vision
         pixels = torch.cat([view.to(tower.device, tower.dtype) for view in views])
         features = tower(pixels, with_cls_attention=skip is not None and skip.selection == "cls_attention")
-        return self.get_model().mm_projector(features, [view.shape[0] for view in views])
+        projector = self.get_model().mm_projector
+        features = features.to(next(iter(projector.parameters()), pixels).device)  # layers may be spread over devices
+        return projector(features, [view.shape[0] for view in views])
+
+    def surviving_labels(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        image_sizes: list[tuple[int, int]] | None = None,
+    ) -> Tensor:
+        """labels [B, T0] of a training batch without those that the cut to `tokenizer_model_max_length` takes away."""
+        marks = int((input_ids == IMAGE_TOKEN_INDEX).sum())
+        sizes = image_sizes if image_sizes else [None] * marks
+        lengths = [self.config.visual_tokens_per_image(size) for size in sizes]
+        return labels_after_cut(input_ids, labels, attention_mask, lengths, self.config.tokenizer_model_max_length)
 
     def prepare_inputs_labels_for_multimodal(
         self,
@@ -90,7 +108,7 @@ class LlavaMetaForCausalLM:
         anchor: Tensor | None = None
         if self.training and not groups and self.get_vision_tower() is not None:
             dummy = self.encode_images(self.get_vision_tower().dummy_images())  # type: ignore[union-attr]
-            anchor = torch.cat([group.tokens for group in dummy]).sum() * 0.0
+            anchor = (torch.cat([group.tokens for group in dummy]) * 0.0).sum()
         batch = splice(
             input_ids,
             groups,
@@ -101,5 +119,5 @@ class LlavaMetaForCausalLM:
             padding_side=padding_side or self.config.tokenizer_padding_side,
         )
         if anchor is not None:
-            batch.inputs_embeds = batch.inputs_embeds + anchor.to(batch.inputs_embeds.dtype)
+            batch.inputs_embeds = batch.inputs_embeds + anchor.to(batch.inputs_embeds)
         return batch

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import cached_file
 
 from llava_sv.errors import UserError
+from llava_sv.mm_utils import ASPECT_RATIOS
 from llava_sv.model.checkpoint_io import load_strictly
 from llava_sv.model.compression.select import get_selector
 from llava_sv.model.config import LlavaConfig, patches_of
 from llava_sv.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava_sv.model.multimodal_encoder.builder import load_vision_tower, read_vision_config
+from llava_sv.model.multimodal_encoder.clip_encoder import check_selected_state
+from llava_sv.model.multimodal_projector.builder import check_projector_type
 from llava_sv.model.multimodal_projector.grouping import get_grouping
+from llava_sv.model.splice import PADDING_SIDES
 
 
 def read_config(model_path: str) -> LlavaConfig:
@@ -29,7 +35,7 @@ def read_config(model_path: str) -> LlavaConfig:
             "(llava_llama, or llava with mm_vision_tower); train one from this language model with `llava-sv train`"
         )
     try:
-        config = LlavaConfig.from_dict({key: value for key, value in values.items() if key != "model_type"})
+        config = strict_config(lambda: LlavaConfig.from_dict({k: v for k, v in values.items() if k != "model_type"}))
         check_config(config, config.vision_config or read_vision_config(config.mm_vision_tower).to_dict())
     except UserError as error:
         raise UserError(f"checkpoint {path}: {error}") from error
@@ -41,14 +47,26 @@ def is_llava(values: dict[str, Any]) -> bool:
     return values.get("model_type") in ("llava_llama", "llava") and "mm_vision_tower" in values
 
 
-def is_llava_checkpoint(path: str) -> bool:
-    """Whether the model at `path` is a whole LLaVA already, and not a bare language model."""
-    return is_llava(_read_config_json(path)[1])
+def strict_config(make: Callable[[], LlavaConfig]) -> LlavaConfig:
+    """What `make` returns; a field of the wrong type or value, which the config class refuses, is a `UserError`."""
+    try:
+        return make()
+    except StrictDataclassError as error:
+        what = " ".join(part.strip() for part in str(error).splitlines())
+        raise UserError(f"model config: {what}") from error
 
 
 def check_config(config: LlavaConfig, vision_config: dict[str, Any]) -> None:
     """What a config must hold to before a model is built of it; raises `UserError`."""
     get_grouping(config.mm_family)
+    check_projector_type(config)
+    check_selected_state(vision_config, config.mm_vision_select_layer, config.mm_vision_select_feature)
+    if config.image_aspect_ratio and config.image_aspect_ratio not in ASPECT_RATIOS:
+        known = ", ".join(ASPECT_RATIOS)
+        raise UserError(f"image_aspect_ratio: unknown {config.image_aspect_ratio!r}; known: {known}")
+    if config.tokenizer_padding_side not in PADDING_SIDES:
+        known = ", ".join(PADDING_SIDES)
+        raise UserError(f"tokenizer_padding_side: unknown {config.tokenizer_padding_side!r}; known: {known}")
     skip = config.skip_vision
     if skip is None:
         return
@@ -65,9 +83,11 @@ def load_whole(
     new_weights: tuple[str, ...] = (),
     dtype: Any = None,
     attn_implementation: str | None = None,
+    unused_weights: tuple[str, ...] = (),
     **options: Any,
 ) -> LlavaLlamaForCausalLM:
-    """The model at `path` as `config` describes it; keys must match but for prefixes in `new_weights`.
+    """The model at `path` as `config` describes it; keys must match but for prefixes that may be missing
+    (`new_weights`) or left over (`unused_weights`).
 
     Where the checkpoint names its encoder instead of holding it, the encoder is loaded from `config.mm_vision_tower`.
     """
@@ -75,7 +95,7 @@ def load_whole(
         LlavaLlamaForCausalLM,
         path,
         new_weights=new_weights,
-        unused_weights=() if config.vision_config else ("model.vision_tower.",),
+        unused_weights=(*unused_weights, *(() if config.vision_config else ("model.vision_tower.",))),
         config=config,
         attn_implementation=attn_implementation,
         dtype=dtype or "auto",

@@ -18,6 +18,8 @@ from llava_sv.model.token_groups import TokenGroups, TokenRole
 
 logger = logging.getLogger(__name__)
 
+PADDING_SIDES = ("left", "right")
+
 
 @dataclass
 class SplicedBatch:
@@ -64,11 +66,12 @@ def splice(
 
     is_text = real & ~marks
     text = embed_tokens(input_ids[is_text])
+    labels = None if labels is None else labels.to(text.device)
     lengths = [len(group) for group in groups]
     whole = _segments(per_sample, lengths, first_visual_row=text.shape[0])
     rows = [list(_rows(_cut(sample, max_length))) for sample in whole]
     width = max(max(map(len, rows)), 1)
-    flat = torch.cat([text, *(g.tokens.to(text.dtype) for g in groups), text.new_zeros(1, text.shape[-1])])
+    flat = torch.cat([text, *(g.tokens.to(text) for g in groups), text.new_zeros(1, text.shape[-1])])
     index = _padded(rows, width, pad=flat.shape[0] - 1, side=padding_side).to(flat.device)
 
     text_roles = torch.full((text.shape[0],), int(TokenRole.TEXT), dtype=torch.int8, device=flat.device)
@@ -78,12 +81,30 @@ def splice(
     spliced_labels = None
     if labels is not None:
         flat_labels = labels.new_full((flat.shape[0],), IGNORE_INDEX)
-        flat_labels[: text.shape[0]] = labels[is_text]
+        flat_labels[: text.shape[0]] = labels[is_text.to(labels.device)]
         spliced_labels = flat_labels[index]
         if any(len(kept) < sum(s.length for s in sample) for kept, sample in zip(rows, whole)):
-            _say_lost_answers(labels.masked_fill(~real, IGNORE_INDEX), spliced_labels, max_length)
+            _say_lost_answers(labels.masked_fill(~real.to(labels.device), IGNORE_INDEX), spliced_labels, max_length)
     position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
     return SplicedBatch(flat[index], mask, position_ids, roles, spliced_labels)
+
+
+def labels_after_cut(
+    input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None, lengths: list[int], max_length: int | None
+) -> Tensor:
+    """labels [B, T0] as far as `splice` keeps them; `IGNORE_INDEX` beyond the cut.
+
+    lengths: tokens of each image, in order. What normalises a loss must count these, not what was cut away.
+    """
+    if max_length is None or input_ids.shape[1] + sum(lengths) <= max_length:
+        return labels
+    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    per_sample = [(ids[mask] == IMAGE_TOKEN_INDEX).tolist() for ids, mask in zip(input_ids, real)]
+    samples = _segments(per_sample, lengths, first_visual_row=0)
+    kept = [sum(1 if s.is_image else s.length for s in _cut(sample, max_length)) for sample in samples]
+    place = real.long().cumsum(dim=1) - 1  # of each real position in its own prompt
+    beyond = place >= torch.tensor(kept, device=place.device).unsqueeze(1)
+    return labels.masked_fill(beyond.to(labels.device), IGNORE_INDEX)
 
 
 def _segments(per_sample: list[list[bool]], lengths: list[int], first_visual_row: int) -> list[list[Segment]]:
@@ -129,8 +150,8 @@ def _rows(segments: list[Segment]) -> Iterator[int]:
 
 def _padded(rows: list[list[int]], width: int, pad: int, side: str) -> Tensor:
     """[B, width] index, padded with `pad` on `side`."""
-    if side not in ("left", "right"):
-        raise ValueError(f"padding side {side!r} is unknown; known: left, right")
+    if side not in PADDING_SIDES:
+        raise ValueError(f"padding side {side!r} is unknown; known: {', '.join(PADDING_SIDES)}")
     fill = [[pad] * (width - len(row)) for row in rows]
     return torch.tensor([f + r if side == "left" else r + f for r, f in zip(rows, fill)], dtype=torch.long)
 

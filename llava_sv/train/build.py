@@ -21,7 +21,7 @@ from llava_sv.train.checkpoint import PROJECTOR
 from llava_sv.train.preflight import find_model, is_llava
 
 NEW_AT_SFT = ("model.mm_projector.summary.",)
-"""Weights that a checkpoint may lack: summaries come in when skipping does."""
+"""Weights that a checkpoint may lack or leave over: summaries come in when skipping does, and go with it."""
 
 
 def check_names(model_args: ModelArguments, training_args: TrainingArguments) -> None:
@@ -97,7 +97,9 @@ def _continue(own: Path, model_args: ModelArguments, data_args: DataArguments, a
         setattr(config, name, value)
     if config.vision_config:
         check_config(config, config.vision_config)
-    model = load_whole(str(own), config, NEW_AT_SFT, compute_dtype(args), args.attn_implementation)
+    model = load_whole(
+        str(own), config, NEW_AT_SFT, compute_dtype(args), args.attn_implementation, unused_weights=NEW_AT_SFT
+    )
     if model_args.pretrain_mm_mlp_adapter:
         load_projector(model, model_args.pretrain_mm_mlp_adapter)
     processor = own if (own / "preprocessor_config.json").is_file() else config.mm_vision_tower

@@ -162,6 +162,18 @@ class LLaVATrainer(Trainer):
             self.window.add(stats, samples)
         return loss
 
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """The library's count of supervised tokens, without those that the cut to `--model_max_length` takes away."""
+        counted = [
+            {
+                "labels": self.model.surviving_labels(
+                    batch["input_ids"], batch["labels"], batch["attention_mask"], batch["image_sizes"]
+                )
+            }
+            for batch in batch_samples
+        ]
+        return super()._get_num_items_in_batch(counted, device)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add rates and shares, summed over all ranks, to a training step's log. Called on every rank."""
         if "loss" in logs:

@@ -101,18 +101,6 @@ def test_llava_s_own_checkpoint_layout_loads(saved, bases):
     assert torch.equal(logits(load_pretrained_model(path)[1]), logits(model))
 
 
-def test_going_on_from_a_dense_checkpoint_adds_only_summaries(bases, tmp_path):
-    tokenizer, dense, processor = build_model("llava", *bases)
-    for part in (dense, tokenizer, processor):
-        part.save_pretrained(tmp_path)
-    _, skip, _ = build_model("llava", str(tmp_path), None, skip_vision=SKIP)
-    before, after = dense.state_dict(), skip.state_dict()
-    assert {k for k in after if k not in before} == {
-        f"model.mm_projector.summary.{e}.weight" for e in ("former", "latter")
-    }
-    assert all(torch.equal(after[key], value) for key, value in before.items())
-
-
 @pytest.mark.parametrize("kind", ["bin", "safetensors"])
 def test_a_projector_alone_loads_on_its_base(bases, tmp_path, kind):
     _, model, _ = build_model("llava", *bases)
@@ -168,6 +156,23 @@ def test_misshapen_keys_are_named(saved):
         load_pretrained_model(saved[0])
 
 
+def test_a_pointer_instead_of_weights_is_said(bases, tmp_path):
+    (tmp_path / "mm_projector.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(UserError, match=r"mm_projector\.bin: cannot be read"):
+        build_model("llava", *bases, pretrain_mm_mlp_adapter=str(tmp_path))
+    torch.save([1, 2], tmp_path / "mm_projector.bin")
+    with pytest.raises(UserError, match="hold a list, not a dict of tensors"):
+        build_model("llava", *bases, pretrain_mm_mlp_adapter=str(tmp_path))
+
+
+def test_auto_classes_take_a_block_of_settings(saved):
+    if saved[1].config.skip_vision is None:
+        pytest.skip("a dense checkpoint has no summary weights to load")
+    loaded = AutoModelForCausalLM.from_pretrained(saved[0], skip_vision={**SKIP, "skip_ffn": False})
+    assert loaded.config.skip_vision == SkipVisionConfig(**SKIP, skip_ffn=False)
+    assert not any(layer.skips for layer in loaded.model.layers)
+
+
 def test_torn_weights_are_said(saved):
     with open(saved[0] + "/model.safetensors", "r+b") as file:
         file.truncate(1000)
@@ -207,6 +212,24 @@ def test_a_bare_language_model_is_not_a_llava(bases):
         ({"skip_vision": {**SKIP, "skip_kv": "all"}}, "unknown level 'all'; known: none, skipped"),
         ({"skip_vision": {**SKIP, "skip_layers": [3]}}, "no layer 3; this model has layers 0 to 2"),
         ({"skip_vision": {**SKIP, "skip_layers": "odd"}}, "cannot read 'odd'; write 'all', '8-31'"),
+        ({"skip_vision": {**SKIP, "skip_layers": "2-1"}}, "cannot read '2-1'"),
+        (
+            {"skip_vision": {**SKIP, "skip_layers": 3}},
+            "skip_layers: expected 'all', a range or a list of layers, got 3",
+        ),
+        (
+            {"skip_vision": {**SKIP, "num_retained": True}},
+            "num_retained: expected a whole number of 1 or more, got True",
+        ),
+        ({"skip_vision": {**SKIP, "skip_kv": ["skipped"]}}, r"skip_kv: expected a name, got \['skipped'\]"),
+        ({"skip_vision": [4, 5]}, "skip_vision: expected a block of settings, or null for a dense model"),
+        ({"mm_vision_select_layer": -4}, "no layer -4; it has 1 to 3, or counted from the end -1 to -3"),
+        ({"mm_vision_select_layer": 0}, "no layer 0; it has 1 to 3"),
+        ({"mm_vision_select_feature": "all"}, "unknown 'all'; known: patch, cls_patch"),
+        ({"mm_projector_type": "identity"}, "needs equal widths, but the encoder has 32 and the language model 48"),
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio: unknown 'anyres'; known: pad, square"),
+        ({"tokenizer_padding_side": "middle"}, "tokenizer_padding_side: unknown 'middle'; known: left, right"),
+        ({"hidden_size": 50}, "model config: .*hidden size"),
         ({"mm_family": "llavva"}, "unknown family 'llavva'; known: llava"),
         ({"mm_projector_type": "mlp2x"}, r"unknown projector 'mlp2x'; known: linear, identity, mlp\{k\}x_gelu"),
     ],
@@ -227,11 +250,6 @@ def test_wrong_settings_are_one_line_each(bases, saved, changes, message):
 def test_an_unknown_option_is_refused(bases):
     with pytest.raises(UserError, match="unknown model option 'mm_colour'"):
         build_model("llava", *bases, mm_colour="red")
-
-
-def test_identity_needs_equal_widths(bases):
-    with pytest.raises(ValueError, match="the encoder has 32, the language model 48"):
-        build_model("llava", *bases, mm_projector_type="identity")
 
 
 @pytest.mark.parametrize("projector", ["linear", "mlp1x_gelu", "mlp3x_gelu"])
@@ -265,7 +283,7 @@ def test_a_projector_of_another_width_is_named(bases, tmp_path):
 
 def test_bases_that_are_not_there_or_not_right(bases, tmp_path):
     llm, clip = bases
-    with pytest.raises(UserError, match=r"absent: no such folder, and it cannot be fetched"):
+    with pytest.raises(UserError, match=r"language model .*absent: cannot read its config\.json"):
         build_model("llava", str(tmp_path / "absent"), clip)
     with pytest.raises(UserError, match=r"vision tower .*absent: cannot read its config\.json"):
         build_model("llava", llm, str(tmp_path / "absent"))

@@ -29,6 +29,24 @@ def test_chunked_loss_equals_cross_entropy(monkeypatch, chunk_rows, frozen):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("chunk_rows", [1, 3, 100])
+def test_chunked_loss_under_autocast(monkeypatch, chunk_rows):
+    """float32 weights, bf16 compute, as `--bf16` trains without DeepSpeed: like torch's cross entropy there."""
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk_rows * 29)
+    torch.manual_seed(0)
+    head = LMHead(8, 29, bias=False)
+    hidden, targets = torch.randn(10, 8, requires_grad=True), torch.randint(0, 29, (10,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = head(hidden, labels=targets)
+        expected = F.cross_entropy(F.linear(hidden, head.weight).float(), targets, reduction="sum")
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+    exact = F.cross_entropy(F.linear(hidden, head.weight), targets, reduction="sum")
+    wanted = torch.autograd.grad(exact, (hidden, head.weight))
+    for gradient, full in zip(torch.autograd.grad(ours, (hidden, head.weight)), wanted):
+        assert gradient.dtype == torch.float32
+        assert (gradient - full).norm() < 0.01 * full.norm()
+
+
 def test_a_second_backward_pass_is_refused():
     """Gradients are scaled in place: a second pass would scale them twice."""
     head = LMHead(8, 29, bias=False)
@@ -88,6 +106,15 @@ def test_text_only_batches_run_the_encoder_with_no_weight():
     model.zero_grad()
     model.eval()(input_ids=ids, labels=labels).loss.backward()
     torch.testing.assert_close(with_dummy, model.model.layers[0].mlp.up_proj.weight.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_a_text_only_batch_in_float16_is_finite():
+    """The black image's features may sum to more than float16 holds."""
+    model = tiny_model().half().train()
+    with torch.no_grad():
+        model.get_model().mm_projector.get_submodule("2").bias.fill_(500.0)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    assert model(input_ids=ids, labels=ids).loss.isfinite()
 
 
 def test_splice_stats_of_the_latest_training_batch():

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from llava_sv.model.splice import splice
+from llava_sv.model.splice import labels_after_cut, splice
 from llava_sv.model.token_groups import TokenGroups
 
 IMAGE = -200
@@ -70,6 +70,21 @@ def test_a_cut_never_falls_inside_an_image(max_length, roles):
 def test_what_follows_an_image_that_did_not_fit_goes_too():
     batch = run([[1, IMAGE, 2, IMAGE, 3]], [group(4, 7.0), group(1, 8.0)], max_length=4)
     assert batch.token_roles.tolist() == [[1]]
+
+
+@pytest.mark.parametrize("max_length", [None, 1, 2, 4, 5, 6, 7, 8, 9])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_after_the_cut_are_those_that_splice_keeps(max_length, side):
+    ids = torch.tensor([[1, IMAGE, 2, 3, IMAGE, 4], [5, 6, 7, 0, 0, 0]])
+    mask = torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]])
+    if side == "left":
+        ids[1], mask[1] = ids[1].flip(0), mask[1].flip(0)
+    labels = ids.masked_fill((ids == IMAGE) | (mask == 0), -100)
+    groups = [group(2, 7.0), group(3, 8.0)]
+    left = labels_after_cut(ids, labels, mask, [2, 3], max_length)
+    batch = splice(ids, groups, embed, attention_mask=mask, labels=labels, max_length=max_length)
+    for row in range(2):
+        assert left[row][left[row] != -100].tolist() == batch.labels[row][batch.labels[row] != -100].tolist()
 
 
 def test_a_lost_answer_is_said(caplog):

@@ -98,6 +98,36 @@ def test_summary_leaves_padding_out():
     torch.testing.assert_close(summary(tokens, mask), summary(tokens[:, mask[0]]), rtol=1e-12, atol=1e-12)
 
 
+def test_autocast_changes_neither_the_merge_nor_the_summary():
+    """Training in mixed precision merges as inference does: similarities and pooling stay float32."""
+    tokens = torch.randn(2, 200, 32, generator=torch.Generator().manual_seed(0))
+    summary = SummaryToken(32)
+    with torch.no_grad():
+        summary.weight.normal_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            plan, pooled = plan_merge(tokens, 60), summary(tokens)
+        assert torch.equal(plan.target, plan_merge(tokens, 60).target)
+        assert torch.equal(pooled, summary(tokens))
+
+
+def test_a_bf16_mean_over_many_tokens_is_the_mean():
+    tokens = torch.ones(1, 476, 4, dtype=torch.bfloat16)
+    assert torch.equal(SummaryToken(4).bfloat16()(tokens), torch.ones(1, 4, dtype=torch.bfloat16))
+
+
+def test_summary_gradients():
+    """Of the tokens and of the weight, against finite differences."""
+    torch.manual_seed(0)
+    summary = SummaryToken(6, "layernorm").double()
+    tokens = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, dtype=torch.float64, requires_grad=True)
+
+    def pooled(tokens, weight):
+        return torch.func.functional_call(summary, {"weight": weight}, (tokens,))
+
+    assert torch.autograd.gradcheck(pooled, (tokens, weight))
+
+
 def test_selection_keeps_raster_order_and_the_earlier_of_ties():
     keep, rest = split_by_score(torch.tensor([[0.1, 0.9, 0.5, 0.9, 0.5]]), 3)
     assert keep.tolist() == [[1, 2, 3]]

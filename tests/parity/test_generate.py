@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, TextIteratorStreamer
+from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from llava_sv.errors import UserError
 from llava_sv.model.language_model.skip_cache import cache_bytes, kept_after_prefill, shrink_cache
 from llava_sv.model.token_groups import KV_LEVELS, TokenRole
-from tests.parity.oracle import greedy_recompute
+from tests.parity.oracle import decode_one, greedy_recompute
 from tests.parity.tiny import SKIP, ragged_batch, tiny_images, tiny_model
 
 STEPS = 8
@@ -161,26 +161,27 @@ def test_beams_equal_beams_alone(level):
         assert together[row].tolist() == alone[0].tolist()
 
 
-def test_one_beam_wins_by_its_score():
-    """The best of as many beams as there are 2-token continuations is the most likely pair, found by enumeration."""
+@pytest.mark.parametrize("level", ["none", "skipped"])
+def test_one_beam_wins_by_its_score(level):
+    """The best of as many beams as there are words is the likeliest pair of tokens, found by enumeration."""
     model = tiny_model()
     ids, _, _, count = ragged_batch(((3, 1, 5),))
     images = tiny_images(count)
-    found = model.generate(ids, images=images, num_beams=101, max_new_tokens=2, do_sample=False, skip_kv="none")
+    found = model.generate(ids, images=images, num_beams=101, max_new_tokens=2, do_sample=False, skip_kv=level)
     batch = model.prepare_inputs_labels_for_multimodal(ids, images=images)
+    prompt, roles = batch.inputs_embeds[0], batch.token_roles[0]
+    visible = torch.ones(len(roles) + 1, len(roles) + 1, dtype=torch.bool).tril()
+    for role in KV_LEVELS[level]:
+        visible[-1, :-1] &= roles != int(role)
     with torch.no_grad():
-        first = (
-            model(inputs_embeds=batch.inputs_embeds, position_ids=batch.position_ids, token_roles=batch.token_roles)
-            .logits[0, -1]
-            .log_softmax(-1)
-        )
+        first = decode_one(model, prompt, torch.arange(len(roles)), roles)[-1].log_softmax(-1)
         second = []
-        for token in range(101):
-            embeds = torch.cat([batch.inputs_embeds, model.model.embed_tokens(torch.tensor([[token]]))], dim=1)
-            roles = torch.cat([batch.token_roles, batch.token_roles.new_ones(1, 1)], dim=1)
-            second.append(model(inputs_embeds=embeds, token_roles=roles).logits[0, -1].log_softmax(-1))
-    score = first[:, None] + torch.stack(second)
-    best = int(score.argmax())
+        for word in model.model.embed_tokens.weight:
+            embeds = torch.cat([prompt, word.unsqueeze(0)])
+            longer = torch.cat([roles, roles.new_ones(1)])
+            logits = decode_one(model, embeds, torch.arange(len(longer)), longer, visible)
+            second.append(logits[-1].log_softmax(-1))
+    best = int((first[:, None] + torch.stack(second)).argmax())
     assert found[0].tolist() == [best // 101, best % 101]
 
 
@@ -210,7 +211,6 @@ class Collect(BaseStreamer):
 
 
 def test_streamer_gets_the_new_tokens():
-    assert issubclass(TextIteratorStreamer, BaseStreamer)
     model = tiny_model()
     ids, _, _, count = ragged_batch(((3, 1, 5),))
     streamer = Collect()
@@ -230,3 +230,58 @@ def test_a_static_cache_is_refused_with_the_way_out():
     ids, _, _, count = ragged_batch(((3, 1, 5),))
     with pytest.raises(ValueError, match="skip_kv='none'"):
         model.generate(ids, images=tiny_images(count), max_new_tokens=3, cache_implementation="static")
+
+
+def test_without_a_mask_padding_is_found_as_transformers_finds_it():
+    model = tiny_model()
+    ids, mask, _, count = ragged_batch()
+    options = dict(images=tiny_images(count), max_new_tokens=STEPS, do_sample=False, pad_token_id=0)
+    assert (ids[mask] != 0).all(), "no prompt token looks like padding"
+    assert model.generate(ids, **options).tolist() == model.generate(ids, attention_mask=mask, **options).tolist()
+
+
+def test_one_prompt_may_come_without_a_batch_dimension():
+    model = tiny_model()
+    ids, _, _, count = ragged_batch(((3, 1, 5),))
+    options = dict(max_new_tokens=STEPS, do_sample=False)
+    alone = model.generate(ids[0], images=tiny_images(count)[0], **options)
+    assert alone.tolist() == model.generate(ids, images=tiny_images(count), **options).tolist()
+
+
+def test_embeddings_with_roles_skip_too():
+    model = tiny_model()
+    ids, _, _, count = ragged_batch(((3, 1, 5),))
+    batch = model.prepare_inputs_labels_for_multimodal(ids, images=tiny_images(count))
+    options = dict(max_new_tokens=STEPS, do_sample=False, skip_kv="skipped")
+    given = dict(inputs_embeds=batch.inputs_embeds, position_ids=batch.position_ids, token_roles=batch.token_roles)
+    expected = model.generate(ids, images=tiny_images(count), **options)
+    assert model.generate(**given, **options).tolist() == expected.tolist()
+    with pytest.raises(ValueError, match="with `token_roles`"):
+        model.generate(inputs_embeds=batch.inputs_embeds, **options)
+
+
+def test_what_cannot_be_combined_is_said():
+    model = tiny_model()
+    ids, _, _, count = ragged_batch(((3, 1, 5),))
+    out = model.generate(ids, images=tiny_images(count), max_new_tokens=2, return_dict_in_generate=True)
+    with pytest.raises(ValueError, match="starts from an empty cache"):
+        model.generate(ids, images=tiny_images(count), past_key_values=out.past_key_values)
+    with pytest.raises(ValueError, match="prefill_chunk_size does not work"):
+        model.generate(ids, images=tiny_images(count), prefill_chunk_size=4)
+
+
+def test_a_static_cache_serves_where_nothing_is_dropped():
+    model = tiny_model()
+    ids = torch.tensor([[1, 2, 3, 4]])
+    options = dict(max_new_tokens=4, do_sample=False)
+    static = model.generate(ids, cache_implementation="static", **options)
+    assert static.tolist() == model.generate(ids, **options).tolist()
+
+
+def test_eager_and_sdpa_generate_alike():
+    """float32: eager takes its softmax in float32 whatever the precision."""
+    sdpa, eager = tiny_model().float(), tiny_model().float()
+    eager.set_attn_implementation("eager")
+    ids, mask, _, count = ragged_batch()
+    options = dict(attention_mask=mask, images=tiny_images(count).float(), max_new_tokens=STEPS, do_sample=False)
+    assert sdpa.generate(ids, **options).tolist() == eager.generate(ids, **options).tolist()

@@ -15,14 +15,12 @@ from llava_sv.mm_utils import load_image_processor
 from llava_sv.model.attention import check_attn_implementation
 from llava_sv.model.builders.tokenizer import load_tokenizer
 from llava_sv.model.checkpoint_io import gathered, load_projector, load_strictly
-from llava_sv.model.config import LlavaConfig, SkipVisionConfig
+from llava_sv.model.config import LlavaConfig
 from llava_sv.model.language_model.llava_llama import LlavaLlamaForCausalLM
-from llava_sv.model.loading import check_config, is_llava_checkpoint, load_whole, read_config
+from llava_sv.model.loading import check_config, strict_config
 from llava_sv.model.multimodal_encoder.builder import load_vision_tower, read_vision_config
 
 logger = logging.getLogger(__name__)
-
-SUMMARY_WEIGHTS = "model.mm_projector.summary."
 
 
 def assemble(
@@ -36,27 +34,17 @@ def assemble(
     attn_implementation: str | None = None,
     **overrides: Any,
 ) -> tuple[Any, LlavaLlamaForCausalLM, Any]:
-    """(tokenizer, model, image_processor) of `family`; see `build_model`.
-
-    `llm` may be a bare language model, or a whole LLaVA checkpoint to go on from: then its own encoder, projector and
-    settings are the defaults, and only summary weights may be new.
-    """
+    """(tokenizer, model, image_processor) of `family`; see `build_model`."""
     check_attn_implementation(attn_implementation)
-    _refuse_unknown(overrides)
-    goes_on = is_llava_checkpoint(llm)
-    if goes_on:
-        config = _continued_config(family, llm, skip_vision, overrides)
-        model = load_whole(llm, config, (SUMMARY_WEIGHTS,), torch_dtype, attn_implementation)
-    else:
-        config = make_config(family, llm, str(vision_tower), skip_vision, {**defaults, **overrides})
-        model = _load_on_language_model(llm, config, torch_dtype, attn_implementation)
+    config = make_config(family, llm, str(vision_tower), skip_vision, {**defaults, **overrides})
+    model = _load_on_language_model(llm, config, torch_dtype, attn_implementation)
     if pretrain_mm_mlp_adapter is not None:
         load_projector(model, pretrain_mm_mlp_adapter)
-    elif not goes_on:
+    else:
         logger.info("no pretrained projector is given: it starts from fresh weights")
     tokenizer = load_tokenizer(llm)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return tokenizer, model, load_image_processor(llm if goes_on else str(vision_tower))
+    return tokenizer, model, load_image_processor(str(vision_tower))
 
 
 def make_config(
@@ -72,22 +60,8 @@ def make_config(
     vision = read_vision_config(vision_tower)
     values.update(mm_family=family, mm_vision_tower=vision_tower, mm_hidden_size=vision.hidden_size)
     values.update(settings)
-    config = LlavaConfig(**values, skip_vision=skip_vision, vision_config=vision.to_dict())
+    config = strict_config(lambda: LlavaConfig(**values, skip_vision=skip_vision, vision_config=vision.to_dict()))
     check_config(config, vision.to_dict())
-    return config
-
-
-def _continued_config(
-    family: str, llm: str, skip_vision: dict[str, Any] | None, overrides: dict[str, Any]
-) -> LlavaConfig:
-    config = read_config(llm)
-    if config.mm_family != family:
-        raise UserError(f"checkpoint {llm}: is of family {config.mm_family!r}, not {family!r}")
-    for name, value in overrides.items():
-        setattr(config, name, value)
-    if skip_vision is not None:
-        config.skip_vision = SkipVisionConfig.from_dict(skip_vision)
-    check_config(config, config.vision_config or read_vision_config(config.mm_vision_tower).to_dict())
     return config
 
 

@@ -34,7 +34,8 @@ def plan_merge(tokens: Tensor, num_kept: int, mask: Tensor | None = None) -> Mer
     if mask is None:
         mask = torch.ones(groups, count, dtype=torch.bool, device=tokens.device)
     unit = F.normalize(tokens.float(), dim=-1).masked_fill(~mask.unsqueeze(-1), 0.0)
-    similarity = unit @ unit.transpose(1, 2)
+    with torch.autocast(tokens.device.type, enabled=False):
+        similarity = unit @ unit.transpose(1, 2)
     # a token's similarity to itself leaves the sum; the divisor is the same for a whole group and keeps it an average
     own = similarity.diagonal(dim1=1, dim2=2)
     others = (mask.sum(1, keepdim=True) - 1).clamp(min=1)

@@ -24,6 +24,11 @@ class VisionFeatures:
     cls: Tensor | None = None
     cls_attention: Tensor | None = None
 
+    def to(self, device: torch.device) -> VisionFeatures:
+        """The same features on `device`."""
+        parts = (self.patches, self.cls, self.cls_attention)
+        return VisionFeatures(*(None if part is None else part.to(device) for part in parts))  # type: ignore[arg-type]
+
 
 def cls_similarity(features: VisionFeatures) -> Tensor:
     """Cosine of each patch with the CLS feature of the same layer, [V, N] float32 (the paper's section 4.1)."""

@@ -18,13 +18,17 @@ class SummaryToken(nn.Module):
         self.norm = nn.LayerNorm(width) if norm == "layernorm" else None
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """tokens [G, n, C], bool mask [G, n] (False is padding; each group needs a real token) -> [G, C]."""
-        scored = tokens if self.norm is None else self.norm(tokens)
-        scores = (scored @ self.weight).float() if tokens.dtype != torch.float64 else scored @ self.weight
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        share = scores.softmax(dim=-1).to(tokens.dtype)
-        return torch.einsum("gn,gnc->gc", share, tokens)
+        """tokens [G, n, C], bool mask [G, n] (False is padding; each group needs a real token) -> [G, C].
+
+        Scores and sums are float32 (or wider) at any precision: shares of 1/n rounded to bf16 no longer add up to one.
+        """
+        wide = torch.promote_types(tokens.dtype, torch.float32)
+        with torch.autocast(tokens.device.type, enabled=False):
+            scored = tokens if self.norm is None else self.norm(tokens.to(self.weight.dtype))
+            scores = scored.to(wide) @ self.weight.to(wide)
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -torch.inf)
+            return torch.einsum("gn,gnc->gc", scores.softmax(dim=-1), tokens.to(wide)).to(tokens.dtype)
 
 
 class SummaryTokens(nn.Module):

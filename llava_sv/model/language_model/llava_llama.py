@@ -20,7 +20,7 @@ from llava_sv.errors import UserError
 from llava_sv.model.compression.summary import SummaryToken
 from llava_sv.model.config import LlavaConfig
 from llava_sv.model.language_model.loss import LMHead, supervised_positions
-from llava_sv.model.language_model.skip_cache import check_can_shrink, kept_after_prefill, shrink_cache
+from llava_sv.model.language_model.skip_cache import drops_any, kept_after_prefill, shrink_cache
 from llava_sv.model.language_model.skip_ffn import enable_skip_ffn, rows_through_ffn
 from llava_sv.model.llava_arch import Images, LlavaMetaForCausalLM, LlavaMetaModel
 from llava_sv.model.multimodal_projector.mlp import LinearProjector
@@ -162,15 +162,19 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
 
         inputs: [B, T0] with `IMAGE_TOKEN_INDEX` marks, padded on either side as `attention_mask` says.
         skip_kv: level of the skip KV-cache, a key of `KV_LEVELS`; default: the config's. Sampling, beams, streamers
-        and stopping criteria are transformers' own. Raises `UserError` for an unknown level.
+        and stopping criteria are transformers' own; `max_length` counts the spliced prompt. Raises `UserError` for an
+        unknown level, `ValueError` for what cannot be combined with images.
         """
         inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
-        if inputs is None:
-            return super().generate(images=images, image_sizes=image_sizes, **kwargs)  # type: ignore[misc]
         level = self._kv_level(skip_kv)
-        if level != "none" and kwargs.get("assistant_model") is not None:
-            raise ValueError("skip KV-cache does not work with an assistant model; pass skip_kv='none'")
+        self._check_generate(level, kwargs)
+        if inputs is None:
+            if images is not None or (skip_kv not in (None, "none") and kwargs.get("token_roles") is None):
+                raise ValueError("images go with `inputs`, and skip_kv with `inputs` or with `token_roles`")
+            return super().generate(skip_kv=level, **kwargs)  # type: ignore[misc]
+        inputs = inputs.unsqueeze(0) if inputs.dim() == 1 else inputs
         mask = kwargs.pop("attention_mask", None)
+        mask = self._mask_of_padding(inputs, kwargs) if mask is None else mask
         batch = self.prepare_inputs_labels_for_multimodal(
             inputs, mask, images=images, image_sizes=image_sizes, padding_side="left"
         )
@@ -182,6 +186,25 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             skip_kv=level,
             **kwargs,
         )
+
+    def _check_generate(self, level: str, kwargs: dict[str, Any]) -> None:
+        config = kwargs.get("generation_config")
+        past = kwargs.get("past_key_values")
+        if past is not None and past.get_seq_length() > 0:
+            raise ValueError("generate starts from an empty cache: pass the whole conversation in `inputs`")
+        if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
+            raise ValueError("prefill_chunk_size does not work with images: the prompt is spliced as a whole")
+        if level != "none" and kwargs.get("assistant_model") is not None:
+            raise ValueError("skip KV-cache does not work with an assistant model; pass skip_kv='none'")
+
+    def _mask_of_padding(self, inputs: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        """The mask of prompts that come without one, as transformers infers it: a pad token that ends nothing."""
+        config = kwargs.get("generation_config") or self.generation_config
+        pad = kwargs.get("pad_token_id", config.pad_token_id)
+        ends = kwargs.get("eos_token_id", config.eos_token_id)
+        if pad is None or pad in (ends if isinstance(ends, (list, tuple)) else [ends]):
+            return None
+        return inputs != pad
 
     def _kv_level(self, skip_kv: str | None) -> str:
         default = self.config.skip_vision.skip_kv if self.config.skip_vision else "none"
@@ -203,8 +226,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         """After each step; after the first, which is the prefill, skipped tokens leave the cache (equation 7)."""
         roles = model_kwargs.pop("token_roles", None)
         level = model_kwargs.get("skip_kv", "none")
-        if roles is not None and level != "none" and outputs.past_key_values is not None:
-            check_can_shrink(outputs.past_key_values)
+        if roles is not None and drops_any(roles, level) and outputs.past_key_values is not None:
             mask = shrink_cache(outputs.past_key_values, kept_after_prefill(roles, level))
             # transformers leaves the mask out where nothing is masked
             model_kwargs["attention_mask"] = None if bool(mask.all()) else mask.long()

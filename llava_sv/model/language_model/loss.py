@@ -78,7 +78,11 @@ class LMHead(nn.Linear):
             return F.linear(input, self.weight, self.bias)
         if self.bias is not None:
             raise ValueError("the chunked loss is for output layers without bias")
-        return _ChunkedCrossEntropy.apply(input, self.weight, labels, torch.is_grad_enabled())
+        kind, weight = input.device.type, self.weight
+        if torch.is_autocast_enabled(kind):
+            input, weight = (t.to(torch.get_autocast_dtype(kind)) for t in (input, weight))
+        with torch.autocast(kind, enabled=False):
+            return _ChunkedCrossEntropy.apply(input, weight, labels, torch.is_grad_enabled())
 
 
 def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:

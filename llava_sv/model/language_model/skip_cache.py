@@ -25,6 +25,11 @@ def kept_after_prefill(token_roles: Tensor, level: str) -> Tensor:
     return keep
 
 
+def drops_any(token_roles: Tensor, level: str) -> bool:
+    """Whether a prompt of these roles [B, T] holds anything that leaves the cache at this level."""
+    return any(bool((token_roles == int(role)).any()) for role in KV_LEVELS[level])
+
+
 @torch.no_grad()
 def shrink_cache(cache: Any, keep: Tensor) -> Tensor:
     """Drop every cached position where `keep` [B, T] is False, from every layer, and re-pack left-padded.

@@ -11,7 +11,22 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from llava_sv.errors import UserError
 from llava_sv.model.compression.select import VisionFeatures
+
+FEATURES = ("patch", "cls_patch")
+
+
+def check_selected_state(vision_config: dict[str, Any], select_layer: int, select_feature: str) -> None:
+    """`UserError` for a hidden state that this encoder does not have, or an unknown `mm_vision_select_feature`."""
+    if select_feature not in FEATURES:
+        raise UserError(f"mm_vision_select_feature: unknown {select_feature!r}; known: {', '.join(FEATURES)}")
+    layers = vision_config["num_hidden_layers"]
+    if not (1 <= select_layer <= layers or -layers <= select_layer <= -1):
+        raise UserError(
+            f"mm_vision_select_layer: this encoder has no layer {select_layer}; it has 1 to {layers}, "
+            f"or counted from the end -1 to -{layers}"
+        )
 
 
 class CLIPVisionTower(nn.Module):
@@ -19,15 +34,12 @@ class CLIPVisionTower(nn.Module):
 
     def __init__(self, model: CLIPVisionModel, select_layer: int = -2, select_feature: str = "patch"):
         super().__init__()
-        if select_feature not in ("patch", "cls_patch"):
-            raise ValueError(f"mm_vision_select_feature {select_feature!r} is unknown; known: patch, cls_patch")
+        check_selected_state(model.config.to_dict(), select_layer, select_feature)
         self.vision_tower = nn.ModuleDict({"vision_model": model})
         self.select_feature = select_feature
         layers = model.config.num_hidden_layers
         # hidden state 0 is the embedding, so state i is the output of block i - 1
         self.num_blocks = select_layer if select_layer >= 0 else layers + 1 + select_layer
-        if not 1 <= self.num_blocks <= layers:
-            raise ValueError(f"mm_vision_select_layer {select_layer} is outside this encoder's {layers} layers")
 
     @classmethod
     def from_config(cls, vision_config: dict, select_layer: int, select_feature: str, attn: str | None):

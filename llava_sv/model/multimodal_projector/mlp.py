@@ -49,14 +49,6 @@ class Projector(nn.Module, ABC):
 class IdentityProjector(Projector):
     """The features as they are: E must equal C."""
 
-    def __init__(self, config: Any):
-        super().__init__(config)
-        if config.mm_hidden_size != config.hidden_size:
-            raise ValueError(
-                f"mm_projector_type 'identity' needs equal widths: the encoder has {config.mm_hidden_size}, "
-                f"the language model {config.hidden_size}"
-            )
-
     def project(self, features_VNE: Tensor) -> Tensor:
         return features_VNE
 
