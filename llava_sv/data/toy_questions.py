@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from llava_sv.data.toy_scene import COLOURS, MAX_SHAPES, PLACES, SHAPES, WORDS, Scene, Shape, article
@@ -120,9 +120,9 @@ CATEGORIES: dict[str, Callable[[Scene, random.Random], Question | None]] = {
 }
 
 
-def ask_some(scene: Scene, rng: random.Random, count: int) -> list[Question]:
-    """Up to `count` different questions in random order, every category tried in turn."""
-    names = list(CATEGORIES)
+def ask_some(scene: Scene, rng: random.Random, count: int, categories: Iterable[str] = CATEGORIES) -> list[Question]:
+    """Up to `count` different questions in random order, the named categories (all of them) tried in turn."""
+    names = list(categories)
     rng.shuffle(names)
     questions: dict[str, Question] = {}
     for attempt in range(4 * count):

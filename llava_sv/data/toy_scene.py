@@ -196,9 +196,8 @@ def article(colour: str) -> str:
 
 
 def describe(scene: Scene) -> str:
-    """The caption: every shape with its place, in the order of places, and the word."""
-    shapes = sorted(scene.shapes, key=lambda s: s.place)
-    parts = [f"{article(s.colour)} {s.colour} {s.shape} at the {PLACES[s.place]}" for s in shapes]
+    """The caption: every shape with its place, in the order of `scene.shapes` (a random one), and the word."""
+    parts = [f"{article(s.colour)} {s.colour} {s.shape} at the {PLACES[s.place]}" for s in scene.shapes]
     if scene.word:
         parts.append(f"the word {scene.word}")
     listed = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
