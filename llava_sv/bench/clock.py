@@ -59,6 +59,11 @@ def now_ms(device: torch.device) -> float:
     return time.perf_counter() * 1000
 
 
+def cpu_ms() -> float:
+    """CPU milliseconds of this process so far, over all its threads: what a busy machine's waiting does not touch."""
+    return time.process_time() * 1000
+
+
 def rounds(steps: dict[str, Step], repeats: int, warmup: int, what: str) -> dict[str, list[dict[str, float]]]:
     """Run every step once a round, `warmup` unmeasured rounds first, in turning order; what each measured, by round."""
     names = list(steps)

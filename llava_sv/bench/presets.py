@@ -1,6 +1,6 @@
 """Sizes of known language models, encoders and settings, as plain numbers. Read by `flops`; imports no torch.
 
-A setting is one column of skip_vision's first section: how many visual tokens an image takes, dense and skipping.
+A setting is one family at one resolution: how many visual tokens an image takes, dense and skipping.
 """
 
 from __future__ import annotations

@@ -10,17 +10,9 @@ from typing import Any
 from llava_sv.bench.train import PEER
 from llava_sv.errors import UserError, exit_on_user_error
 
-TRAIN_HEAD = [
-    "size",
-    "region",
-    "dense ms",
-    "skip ms",
-    "time saved",
-    "FLOPs saved",
-    "time / FLOPs",
-    "dense / transformers",
-]
-INFER_HEAD = [*TRAIN_HEAD[:6], "KV MiB, dense", "KV MiB, skip", "dense / transformers"]
+SHARED = ["size", "region", "dense ms", "skip ms", "time saved", "FLOPs saved"]
+TRAIN_HEAD = [*SHARED, "time / FLOPs", "CPU time saved", "dense / transformers"]
+INFER_HEAD = [*SHARED, "KV MiB, dense", "KV MiB, skip", "dense / transformers"]
 FIGURES = {
     "prefill": "prefill_ms",
     "decode": "decode_ms_per_token",
@@ -42,6 +34,7 @@ def train_rows(report: dict[str, Any]) -> list[list[str]]:
                 f"{region['time_saved']:.1%}",
                 f"{region['flops_saved']:.1%}",
                 f"{region['time_saved_per_flops_saved']:.1%}",
+                f"{region['cpu_time_saved']:.1%}",
                 f"{peer['dense_over_peer']:.3f}" if peer else "-",
             ]
         )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llava_sv import cli
-from llava_sv.bench import clock
+from llava_sv.bench import clock, table
 from llava_sv.bench.models import make_batch, make_pair
 from llava_sv.bench.peers import make_stock_llava, stock_inputs
 from llava_sv.bench.sizes import SIZES
@@ -49,7 +49,7 @@ def test_train_report_has_both_regions_and_the_llm_on_top(train):
     assert set(train["regions"]) == {"llm", "model"}
     for region in train["regions"].values():
         for name in ("dense", "skip"):
-            assert {"step_ms", "forward_ms", "backward_ms", "flops", "activation_bytes"} <= set(region[name])
+            assert {"step_ms", "cpu_ms", "forward_ms", "backward_ms", "flops", "activation_bytes"} <= set(region[name])
         assert region["skip"]["flops"] < region["dense"]["flops"]
         assert region["skip"]["activation_bytes"] < region["dense"]["activation_bytes"]
         saved = 1 - region["skip"]["flops"] / region["dense"]["flops"]
@@ -100,6 +100,15 @@ def test_the_peer_is_the_same_model():
         rtol=1e-3,
         atol=1e-6,
     )
+
+
+def test_table_has_a_cell_under_every_heading(train, infer):
+    tables = [part for part in table.render([train, infer]).split("\n\n") if part.startswith("|")]
+    assert len(tables) == 2
+    for rows, regions in zip((t.splitlines() for t in tables), (train["regions"], infer["regions"])):
+        assert len(rows) == 2 + len(regions)
+        assert len({row.count("|") for row in rows}) == 1
+    assert f"{train['flops_saved']:.1%}" in tables[0]
 
 
 def test_no_peers(tmp_path_factory):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -127,3 +128,22 @@ def test_mistakes_are_one_line_and_exit_code_2(argv, message, capsys):
 def test_counting_needs_no_torch():
     code = "import sys; sys.argv[0] = 'llava-sv'; import llava_sv.bench.flops; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+DOCUMENTED = {
+    "LLaVA 100 + 156 of 576": ("llava", "100_156"),
+    "LLaVA 256 + 320 of 576": ("llava", "256_320"),
+    "LLaVA-HD 576 + 576 of 2880": ("llava_hd", "2x2"),
+    "CoS 272 + 256 of 1296": ("cos", "cos_1296"),
+}
+
+
+@pytest.mark.parametrize("label", DOCUMENTED)
+def test_the_documented_table_is_what_the_command_says(label, tmp_path):
+    family, preset = DOCUMENTED[label]
+    target = tmp_path / "flops.json"
+    assert cli.main(["flops", "--family", family, "--preset", preset, "--json", str(target)]) == 0
+    report = json.loads(target.read_text())
+    figures = (report[key] for key in ("paper_ratio", "exact_llm_ratio", "exact_ratio", "train_ratio"))
+    row = f"| {label} | " + " | ".join(f"{figure:.1%}" for figure in figures) + " |"
+    assert row in (Path(__file__).parents[2] / "docs/Benchmarks.md").read_text(encoding="utf-8").splitlines()
