@@ -8,7 +8,16 @@ import sys
 
 __version__ = "0.1.0"
 
-# these answer --help, or say what is missing, without waiting for torch; they import the model when they need it
-_ENTRIES = ("llava-sv", "train.py", "train_mem.py")
-if os.path.basename(sys.argv[0] if sys.argv else "") not in _ENTRIES:
+
+def _is_own_program() -> bool:
+    """Whether this process runs a command of the package: `llava-sv`, `-m llava_sv.*`, or one of its files."""
+    program = sys.argv[0] if sys.argv else ""
+    if program == "-m":
+        return any(argument.startswith("llava_sv.") for argument in sys.orig_argv[:4])
+    inside = os.path.realpath(program).startswith(os.path.dirname(os.path.realpath(__file__)) + os.sep)
+    return inside or os.path.basename(program) == "llava-sv"
+
+
+# own commands answer --help, or say what is missing, without waiting for torch; they import the model when they need it
+if not _is_own_program():
     from llava_sv import model as model

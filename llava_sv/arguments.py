@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 
 import transformers
 
+from llava_sv.data.image_policy import POLICIES
 from llava_sv.errors import UserError
+from llava_sv.mm_utils import ASPECT_RATIOS
 from llava_sv.model.config import SkipVisionConfig
+from llava_sv.model.multimodal_encoder.clip_encoder import FEATURES
 
 
 def _flag(default, text: str):
@@ -63,10 +66,9 @@ class ModelArguments:
         for name in ("mm_use_im_start_end", "mm_use_im_patch_token"):
             if getattr(self, name):
                 raise UserError(f"--{name} True is not supported: an image's place is marked without tokens; drop it")
-        if self.mm_vision_select_feature not in ("patch", "cls_patch"):
-            raise UserError(
-                f"--mm_vision_select_feature: unknown {self.mm_vision_select_feature!r}; known: patch, cls_patch"
-            )
+        if self.mm_vision_select_feature not in FEATURES:
+            known = ", ".join(FEATURES)
+            raise UserError(f"--mm_vision_select_feature: unknown {self.mm_vision_select_feature!r}; known: {known}")
         if self.tune_mm_mlp_adapter and self.freeze_mm_mlp_adapter:
             raise UserError("--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter leave nothing to train; drop one")
 
@@ -98,7 +100,7 @@ class DataArguments:
     def __post_init__(self) -> None:
         if not self.lazy_preprocess:
             raise UserError("--lazy_preprocess False is not supported: records are prepared as they are read; drop it")
-        for name, known in (("missing_images", ("error", "skip", "blank")), ("image_aspect_ratio", ("pad", "square"))):
+        for name, known in (("missing_images", POLICIES), ("image_aspect_ratio", tuple(ASPECT_RATIOS))):
             if getattr(self, name) not in known:
                 raise UserError(f"--{name}: unknown value {getattr(self, name)!r}; known: {', '.join(known)}")
 
@@ -113,7 +115,8 @@ class TrainingArguments(transformers.TrainingArguments):
         False, "Batches of like length, text-only ones apart; lengths count visual tokens after skipping."
     )
     attn_implementation: str | None = _flag(
-        None, "Attention: sdpa, eager or flash_attention_2; default: the fastest here."
+        None,
+        "Attention: sdpa, eager or flash_attention_2; default: sdpa (train_mem.py: flash where it can run).",
     )
     cache_dir: str | None = _flag(None, "Where Hugging Face models are kept (sets HF_HUB_CACHE for this run).")
     overwrite_output_dir: bool = _flag(

@@ -71,6 +71,12 @@ def load_for_inference(
         raise UserError(f"--device {device}: no CUDA GPU is usable here; see llava-sv doctor, or use --device cpu")
     if conv_template is not None:
         get_template(conv_template)
+    parent, _, name = model_path.strip("/").rpartition("/")
+    if not Path(model_path).is_dir() and (not parent or "/" in parent or Path(parent).is_dir()):
+        # not organisation/name either, so nobody needs to wait for a hub's answer
+        raise UserError(
+            f"no such checkpoint folder: {model_path}; train one, or give a Hugging Face id (organisation/name)"
+        )
     tokenizer, model, image_processor, _ = load_pretrained_model(
         model_path,
         model_base,
@@ -79,14 +85,14 @@ def load_for_inference(
         device=device,
         attn_implementation=attn_implementation,
     )
-    name = conv_template or model.config.conv_template
-    if name is None:
+    template = conv_template or model.config.conv_template
+    if template is None:
         raise UserError(
             f"{model_path}: config.json names no conv_template; say which one the model was trained with, "
             f"--conv-template {{{','.join(CONV_TEMPLATES)}}}"
         )
     model.eval()
-    return Assistant(tokenizer, model, image_processor, get_template(name))
+    return Assistant(tokenizer, model, image_processor, get_template(template))
 
 
 def user_turn(text: str, num_images: int) -> dict[str, str]:

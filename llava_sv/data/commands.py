@@ -167,7 +167,7 @@ def index_main(argv: list[str]) -> int:
         "Check a data file and lay it out for memory-mapped reading; training does so by itself on first use.",
         "playground/data/toy/sft.json",
     )
-    parser.add_argument("--cache-dir", metavar="DIR", help="where indexes are kept [the datasets library's cache]")
+    parser.add_argument("--cache-dir", metavar="DIR", help="where to keep it [datasets' cache, where training looks]")
     args = parser.parse_args(argv)
     began = time.perf_counter()
     records = open_index(args.data, args.cache_dir)
@@ -194,7 +194,7 @@ def stats_main(argv: list[str]) -> int:
         "Count records, images, turns and lengths of a data file.",
         "playground/data/toy/sft.json --tokenizer playground/tiny/llm --template llama_3",
     )
-    parser.add_argument("--cache-dir", metavar="DIR", help="where indexes are kept [the datasets library's cache]")
+    parser.add_argument("--cache-dir", metavar="DIR", help="where to keep it [datasets' cache, where training looks]")
     parser.add_argument("--tokenizer", metavar="PATH", help="count tokens with this tokenizer too")
     parser.add_argument("--template", help="conversation template to count tokens in (with --tokenizer)")
     args = parser.parse_args(argv)

@@ -1,6 +1,6 @@
 """The index of a data file: its records, checked once and laid out in Arrow, memory-mapped from a cache.
 
-A LLaVA JSON or JSONL file arrives; `Records` leave. Called by `records.load_records` and the `data` commands. The file
+A LLaVA JSON or JSONL file arrives; `Records` leave. Called by `train.build` and the `data` commands. The file
 is streamed (arrays too), so memory stays small whatever its size; every rank and worker shares the same pages.
 """
 

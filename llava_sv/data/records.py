@@ -1,19 +1,18 @@
 """LLaVA records: their schema and its checks. A decoded JSON value arrives, a `LlavaRecord` or a `UserError` leaves.
 
-Called by `data.index` for every record of a file, once; `load_records` is where training and commands come in.
+Called by `data.index` for every record of a file, once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_sv.constants import DEFAULT_IMAGE_TOKEN
 from llava_sv.errors import UserError
 
 if TYPE_CHECKING:
-    from llava_sv.data.index import Records
+    pass
 
 SPEAKERS = ("human", "gpt")
 
@@ -46,13 +45,6 @@ def check_record(raw: Any, where: str) -> LlavaRecord:
             f"conversation; make the two counts equal"
         )
     return LlavaRecord("" if identity is None else str(identity), images, turns)
-
-
-def load_records(path: str | Path, cache_dir: str | Path | None = None) -> Records:
-    """The records of a LLaVA JSON or JSONL file, checked and memory-mapped. See `data.index.open_index`."""
-    from llava_sv.data.index import open_index
-
-    return open_index(path, cache_dir)
 
 
 def _conversations(raw: dict[str, Any], where: str) -> tuple[dict[str, str], ...]:

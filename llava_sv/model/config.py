@@ -19,7 +19,7 @@ SUMMARY_NORMS = ("none", "layernorm")
 
 @dataclass
 class SkipVisionConfig:
-    """The switches of Skip-Vision (skip_vision sections 1 to 5; Tables 4, 6 and 7). One field, one ablation."""
+    """The switches of Skip-Vision (the paper's section 4; Tables 4, 6 and 7). One field, one ablation."""
 
     skip_ffn: bool = True
     """Skipped tokens bypass the FFN (equations 4 and 5)."""

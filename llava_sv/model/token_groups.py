@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class TokenRole(IntEnum):
-    """What a position of the spliced sequence is (skip_vision section 1)."""
+    """What a position of the spliced sequence is (the paper's section 4)."""
 
     PAD = 0
     TEXT = 1

@@ -13,7 +13,7 @@ import torch
 from llava_sv.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava_sv.conversation import get_template
 from llava_sv.data.dataset import LazySupervisedDataset
-from llava_sv.data.records import load_records
+from llava_sv.data.index import open_index
 from llava_sv.errors import UserError
 from llava_sv.model.attention import check_attn_implementation
 from llava_sv.model.builders import build_model
@@ -141,5 +141,5 @@ def build_dataset(
     tokenizer: Any, image_processor: Any, data_args: DataArguments, version: str
 ) -> LazySupervisedDataset:
     """The training records, prepared as they are read."""
-    records = load_records(str(data_args.data_path))
+    records = open_index(str(data_args.data_path))
     return LazySupervisedDataset(records, tokenizer, image_processor, data_args, get_template(version))

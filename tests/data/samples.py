@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from llava_sv.data.records import load_records
+from llava_sv.data.index import open_index
 from llava_sv.mm_utils import clip_image_processor_class
 
 
@@ -38,7 +38,7 @@ def write_images(folder: Path, **sizes: tuple[int, int]) -> Path:
 
 
 def open_records(folder: Path, values: list):
-    return load_records(write_array(folder / "data.json", values), cache_dir=folder / "cache")
+    return open_index(write_array(folder / "data.json", values), cache_dir=folder / "cache")
 
 
 def image_processor(side: int = 16):

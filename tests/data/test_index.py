@@ -11,7 +11,7 @@ import pytest
 from llava_sv.data import index as index_module
 from llava_sv.data import json_stream
 from llava_sv.data.index import index_location, open_index
-from llava_sv.data.records import check_record, load_records
+from llava_sv.data.records import check_record
 from llava_sv.errors import UserError
 from tests.data.samples import exchange, text_only, with_image, write_array
 
@@ -33,9 +33,9 @@ def test_records_are_those_of_the_file_for_array_and_jsonl(tmp_path, monkeypatch
     monkeypatch.setattr(index_module, "BATCH", 7)
     raw = _mixed(30)
     expected = [check_record(value, "f") for value in raw]
-    array = load_records(write_array(tmp_path / "a.json", raw), tmp_path / "cache")
+    array = open_index(write_array(tmp_path / "a.json", raw), tmp_path / "cache")
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, raw)))
-    lines = load_records(tmp_path / "a.jsonl", tmp_path / "cache")
+    lines = open_index(tmp_path / "a.jsonl", tmp_path / "cache")
     assert len(array) == len(lines) == 30
     assert list(array) == list(lines) == expected
     assert array[-1] == expected[-1]
@@ -83,7 +83,7 @@ def test_an_array_without_records(tmp_path, text):
 
 def test_absent_file(tmp_path):
     with pytest.raises(UserError, match=r"no such data file: .*a\.json"):
-        load_records(tmp_path / "a.json")
+        open_index(tmp_path / "a.json")
 
 
 def _open_in_process(path, cache, queue):

@@ -1,4 +1,4 @@
-"""Selection, merge and summaries against plain loops (skip_vision sections 1 to 3)."""
+"""Selection, merge and summaries against plain loops (the paper's sections 4.1 and 4.2)."""
 
 from __future__ import annotations
 

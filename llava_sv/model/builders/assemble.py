@@ -28,7 +28,6 @@ def assemble(
     llm: str,
     vision_tower: str | None,
     skip_vision: dict[str, Any] | None,
-    defaults: dict[str, Any],
     pretrain_mm_mlp_adapter: str | None = None,
     torch_dtype: Any = None,
     attn_implementation: str | None = None,
@@ -36,7 +35,7 @@ def assemble(
 ) -> tuple[Any, LlavaLlamaForCausalLM, Any]:
     """(tokenizer, model, image_processor) of `family`; see `build_model`."""
     check_attn_implementation(attn_implementation)
-    config = make_config(family, llm, str(vision_tower), skip_vision, {**defaults, **overrides})
+    config = make_config(family, llm, vision_tower, skip_vision, overrides)
     model = _load_on_language_model(llm, config, torch_dtype, attn_implementation)
     if pretrain_mm_mlp_adapter is not None:
         load_projector(model, pretrain_mm_mlp_adapter)
@@ -44,11 +43,11 @@ def assemble(
         logger.info("no pretrained projector is given: it starts from fresh weights")
     tokenizer = load_tokenizer(llm)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return tokenizer, model, load_image_processor(str(vision_tower))
+    return tokenizer, model, load_image_processor(str(config.mm_vision_tower))
 
 
 def make_config(
-    family: str, llm: str, vision_tower: str, skip_vision: dict[str, Any] | None, settings: dict[str, Any]
+    family: str, llm: str, vision_tower: str | None, skip_vision: dict[str, Any] | None, settings: dict[str, Any]
 ) -> LlavaConfig:
     """The config of a model from base checkpoints, checked as a whole before any weight is read.
 

@@ -1,4 +1,7 @@
-"""The LLaVA family: CLIP's patches of one square view, an MLP projector, retained by likeness to CLS."""
+"""The LLaVA family: CLIP's patches of one square view, an MLP projector, retained by likeness to CLS.
+
+Its settings are `LlavaConfig`'s own defaults (the paper's section 6.1).
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,9 @@ from typing import Any
 
 from llava_sv.model.builders.assemble import assemble
 
-DEFAULTS: dict[str, Any] = {
-    "mm_projector_type": "mlp2x_gelu",
-    "mm_vision_select_layer": -2,
-    "mm_vision_select_feature": "patch",
-    "image_aspect_ratio": "pad",
-}
-
 
 def build_llava(
     llm: str, vision_tower: str | None, skip_vision: dict[str, Any] | None = None, **options: Any
 ) -> tuple[Any, Any, Any]:
-    """See `build_model`: section 1's LLaVA column, unless overridden."""
-    return assemble("llava", llm, vision_tower, skip_vision, DEFAULTS, **options)
+    """See `build_model`."""
+    return assemble("llava", llm, vision_tower, skip_vision, **options)

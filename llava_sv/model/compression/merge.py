@@ -1,4 +1,4 @@
-"""Token merge (skip_vision section 2): many local tokens in, the few most distinct ones out, the others averaged in.
+"""Token merge (the paper's section 4.1): many local tokens in, the few most distinct ones out, the others averaged in.
 
 G groups (images), n tokens, k kept, C width. Called by the projector on the tokens that are not retained.
 """

@@ -25,7 +25,7 @@ def group_llava(
     skip: SkipVisionConfig | None,
     summary: SummaryTokens | None,
 ) -> list[TokenGroups]:
-    """LLaVA: one view an image. [retained][former summary][skipped][latter summary] (skip_vision sections 1 to 3).
+    """LLaVA: one view an image. [retained][former summary][skipped][latter summary] (equation 6).
 
     tokens: [V, N, C] projected patches; features: what they were projected from. Dense (`skip` is None): all retained.
     """
@@ -34,12 +34,11 @@ def group_llava(
     if skip is None or summary is None:
         roles = role_row([(TokenRole.RETAINED, tokens.shape[1])], tokens.device)
         return [TokenGroups(view, roles) for view in tokens]
-    skip.skipped_of(tokens.shape[1])
     keep_index, rest_index = split_by_score(get_selector(skip.selection)(features), skip.num_retained)
     retained = gather_tokens(tokens, keep_index)
     skipped = gather_tokens(tokens, rest_index)
-    if skip.merge and skip.num_skipped is not None:
-        skipped, _ = merge_tokens(skipped, skip.num_skipped)
+    if skip.merge:
+        skipped, _ = merge_tokens(skipped, skip.skipped_of(tokens.shape[1]))
     laid_out, roles = lay_out(retained, skipped, skip, summary)
     return [TokenGroups(view, roles) for view in laid_out]
 
