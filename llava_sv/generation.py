@@ -71,7 +71,7 @@ def load_for_inference(
         raise UserError(f"--device {device}: no CUDA GPU is usable here; see llava-sv doctor, or use --device cpu")
     if conv_template is not None:
         get_template(conv_template)
-    parent, _, name = model_path.strip("/").rpartition("/")
+    parent = model_path.strip("/").rpartition("/")[0]
     if not Path(model_path).is_dir() and (not parent or "/" in parent or Path(parent).is_dir()):
         # not organisation/name either, so nobody needs to wait for a hub's answer
         raise UserError(

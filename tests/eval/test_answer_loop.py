@@ -111,7 +111,7 @@ def test_command_writes_score_and_answers_that_agree(skip_checkpoint, bench, tmp
     [
         (["--task", "mme"], "error: --task: unknown benchmark 'mme'; known: toy"),
         (["--data-path", "nowhere"], "error: no such file: nowhere/bench.jsonl; draw the toy data"),
-        (["--model-path", "nowhere"], "nowhere"),
+        (["--model-path", "nowhere"], "error: no such checkpoint folder: nowhere; train one"),
         (["--batch-size", "0"], "error: --batch-size must be 1 or more, got 0"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,11 +96,14 @@ def test_an_image_mark_in_a_message_is_only_words(checkpoint):
         (["--temperature", "-1"], "error: --temperature must be 0 or more, got -1.0"),
         (["--max-new-tokens", "0"], "error: --max-new-tokens must be 1 or more, got 0"),
         (["--num-beams", "0"], "error: --num-beams must be 1 or more, got 0"),
-        (["--model-path", "nowhere"], "nowhere"),
+        (["--model-path", "nowhere"], "error: no such checkpoint folder: nowhere; train one"),
+        (["--model-path", "tests/nowhere"], "error: no such checkpoint folder: tests/nowhere"),
+        (["--model-path", "/a/b/nowhere"], "error: no such checkpoint folder: /a/b/nowhere"),
         (["--conv-template", "vicuna"], "unknown conversation template 'vicuna'; known: plain, v1"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(checkpoint, arguments, message, capsys):
+def test_mistakes_are_one_line_and_exit_code_2(checkpoint, arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
     assert chat(checkpoint, "--prompt", "hello", *arguments) == 2
     error = capsys.readouterr().err.strip()
     assert message in error
