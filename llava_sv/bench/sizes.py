@@ -60,7 +60,7 @@ SIZES: dict[str, BenchSize] = {
     # LLaMA-3-8B with every width divided by four. Four of its 32 layers: the vocabulary is cut so that lm_head keeps
     # its share of the whole (7%), and the encoder is in proportion too
     "cpu": BenchSize(
-        LlmSize(1024, 3584, 4, 8, 2, 4008), _vision(256, 6, 336, 14), 2, 128, 100, 156, new_tokens=32, repeats=9
+        LlmSize(1024, 3584, 4, 8, 2, 4008), _vision(256, 6, 336, 14), 2, 128, 100, 156, new_tokens=32, repeats=15
     ),
     "gpu-8b": BenchSize(
         LLMS["llama-3-8b"], _vision(1024, 24, 336, 14), 4, 200, 100, 156, new_tokens=64, repeats=15
