@@ -99,6 +99,9 @@ def quartiles(over: list[dict[str, float]], under: list[dict[str, float]], key: 
     return [cuts[0], cuts[2]]
 
 
+ATTENTION_KERNELS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+
+
 def _attention_flop(query_shape: Any, key_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     batch, heads, length, width = query_shape
     return 4 * batch * heads * length * key_shape[-2] * width
@@ -109,15 +112,14 @@ def _attention_backward_flop(grad_shape: Any, query_shape: Any, key_shape: Any, 
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's counter, taught the CPU's attention kernel; attention is counted over the whole square everywhere."""
-    aten = torch.ops.aten
-    return FlopCounterMode(
-        display=False,
-        custom_mapping={
-            aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flop,
-        },
-    )
+    """torch's counter with one rule for every attention kernel, the CPU's too: the whole square, grouped heads as well."""
+    rules: dict[Any, Any] = {}
+    for kernel in ATTENTION_KERNELS:
+        for suffix, rule in (("", _attention_flop), ("_backward", _attention_backward_flop)):
+            op = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}{suffix}", None)
+            if op is not None:
+                rules[op] = rule
+    return FlopCounterMode(display=False, custom_mapping=rules)
 
 
 def count_flops(run: Callable[[], Any]) -> int:
