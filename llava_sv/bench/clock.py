@@ -112,7 +112,7 @@ def _attention_backward_flop(grad_shape: Any, query_shape: Any, key_shape: Any, 
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's counter with one rule for every attention kernel, the CPU's too: the whole square, grouped heads as well."""
+    """torch's counter, one rule for every attention kernel (the CPU's too): the whole square, grouped heads as well."""
     rules: dict[Any, Any] = {}
     for kernel in ATTENTION_KERNELS:
         for suffix, rule in (("", _attention_flop), ("_backward", _attention_backward_flop)):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from llava_sv.bench.train import PEER
 
 SIZE = SIZES["tiny"]
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def report_of(command: str, tmp_path_factory, *more: str) -> dict:
@@ -167,3 +172,29 @@ def test_mistakes_are_one_line_and_exit_code_2(command, argv, message, capsys):
 def test_cuda_where_there_is_none(capsys):
     assert cli.main(["bench", "train", "--device", "cuda"]) == 2
     assert "no CUDA GPU is usable here" in capsys.readouterr().err
+
+
+def run_script(**environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", "scripts/bench_gpu.sh"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
+def test_gpu_script_says_that_there_is_no_gpu(tmp_path):
+    done = run_script(OUT=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.strip() == "error: no CUDA GPU is usable here"
+
+
+@pytest.mark.slow
+def test_gpu_script_runs_both_benchmarks_and_ends_with_the_tables(tmp_path):
+    done = run_script(OUT=str(tmp_path), DEVICE="cpu", SIZES="tiny", TESTS="0", REPEATS="1")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.glob("*.json")} == {"train-tiny.json", "infer-tiny.json"}
+    assert (tmp_path / "table.md").read_text().count("| tiny |") == 5
