@@ -198,3 +198,14 @@ def test_gpu_script_runs_both_benchmarks_and_ends_with_the_tables(tmp_path):
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.glob("*.json")} == {"train-tiny.json", "infer-tiny.json"}
     assert (tmp_path / "table.md").read_text().count("| tiny |") == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("command", ["train", "infer"])
+def test_on_a_gpu(command, tmp_path):
+    target = tmp_path / "report.json"
+    argv = ["--size", "tiny", "--device", "cuda", "--repeats", "2", "--json", str(target)]
+    assert cli.main(["bench", command, *argv]) == 0
+    report = json.loads(target.read_text())
+    assert report["environment"]["device"] == torch.cuda.get_device_name(0)
+    assert report["skip"]["peak_bytes"] > 0
