@@ -27,7 +27,7 @@ from llava_sv.data.toy_questions import CATEGORIES, Question, ask_some
 from llava_sv.data.toy_scene import PLACES, Scene, describe, random_scene
 
 BUNDLE_WORDS = 4
-LESSONS = ("colour", "position", "existence", "count", "colour", "position", "count", "colour", "shape", "text")
+LESSONS = ("existence", "colour", "position", "existence", "count", "colour", "existence", "position", "shape", "text")
 """Categories asked for: those that are learnt last (found by shape, or by two properties) more often."""
 
 UNTOLD_WEIGHT = 0.05

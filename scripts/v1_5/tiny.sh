@@ -13,7 +13,7 @@ case "$script" in
     *)
         : "${DATA:=playground/data/toy/sft.json}" "${OUTPUT:=checkpoints/tiny-$script}"
         : "${ADAPTER:=checkpoints/tiny-pretrain/mm_projector.bin}" "${VERSION:=llama_3}"
-        : "${BATCH:=32}" "${PER_DEVICE_BATCH:=32}" "${EPOCHS:=1}" "${LR:=5e-4}"
+        : "${BATCH:=32}" "${PER_DEVICE_BATCH:=32}" "${EPOCHS:=2}" "${LR:=5e-4}"
         ;;
 esac
 # of 64 patches an image: by the count of the paper, about a third of the dense work, and three fifths of it
