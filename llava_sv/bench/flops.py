@@ -94,15 +94,19 @@ class Question:
     merge: bool
     text_tokens: int
     supervised_tokens: int
+    skipping_layers: int | None = None
+    """Decoder layers that skip; None: all of them."""
+    last_visual_ffn: bool = False
 
     @property
     def tokens(self) -> dict[str, Tokens]:
         """The sequence of one sample, dense and skipping."""
         rest = self.setting.dense_tokens - self.retained
         merged = rest if self.merge and self.skipped < rest else 0
+        last = int(self.last_visual_ffn)  # the last skipped token passes the FFN as a retained one does
         return {
             "dense": Tokens(self.text_tokens, self.setting.dense_tokens),
-            "skip": Tokens(self.text_tokens, self.retained, self.skipped, self.summaries, merged),
+            "skip": Tokens(self.text_tokens, self.retained + last, self.skipped - last, self.summaries, merged),
         }
 
 
@@ -111,15 +115,19 @@ def compare(question: Question) -> dict[str, Any]:
     llm, setting = question.llm, question.setting
     sides: dict[str, dict[str, Any]] = {}
     for name, tokens in question.tokens.items():
-        parts = exact_flops(llm, setting.encoder, setting, tokens, head_tokens=1)
-        step = exact_flops(llm, setting.encoder, setting, tokens, question.supervised_tokens)
+        skipping = question.skipping_layers
+        parts = exact_flops(llm, setting.encoder, setting, tokens, head_tokens=1, skipping=skipping)
+        step = exact_flops(llm, setting.encoder, setting, tokens, question.supervised_tokens, skipping=skipping)
         attending = tokens.retained + tokens.skipped
-        per_layer = paper_flops(attending, tokens.retained, llm.hidden_size, llm.intermediate_size)
+        layers = llm.num_hidden_layers
+        skip_layers = layers if skipping is None else skipping
+        skip_layer = paper_flops(attending, tokens.retained, llm.hidden_size, llm.intermediate_size)
+        full_layer = paper_flops(attending, attending, llm.hidden_size, llm.intermediate_size)
         sides[name] = {
             "visual_tokens": attending + tokens.summaries,
             "sequence": tokens.sequence,
             "ffn_rows": tokens.ffn_rows,
-            "paper_multiply_adds": llm.num_hidden_layers * per_layer,
+            "paper_multiply_adds": skip_layers * skip_layer + (layers - skip_layers) * full_layer,
             "prefill": parts,
             "train": train_flops(step, train_encoder=question.family == "cos"),
         }
@@ -195,12 +203,14 @@ def _parser() -> argparse.ArgumentParser:
 def _question(args: argparse.Namespace) -> Question:
     """The arguments, defaults filled in and checked."""
     block: dict[str, Any] = {}
+    skipping: int | None = None
     if args.model_path:
         config = read_model_config(args.model_path)
         family = args.family or config.get("mm_family", "llava")
         _, preset = find_setting(family, args.preset)
         encoder = encoder_of(config)
         block = config.get("skip_vision") or {}
+        skipping = _skipping_layers(block, config)
         dense = preset.dense_tokens if preset.windows else preset.views * encoder.patches
         retained, skipped = block.get("num_retained"), block.get("num_skipped")
         if retained is not None and not block.get("merge", True):
@@ -231,7 +241,18 @@ def _question(args: argparse.Namespace) -> Question:
         merge=block.get("merge", True),
         text_tokens=args.text_tokens,
         supervised_tokens=args.text_tokens if args.supervised_tokens is None else args.supervised_tokens,
+        skipping_layers=skipping,
+        last_visual_ffn=block.get("last_visual_ffn", False),
     )
+
+
+def _skipping_layers(block: dict[str, Any], config: dict[str, Any]) -> int | None:
+    """How many of a checkpoint's decoder layers skip, as its `skip_ffn` and `skip_layers` say."""
+    if not block:
+        return None
+    from llava_sv.model.config import SkipVisionConfig
+
+    return len(SkipVisionConfig.from_dict(block).layers_that_skip(config["num_hidden_layers"]))
 
 
 def _check(setting: Setting, retained: int, skipped: int, text: int, supervised: int | None) -> None:

@@ -44,19 +44,27 @@ def load_strictly(
 
     new_weights: key prefixes that may be missing, because they start fresh; unused_weights: prefixes that may be extra.
     """
-    report = logging.getLogger("transformers.modeling_utils")
-    level = report.level
-    report.setLevel(logging.ERROR)  # its table of keys says less than the line below, and alarms over expected ones
     try:
-        model, info = model_class.from_pretrained(
-            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+        with _quiet("transformers.modeling_utils"), _quiet("transformers.distributed.tensor_parallel"):
+            model, info = model_class.from_pretrained(
+                path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
     except (OSError, SafetensorError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"checkpoint {path}: weights cannot be read ({str(error).splitlines()[0]})") from error
-    finally:
-        report.setLevel(level)
     refuse_key_mismatch(path, info, new_weights, unused_weights)
     return model
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Errors only from this logger: its tables of keys alarm over expected ones, and our own line says what is wrong."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def refuse_key_mismatch(

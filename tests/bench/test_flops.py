@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import CLIPVisionConfig
 
 from llava_sv import cli
 from llava_sv.bench.exact import Tokens, llm_flops
@@ -147,3 +148,35 @@ def test_the_documented_table_is_what_the_command_says(label, tmp_path):
     figures = (report[key] for key in ("paper_ratio", "exact_llm_ratio", "exact_ratio", "train_ratio"))
     row = f"| {label} | " + " | ".join(f"{figure:.1%}" for figure in figures) + " |"
     assert row in (Path(__file__).parents[2] / "docs/Benchmarks.md").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize(
+    ("switches", "rows"),
+    [
+        ({}, [9 + 2] * 2),
+        ({"skip_ffn": False}, [9 + 11 + 2] * 2),
+        ({"skip_layers": [1]}, [9 + 11 + 2, 9 + 2]),
+        ({"last_visual_ffn": True}, [10 + 2] * 2),
+        ({"merge": False}, [9 + 2] * 2),
+    ],
+)
+def test_a_checkpoint_s_own_switches_count(tmp_path, switches, rows):
+    """FFN rows, layer by layer, of a checkpoint whose config.json says what skips: 6 C M a row, by hand."""
+    from llava_sv.model import LlavaConfig
+
+    vision = CLIPVisionConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=20, patch_size=4)
+    config = LlavaConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        mm_vision_tower="random",
+        mm_hidden_size=8,
+        vision_config=vision.to_dict(),
+        skip_vision={"num_retained": 9, "num_skipped": 11, **switches},
+    )
+    config.save_pretrained(tmp_path)
+    report = tmp_path / "flops.json"
+    assert cli.main(["flops", "--model-path", str(tmp_path), "--text-tokens", "5", "--json", str(report)]) == 0
+    counted = json.loads(report.read_text())["skip"]["prefill"]["llm_ffn"]
+    assert counted == sum(6 * (5 + count) * 16 * 24 for count in rows)
