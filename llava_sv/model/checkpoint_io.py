@@ -57,7 +57,7 @@ def load_strictly(
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Errors only from this logger: its tables of keys alarm over expected ones, and our own line says what is wrong."""
+    """Errors only from this logger: its tables alarm over expected keys, and our own line says what is wrong."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
