@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from llava_sv.bench.flops import paper_ratio
 from llava_sv.errors import UserError, exit_on_user_error
 from llava_sv.files import replacing, write_json, write_text
 from llava_sv.model.config import LlavaConfig
@@ -33,6 +32,8 @@ class Sources:
     """The skipping checkpoint asked without images."""
     timing: Path
     """`llava_sv.eval.timing` JSON of both, side by side."""
+    flops: Path
+    """`llava-sv flops` JSON of the skipping checkpoint."""
     seed: int
 
 
@@ -46,18 +47,10 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from error
 
 
-def paper_flops_ratio(config: LlavaConfig) -> float:
-    """FLOPs of visual tokens, skipping over dense, by the paper's formula (section 6.2): no text, no summaries."""
-    if config.skip_vision is None:
-        raise UserError("flops_ratio needs a skipping checkpoint: this one has no skip_vision block")
-    retained, skipped = config.skip_vision.num_retained, config.skip_vision.skipped_of(config.num_patches)
-    return paper_ratio(retained, skipped, config.num_patches, config.hidden_size, config.intermediate_size)
-
-
 def build(sources: Sources) -> dict[str, Any]:
     """report.json as a dict."""
     results = {name: read_json(getattr(sources, name)) for name in ("dense", "skip", "blind")}
-    timing = read_json(sources.timing)
+    timing, flops = read_json(sources.timing), read_json(sources.flops)
     models = {}
     for name in ("dense", "skip"):
         checkpoint = results[name]["model_path"]
@@ -76,7 +69,9 @@ def build(sources: Sources) -> dict[str, Any]:
         "blind": {**blind, "checkpoint": results["blind"]["model_path"]},
         "chance": results["skip"]["chance"],
         "questions": results["skip"]["questions"],
-        "flops_ratio": paper_flops_ratio(config),
+        "flops_ratio": flops["paper_ratio"],
+        "exact_flops_ratio": flops["exact_ratio"],
+        "exact_flops_text_tokens": flops["text_tokens"],
         "kv_ratio": models["skip"]["timing"]["kv_bytes"] / models["dense"]["timing"]["kv_bytes"],
         "visual_tokens": {
             "dense": config.num_patches,
@@ -128,8 +123,13 @@ def render_markdown(report: dict[str, Any]) -> str:
     lines += ["", "| cost | dense | skip | skip / dense |", "|---|---|---|---|"]
     for what, dense, skip, unit in costs(report):
         lines.append(f"| {what} | {dense:,.1f} {unit} | {skip:,.1f} {unit} | {skip / dense:.3f} |")
-    ratio = f"{report['flops_ratio']:.3f}"
-    lines.append(f"| FLOPs of visual tokens, the paper's formula | 1 | {ratio} | {ratio} |")
+    counted = {
+        "FLOPs of visual tokens, the paper's formula": report["flops_ratio"],
+        f"FLOPs of a prompt with {report['exact_flops_text_tokens']} text tokens, all counted": report[
+            "exact_flops_ratio"
+        ],
+    }
+    lines += [f"| {what} | 1 | {ratio:.3f} | {ratio:.3f} |" for what, ratio in counted.items()]
     environment = report["environment"]
     timing = report["skip"]["timing"]
     lines += [
@@ -172,7 +172,7 @@ def draw_chart(report: dict[str, Any], path: Path) -> None:
     left.set_title("accuracy by category")
     left.legend(ncols=4, loc="upper center", fontsize=8, frameon=False)
 
-    rows = [("FLOPs (paper's formula)", report["flops_ratio"])]
+    rows = [("FLOPs (paper's formula)", report["flops_ratio"]), ("FLOPs (all counted)", report["exact_flops_ratio"])]
     rows += [(what, skip / dense) for what, dense, skip, _ in costs(report)]
     bars = right.barh([what for what, _ in rows], [ratio for _, ratio in rows], color=names["skip"])
     right.axvline(1, color=names["dense"], lw=1.5, zorder=0.5)
@@ -203,17 +203,18 @@ def main(argv: list[str]) -> int:
         prog="python -m llava_sv.eval.report",
         description="Put a dense and a skipping checkpoint side by side.",
         epilog="example: python -m llava_sv.eval.report --dense dense.json --skip skip.json --blind blind.json "
-        "--timing timing.json --image playground/data/toy/images/bench-000000.jpg --seed 1 "
+        "--timing timing.json --flops flops.json --image playground/data/toy/images/bench-000000.jpg --seed 1 "
         "--output playground/quickstart",
     )
     for name in ("dense", "skip", "blind"):
         parser.add_argument(f"--{name}", type=Path, required=True, help="JSON that llava-sv eval wrote")
     parser.add_argument("--timing", type=Path, required=True, help="JSON that llava_sv.eval.timing wrote")
+    parser.add_argument("--flops", type=Path, required=True, help="JSON that llava-sv flops --model-path SKIP wrote")
     parser.add_argument("--image", type=Path, required=True, help="the image of patches.png")
     parser.add_argument("--seed", type=int, required=True, help="seed of data and training, for the record")
     parser.add_argument("--output", type=Path, required=True, help="folder for report.json, .md, .png and patches.png")
     args = parser.parse_args(argv)
-    report = build(Sources(args.dense, args.skip, args.blind, args.timing, args.seed))
+    report = build(Sources(args.dense, args.skip, args.blind, args.timing, args.flops, args.seed))
     draw_patches(report["skip"]["checkpoint"], args.image, args.output / "patches.png")
     draw_chart(report, args.output / "report.png")
     write_text(args.output / "report.md", render_markdown(report))
