@@ -91,7 +91,6 @@ def load_for_inference(
             f"{model_path}: config.json names no conv_template; say which one the model was trained with, "
             f"--conv-template {{{','.join(CONV_TEMPLATES)}}}"
         )
-    model.eval()
     return Assistant(tokenizer, model, image_processor, get_template(template))
 
 

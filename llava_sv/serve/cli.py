@@ -31,7 +31,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llava-sv chat",
         description="Talk with a checkpoint about one or more images. /reset forgets the conversation, /exit leaves.",
-        epilog="example: llava-sv chat --model-path checkpoints/tiny-skip --image-file playground/tiny/example.png",
+        epilog="example: llava-sv chat --model-path checkpoints/tiny-skip --image-file "
+        "playground/data/toy/images/bench-000000.jpg",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--model-path", required=True, help="a checkpoint folder (or a LoRA folder, with --model-base)")
