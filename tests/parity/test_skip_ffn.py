@@ -73,6 +73,23 @@ def test_the_oracle_tells_skipping_from_not():
     assert (skipped - everything).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("skip", [None, SKIP])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_training_on_padded_batches_equals_evaluation_with_masks(skip, side):
+    """While training, right padding needs no attention mask: the same loss and gradients as with one."""
+    model = tiny_model(skip, tokenizer_padding_side=side)
+    ids, mask, labels, images = ragged_batch()
+    found = {}
+    for training in (True, False):
+        model.train(training).zero_grad()
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels, images=tiny_images(images)).loss
+        loss.backward()
+        found[training] = [loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+    assert len(found[True]) == len(found[False])
+    for trained, evaluated in zip(found[True], found[False]):
+        torch.testing.assert_close(trained, evaluated, rtol=1e-9, atol=1e-12)
+
+
 def test_gradient_checkpointing_changes_nothing():
     plain, checkpointed = tiny_model(), tiny_model()
     ids, mask, labels, images = ragged_batch()

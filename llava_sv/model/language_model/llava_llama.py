@@ -105,6 +105,9 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             batch = self.prepare_inputs_labels_for_multimodal(input_ids, attention_mask, labels, images, image_sizes)
             input_ids, inputs_embeds, labels = None, batch.inputs_embeds, batch.labels
             attention_mask, position_ids, token_roles = batch.attention_mask, batch.position_ids, batch.token_roles
+            if self.training and self.config.tokenizer_padding_side == "right":
+                # nothing real attends to padding on its right: without a mask, the plain causal kernels serve
+                attention_mask = position_ids = None
         if self.training:
             self._last_roles = token_roles
         ffn_rows = rows_through_ffn(token_roles) if token_roles is not None and self.config.skip_vision else None
