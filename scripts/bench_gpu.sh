@@ -7,6 +7,12 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+case "${1:-}" in
+    "") ;;
+    -h|--help) sed -n '2,6s/^# \{0,1\}//p' scripts/bench_gpu.sh; exit 0 ;;
+    *) echo "bench_gpu: unknown option '$1'; known: --help" >&2; exit 2 ;;
+esac
+
 python=${PYTHON:-python3}
 out=${OUT:-runs/bench_gpu}
 sizes=${SIZES:-gpu-8b-4layers gpu-8b}

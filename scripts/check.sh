@@ -7,6 +7,7 @@ command -v ruff >/dev/null 2>&1 || { echo "check: ruff is not installed; run bas
 
 case "${1:-}" in
     "") ;;
+    -h|--help) sed -n '2s/^# //p' scripts/check.sh; exit 0 ;;
     --fix) ruff format . && ruff check --fix . ;;
     *) echo "check: unknown option '$1'; known: --fix" >&2; exit 2 ;;
 esac

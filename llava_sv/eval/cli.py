@@ -42,8 +42,10 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example: llava-sv eval --model-path checkpoints/tiny-skip --task toy --json result.json",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model-path", required=True, help="a checkpoint folder (or a LoRA folder, with --model-base)")
-    parser.add_argument("--model-base", help="the base model of a LoRA or projector-only checkpoint")
+    parser.add_argument(
+        "--model-path", required=True, help="a checkpoint folder (a pretrained projector alone needs --model-base)"
+    )
+    parser.add_argument("--model-base", help="the language model of a projector-only checkpoint")
     parser.add_argument("--task", required=True, help=f"the benchmark: {', '.join(TASKS)}")
     parser.add_argument("--data-path", help="folder of the benchmark (default: the benchmark's own)")
     parser.add_argument(

@@ -35,8 +35,10 @@ def build_parser() -> argparse.ArgumentParser:
         "playground/data/toy/images/bench-000000.jpg",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model-path", required=True, help="a checkpoint folder (or a LoRA folder, with --model-base)")
-    parser.add_argument("--model-base", help="the base model of a LoRA or projector-only checkpoint")
+    parser.add_argument(
+        "--model-path", required=True, help="a checkpoint folder (a pretrained projector alone needs --model-base)"
+    )
+    parser.add_argument("--model-base", help="the language model of a projector-only checkpoint")
     parser.add_argument("--image-file", action="append", default=[], help="an image; give it again for more of them")
     parser.add_argument("--prompt", help="ask this once and leave, instead of a conversation")
     parser.add_argument("--system", help="system message (default: the template's)")
@@ -84,6 +86,8 @@ def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
     """transformers' settings for the flags; `UserError` for values that cannot be meant."""
     if args.temperature < 0:
         raise UserError(f"--temperature must be 0 or more, got {args.temperature}")
+    if args.top_p is not None and args.temperature == 0:
+        raise UserError("--top-p samples, and --temperature is 0; give a temperature above 0, such as 0.7")
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens must be 1 or more, got {args.max_new_tokens}")
     if args.num_beams < 1:

@@ -93,6 +93,7 @@ def test_an_image_mark_in_a_message_is_only_words(checkpoint):
         (["--image-file", "gone.png"], "error: no such image file: gone.png"),
         (["--image-file", "gone.png", "--image-file", "too.png"], "error: no such image file: gone.png, too.png"),
         (["--image-file", __file__], "cannot be read"),
+        (["--top-p", "0.9"], "error: --top-p samples, and --temperature is 0; give a temperature above 0"),
         (["--temperature", "-1"], "error: --temperature must be 0 or more, got -1.0"),
         (["--max-new-tokens", "0"], "error: --max-new-tokens must be 1 or more, got 0"),
         (["--num-beams", "0"], "error: --num-beams must be 1 or more, got 0"),
