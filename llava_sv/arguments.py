@@ -13,7 +13,7 @@ import transformers
 
 from llava_sv.data.image_policy import POLICIES
 from llava_sv.errors import UserError
-from llava_sv.mm_utils import ASPECT_RATIOS
+from llava_sv.mm_utils import HD_ASPECT_RATIOS
 from llava_sv.model.config import SkipVisionConfig
 from llava_sv.model.multimodal_encoder.clip_encoder import FEATURES
 
@@ -92,7 +92,7 @@ class DataArguments:
 
     data_path: str | None = _flag(None, "Training records: LLaVA JSON (an array) or JSONL.")
     image_folder: str | None = _flag(None, "Folder that the records' image paths start from.")
-    image_aspect_ratio: str = _flag("pad", "How an image is made square: pad (grow it with the mean colour) or square.")
+    image_aspect_ratio: str = _flag("pad", "How an image is made square: pad (grow it with the mean colour) or square; LLaVA-HD also: anyres.")
     is_multimodal: bool = _flag(True, "LLaVA's flag: records may hold images.")
     lazy_preprocess: bool = _flag(True, "LLaVA's flag; only True is supported: records are prepared as they are read.")
     missing_images: str = _flag("error", "A missing or corrupt image: error, skip (take another record), or blank.")
@@ -100,7 +100,7 @@ class DataArguments:
     def __post_init__(self) -> None:
         if not self.lazy_preprocess:
             raise UserError("--lazy_preprocess False is not supported: records are prepared as they are read; drop it")
-        for name, known in (("missing_images", POLICIES), ("image_aspect_ratio", tuple(ASPECT_RATIOS))):
+        for name, known in (("missing_images", POLICIES), ("image_aspect_ratio", tuple(HD_ASPECT_RATIOS))):
             if getattr(self, name) not in known:
                 raise UserError(f"--{name}: unknown value {getattr(self, name)!r}; known: {', '.join(known)}")
 

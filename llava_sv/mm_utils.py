@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llava_sv.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_sv.errors import UserError
+from llava_sv.tiling import choose_grid, choose_resolution, cut, default_pinpoints, fit, num_tiles, parse_grid
 
 
 class ImageError(UserError):
@@ -101,30 +102,111 @@ def _pixels(image: Image.Image, image_processor: Any) -> Tensor:
     return image_processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
-def _pad(image: Image.Image, image_processor: Any, model_cfg: Any) -> Tensor:
-    return _pixels(expand2square(image, mean_color(image_processor)), image_processor)
+def _side(image_processor: Any) -> int:
+    """Pixels a side of the encoder's square input."""
+    return image_processor.crop_size["height"]
 
 
-def _square(image: Image.Image, image_processor: Any, model_cfg: Any) -> Tensor:
-    return _pixels(image, image_processor)
+def _squashed(image: Image.Image, image_processor: Any, size: tuple[int, int] | None = None) -> Image.Image:
+    side = _side(image_processor)
+    return image.resize(size or (side, side), Image.Resampling(image_processor.resample))
 
 
-ASPECT_RATIOS: dict[str, Callable[[Image.Image, Any, Any], Tensor]] = {"pad": _pad, "square": _square}
-"""`image_aspect_ratio` -> (picture, processor, model config) -> pixels. `pad` grows a picture to a square; `square` is
-the processor's own resize and centre crop. A family that tiles adds its entry here."""
+def _pad(image: Image.Image, image_processor: Any) -> Image.Image:
+    return expand2square(image, mean_color(image_processor))
+
+
+def _square(image: Image.Image, image_processor: Any) -> Image.Image:
+    return image
+
+
+ASPECT_RATIOS: dict[str, Callable[[Image.Image, Any], Image.Image]] = {"pad": _pad, "square": _square}
+"""`image_aspect_ratio` -> (picture, processor) -> the picture that the processor gets. `pad` grows a picture to a square;
+`square` leaves it to the processor's own resize and centre crop."""
+
+
+def one_view(image: Image.Image, image_processor: Any, model_cfg: Any) -> Tensor:
+    """LLaVA and CoS: the whole picture as one view, [3, H, W]."""
+    return _pixels(ASPECT_RATIOS[_aspect_ratio(model_cfg, ASPECT_RATIOS)](image, image_processor), image_processor)
+
+
+def _letterboxed_views(image: Image.Image, image_processor: Any, model_cfg: Any) -> list[Image.Image]:
+    tile, grid = _side(image_processor), _hd_grid(image, image_processor, model_cfg)
+    canvas = (grid[0] * tile, grid[1] * tile)
+    fitted = fit(image, canvas, mean_color(image_processor), image_processor.resample) if num_tiles(grid) else image
+    return [_pad(image, image_processor), *(cut(fitted, tile) if num_tiles(grid) else ())]
+
+
+def _resized_views(image: Image.Image, image_processor: Any, model_cfg: Any) -> list[Image.Image]:
+    tile, grid = _side(image_processor), _hd_grid(image, image_processor, model_cfg)
+    overview = _squashed(image, image_processor)
+    if not num_tiles(grid):
+        return [overview]
+    return [overview, *cut(_squashed(image, image_processor, (grid[0] * tile, grid[1] * tile)), tile)]
+
+
+def _anyres_views(image: Image.Image, image_processor: Any, model_cfg: Any) -> list[Image.Image]:
+    tile = _side(image_processor)
+    resolution = choose_resolution(
+        image.size, getattr(model_cfg, "image_grid_pinpoints", None) or default_pinpoints(tile)
+    )
+    fitted = fit(image, resolution, (0, 0, 0), image_processor.resample)
+    return [_squashed(image, image_processor), *cut(fitted, tile)]
+
+
+def _hd_grid(image: Image.Image, image_processor: Any, model_cfg: Any) -> tuple[int, int]:
+    fixed = getattr(model_cfg, "hd_fixed_grid", None)
+    most = model_cfg.hd_max_tiles
+    return choose_grid(image.size, _side(image_processor), most, parse_grid(fixed, most) if fixed else None)
+
+
+HD_ASPECT_RATIOS: dict[str, Callable[[Image.Image, Any, Any], list[Image.Image]]] = {
+    "pad": _letterboxed_views,
+    "square": _resized_views,
+    "anyres": _anyres_views,
+}
+"""LLaVA-HD: `image_aspect_ratio` -> (picture, processor, model config) -> overview and tiles. `pad` fits the picture into
+overview and grid, `square` stretches it to them, `anyres` is LLaVA-NeXT's way."""
+
+
+def overview_and_tiles(image: Image.Image, image_processor: Any, model_cfg: Any) -> Tensor:
+    """LLaVA-HD: the overview and the tiles, row by row, [1 + tiles, 3, H, W]."""
+    views = HD_ASPECT_RATIOS[_aspect_ratio(model_cfg, HD_ASPECT_RATIOS)](image, image_processor, model_cfg)
+    return torch.stack([_pixels(view, image_processor) for view in views])
+
+
+VIEWS: dict[str, Callable[[Image.Image, Any, Any], Tensor]] = {
+    "llava": one_view,
+    "llava_hd": overview_and_tiles,
+    "cos": one_view,
+}
+"""Family -> (picture, processor, model config) -> pixels: one view [3, H, W], or several [views, 3, H, W]."""
+
+
+def _aspect_ratio(model_cfg: Any, known: dict[str, Any]) -> str:
+    name = getattr(model_cfg, "image_aspect_ratio", None) or "square"
+    if name not in known:
+        raise UserError(f"unknown image_aspect_ratio {name!r}; known: {', '.join(known)}")
+    return name
+
+
+def check_aspect_ratio(family: str, name: str | None) -> None:
+    """`UserError` for an `image_aspect_ratio` that this family does not know."""
+    known = HD_ASPECT_RATIOS if family == "llava_hd" else ASPECT_RATIOS
+    if name and name not in known:
+        hint = " (anyres is for --mm_family llava_hd)" if name == "anyres" else ""
+        raise UserError(f"image_aspect_ratio: unknown {name!r} for family {family}{hint}; known: {', '.join(known)}")
 
 
 def process_images(images: Sequence[Image.Image], image_processor: Any, model_cfg: Any) -> Tensor | list[Tensor]:
-    """Pixels of RGB pictures: [V, 3, H, W] where all are of one shape, else a list of V tensors.
+    """Pixels of RGB pictures: [V, 3, H, W] where each is one view, else a list, an image's views being [views, 3, H, W].
 
-    model_cfg: whatever has `image_aspect_ratio` (a key of `ASPECT_RATIOS`; none or empty means `square`).
-    Raises `UserError` for an unknown `image_aspect_ratio`.
+    model_cfg: whatever has `image_aspect_ratio` (none or empty means `square`), and for tiling families the fields of
+    `LlavaConfig` (`mm_family`, `hd_max_tiles`, ...). Raises `UserError` for an unknown `image_aspect_ratio`.
     """
-    name = getattr(model_cfg, "image_aspect_ratio", None) or "square"
-    if name not in ASPECT_RATIOS:
-        raise UserError(f"unknown image_aspect_ratio {name!r}; known: {', '.join(ASPECT_RATIOS)}")
-    pixels = [ASPECT_RATIOS[name](image, image_processor, model_cfg) for image in images]
-    if pixels and all(pixel.shape == pixels[0].shape for pixel in pixels):
+    views = VIEWS[getattr(model_cfg, "mm_family", "llava")]
+    pixels = [views(image, image_processor, model_cfg) for image in images]
+    if pixels and all(pixel.dim() == 3 for pixel in pixels):
         return torch.stack(pixels)
     return pixels
 
@@ -155,10 +237,16 @@ def clip_image_processor_class() -> type:
     return CLIPImageProcessorPil
 
 
-def load_image_processor(path: str) -> Any:
-    """The image processor saved at `path` (a folder or a Hugging Face id). Raises `UserError` where there is none."""
+def load_image_processor(path: str, image_size: int | None = None) -> Any:
+    """The image processor saved at `path` (a folder or a Hugging Face id). Raises `UserError` where there is none.
+
+    `image_size` (`mm_vision_image_size`) replaces the size that it makes pictures of.
+    """
+    sizes = {}
+    if image_size is not None:
+        sizes = {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
     try:
-        return clip_image_processor_class().from_pretrained(path)  # type: ignore[attr-defined]
+        return clip_image_processor_class().from_pretrained(path, **sizes)  # type: ignore[attr-defined]
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: cannot read the image processor, preprocessor_config.json ({reason})") from error

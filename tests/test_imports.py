@@ -11,8 +11,10 @@ PACKAGE = Path(__file__).parents[1] / "llava_sv"
 
 LEVELS: list[set[str]] = [
     {"errors", "constants", "files"},
+    {"tiling"},
     {"conversation", "mm_utils"},
-    {"data", "model.token_groups"},
+    {"data", "model.token_groups", "model.cos_presets"},
+    {"model.token_counts"},
     {"model.config"},
     {"model.compression", "model.checkpoint_io", "model.attention"},
     {"model.multimodal_encoder", "model.multimodal_projector", "model.splice"},

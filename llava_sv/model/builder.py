@@ -30,6 +30,13 @@ KEPT_ON_BASE = (
     "mm_projector_type",
     "mm_vision_select_layer",
     "mm_vision_select_feature",
+    "mm_vision_feature_levels",
+    "mm_vision_image_size",
+    "cos_windows",
+    "cos_queries",
+    "hd_max_tiles",
+    "hd_fixed_grid",
+    "image_grid_pinpoints",
     "image_aspect_ratio",
     "conv_template",
     "tokenizer_model_max_length",
@@ -71,7 +78,7 @@ def load_pretrained_model(
             placement["device_map"] = device_map
         model = load_whole(model_path, config, allow_new_weights, torch_dtype, attn_implementation, **placement)
         tokenizer = load_tokenizer(model_path)
-        image_processor = load_image_processor(_processor_source(model_path, config))
+        image_processor = load_image_processor(_processor_source(model_path, config), config.mm_vision_image_size)
     if quantization is None and not hasattr(model, "hf_device_map"):
         model.to(device)  # type: ignore[arg-type]
     model.generation_config.pad_token_id = tokenizer.pad_token_id

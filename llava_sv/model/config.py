@@ -12,6 +12,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
 from llava_sv.errors import UserError
+from llava_sv.model.token_counts import count_tokens
 from llava_sv.model.token_groups import KV_LEVELS
 
 SUMMARY_NORMS = ("none", "layernorm")
@@ -24,7 +25,8 @@ class SkipVisionConfig:
     skip_ffn: bool = True
     """Skipped tokens bypass the FFN (equations 4 and 5)."""
     num_retained: int = 100
-    """Nr: retained visual tokens an image."""
+    """Nr: retained visual tokens an image. The recipes of LLaVA-HD (the overview) and CoS (all scales but the finest) set
+    their own default."""
     num_skipped: int | None = 156
     """Ns: skipped visual tokens an image after merging. Without `merge` it is not read: all the others are skipped."""
     merge: bool = True
@@ -152,15 +154,29 @@ class LlavaConfig(LlamaConfig):
     vision_config: dict | None = None
     """The encoder's own config: present when its weights are part of this checkpoint."""
     mm_projector_type: str = "mlp2x_gelu"
-    """`linear`, `identity` or `mlp{k}x_gelu`."""
+    """`linear`, `identity` or `mlp{k}x_gelu`; for CoS a preset (`cos_80`, `cos_80_448`, `cos_336`, `cos_1296`) or `cos`."""
+    cos_windows: list[int] | None = None
+    """Projector type `cos`: window size of each scale in cells of the encoder's grid, coarse to fine."""
+    cos_queries: list[int] | None = None
+    """Projector type `cos`: learned queries of each scale over all of its windows."""
     mm_hidden_size: int | None = None
     """E: width of the encoder's features."""
     mm_vision_select_layer: int = -2
     """Index into the encoder's hidden states (0 is the embedding, -1 the last layer)."""
     mm_vision_select_feature: str = "patch"
     """`patch` drops the CLS token, `cls_patch` keeps it (dense models only)."""
+    mm_vision_feature_levels: list[int] | None = None
+    """Encoder blocks (counted from 0) whose outputs the CoS resampler reads in sequence; the last is the features."""
+    mm_vision_image_size: int | None = None
+    """Side of the encoder's square input in pixels where it is not the encoder's own: positions are interpolated."""
     image_aspect_ratio: str | None = "pad"
-    """How an image is made square: `pad` or `square`."""
+    """How an image is made square: `pad` or `square`. LLaVA-HD: the overview and the canvas of tiles; or `anyres`."""
+    hd_max_tiles: int = 4
+    """LLaVA-HD: most tiles that an image is cut into, besides its overview."""
+    hd_fixed_grid: str | None = None
+    """LLaVA-HD: this grid (columns x rows, such as `2x2`) for every image, instead of the closest aspect ratio."""
+    image_grid_pinpoints: list[list[int]] | None = None
+    """`anyres`: resolutions (width, height) to choose from; None: LLaVA-NeXT's five, in tiles of the encoder's size."""
     tokenizer_model_max_length: int | None = None
     """The spliced sequence is cut here, never inside an image."""
     tokenizer_padding_side: str = "right"
@@ -190,8 +206,6 @@ class LlavaConfig(LlamaConfig):
         return patches_of(self.vision_config)
 
     def visual_tokens_per_image(self, image_size: tuple[int, int] | None = None) -> int:
-        """Tokens that an image of `image_size` (width, height in pixels) takes in the spliced sequence."""
-        if self.skip_vision is None:
-            return self.num_patches + int(self.mm_vision_select_feature == "cls_patch")
-        skip = self.skip_vision
-        return skip.num_retained + skip.skipped_of(self.num_patches) + skip.summaries()
+        """Tokens that an image of `image_size` (width, height in pixels) takes in the spliced sequence; without a size,
+        the most that an image of any size takes."""
+        return count_tokens(self, image_size).total

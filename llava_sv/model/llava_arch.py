@@ -74,7 +74,7 @@ class LlavaMetaForCausalLM:
         features = tower(pixels, with_cls_attention=skip is not None and skip.selection == "cls_attention")
         projector = self.get_model().mm_projector
         features = features.to(next(iter(projector.parameters()), pixels).device)  # layers may be spread over devices
-        return projector(features, [view.shape[0] for view in views])
+        return projector(features, [view.shape[0] for view in views], image_sizes)
 
     def surviving_labels(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable
@@ -11,16 +12,17 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import cached_file
 
 from llava_sv.errors import UserError
-from llava_sv.mm_utils import ASPECT_RATIOS
+from llava_sv.mm_utils import check_aspect_ratio
 from llava_sv.model.checkpoint_io import load_strictly
 from llava_sv.model.compression.select import get_selector
-from llava_sv.model.config import LlavaConfig, patches_of
+from llava_sv.model.config import LlavaConfig
 from llava_sv.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava_sv.model.multimodal_encoder.builder import load_vision_tower, read_vision_config
 from llava_sv.model.multimodal_encoder.clip_encoder import check_selected_state
 from llava_sv.model.multimodal_projector.builder import check_projector_type
-from llava_sv.model.multimodal_projector.grouping import get_grouping
+from llava_sv.model.multimodal_projector.families import get_grouping
 from llava_sv.model.splice import PADDING_SIDES
+from llava_sv.model.token_counts import check_counts
 
 
 def read_config(model_path: str) -> LlavaConfig:
@@ -36,7 +38,10 @@ def read_config(model_path: str) -> LlavaConfig:
         )
     try:
         config = strict_config(lambda: LlavaConfig.from_dict({k: v for k, v in values.items() if k != "model_type"}))
-        check_config(config, config.vision_config or read_vision_config(config.mm_vision_tower).to_dict())
+        vision = config.vision_config
+        if vision is None:
+            vision = read_vision_config(config.mm_vision_tower, config.mm_vision_image_size).to_dict()
+        check_config(config, vision)
     except UserError as error:
         raise UserError(f"checkpoint {path}: {error}") from error
     return config
@@ -60,18 +65,23 @@ def check_config(config: LlavaConfig, vision_config: dict[str, Any]) -> None:
     """What a config must hold to before a model is built of it; raises `UserError`."""
     get_grouping(config.mm_family)
     check_projector_type(config)
-    check_selected_state(vision_config, config.mm_vision_select_layer, config.mm_vision_select_feature)
-    if config.image_aspect_ratio and config.image_aspect_ratio not in ASPECT_RATIOS:
-        known = ", ".join(ASPECT_RATIOS)
-        raise UserError(f"image_aspect_ratio: unknown {config.image_aspect_ratio!r}; known: {known}")
+    check_selected_state(
+        vision_config,
+        config.mm_vision_select_layer,
+        config.mm_vision_select_feature,
+        config.mm_vision_feature_levels,
+    )
+    check_aspect_ratio(config.mm_family, config.image_aspect_ratio)
     if config.tokenizer_padding_side not in PADDING_SIDES:
         known = ", ".join(PADDING_SIDES)
         raise UserError(f"tokenizer_padding_side: unknown {config.tokenizer_padding_side!r}; known: {known}")
+    described = copy.copy(config)
+    described.vision_config = vision_config
+    check_counts(described)
     skip = config.skip_vision
     if skip is None:
         return
     get_selector(skip.selection)
-    skip.skipped_of(patches_of(vision_config))
     skip.layers_that_skip(config.num_hidden_layers)
     if config.mm_vision_select_feature != "patch":
         raise UserError("skip_vision works on patches: set mm_vision_select_feature to 'patch'")

@@ -6,9 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 from llava_sv.errors import UserError
+from llava_sv.model.builders.cos import build_cos
 from llava_sv.model.builders.llava import build_llava
+from llava_sv.model.builders.llava_hd import build_llava_hd
 
-BUILDERS: dict[str, Callable[..., tuple[Any, Any, Any]]] = {"llava": build_llava}
+BUILDERS: dict[str, Callable[..., tuple[Any, Any, Any]]] = {
+    "llava": build_llava,
+    "llava_hd": build_llava_hd,
+    "cos": build_cos,
+}
 
 
 def get_builder(family: str) -> Callable[..., tuple[Any, Any, Any]]:

@@ -43,7 +43,7 @@ def assemble(
         logger.info("no pretrained projector is given: it starts from fresh weights")
     tokenizer = load_tokenizer(llm)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return tokenizer, model, load_image_processor(str(config.mm_vision_tower))
+    return tokenizer, model, load_image_processor(str(config.mm_vision_tower), config.mm_vision_image_size)
 
 
 def make_config(
@@ -56,7 +56,7 @@ def make_config(
     _refuse_unknown(settings)
     dropped = ("model_type", "architectures", "transformers_version")
     values = {key: value for key, value in _read_llm_config(llm).to_dict().items() if key not in dropped}
-    vision = read_vision_config(vision_tower)
+    vision = read_vision_config(vision_tower, settings.get("mm_vision_image_size"))
     values.update(mm_family=family, mm_vision_tower=vision_tower, mm_hidden_size=vision.hidden_size)
     values.update(settings)
     config = strict_config(lambda: LlavaConfig(**values, skip_vision=skip_vision, vision_config=vision.to_dict()))

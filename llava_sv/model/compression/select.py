@@ -18,16 +18,26 @@ from llava_sv.errors import UserError
 @dataclass
 class VisionFeatures:
     """What the encoder hands on. patches: [V, N, E] (N + 1 with `cls_patch`); cls: [V, E] or None;
-    cls_attention: [V, N] attention of CLS to each patch, summed over heads, or None where no selector asked for it."""
+    cls_attention: [V, N] attention of CLS to each patch, summed over heads, or None where no selector asked for it;
+    levels: [V, N, E] of each of `mm_vision_feature_levels`, the last being `patches`, or None where none are asked for."""
 
     patches: Tensor
     cls: Tensor | None = None
     cls_attention: Tensor | None = None
+    levels: list[Tensor] | None = None
 
     def to(self, device: torch.device) -> VisionFeatures:
         """The same features on `device`."""
-        parts = (self.patches, self.cls, self.cls_attention)
-        return VisionFeatures(*(None if part is None else part.to(device) for part in parts))  # type: ignore[arg-type]
+        return self._map(lambda part: part.to(device))
+
+    def rows(self, index: Tensor) -> VisionFeatures:
+        """The features of the views that `index` [n] names."""
+        return self._map(lambda part: part[index])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> VisionFeatures:
+        parts = (None if part is None else change(part) for part in (self.patches, self.cls, self.cls_attention))
+        levels = None if self.levels is None else [change(level) for level in self.levels]
+        return VisionFeatures(*parts, levels=levels)  # type: ignore[arg-type]
 
 
 def cls_similarity(features: VisionFeatures) -> Tensor:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 from transformers import AutoConfig, CLIPVisionModel
 
 from llava_sv.errors import UserError
@@ -17,11 +21,18 @@ def build_vision_tower(config: Any) -> CLIPVisionTower:
     """An encoder as `config.vision_config` describes it, its weights to be loaded with the checkpoint."""
     tower = _tower_class(config.vision_config["model_type"], config.mm_vision_tower)
     attn = getattr(config, "_attn_implementation", None)
-    return tower.from_config(config.vision_config, config.mm_vision_select_layer, config.mm_vision_select_feature, attn)
+    return tower.from_config(config.vision_config, attn, *_selected(config))
 
 
-def read_vision_config(path: str | None) -> Any:
-    """The vision config of the CLIP checkpoint at `path` (vision part or whole); `UserError` where there is none."""
+def _selected(config: Any) -> tuple[int, str, list[int] | None]:
+    return config.mm_vision_select_layer, config.mm_vision_select_feature, config.mm_vision_feature_levels
+
+
+def read_vision_config(path: str | None, image_size: int | None = None) -> Any:
+    """The vision config of the CLIP checkpoint at `path` (vision part or whole); `UserError` where there is none.
+
+    `image_size` (`mm_vision_image_size`) replaces the encoder's own; it must be a multiple of the patch.
+    """
     if not path:
         raise UserError("no vision tower is named: give --vision_tower, or mm_vision_tower in config.json")
     try:
@@ -30,16 +41,55 @@ def read_vision_config(path: str | None) -> Any:
         raise UserError(f"vision tower {path}: cannot read its config.json ({str(error).splitlines()[0]})") from error
     vision = getattr(source, "vision_config", source)
     _tower_class(vision.model_type, path)
+    if image_size is not None:
+        if image_size < vision.patch_size or image_size % vision.patch_size:
+            raise UserError(
+                f"mm_vision_image_size: {image_size} pixels are no multiple of the encoder's patch of {vision.patch_size}; "
+                f"its own size is {vision.image_size}"
+            )
+        vision.image_size = image_size
     return vision
 
 
 def load_vision_tower(path: str, config: Any, dtype: Any = None) -> CLIPVisionTower:
-    """An encoder with its own pretrained weights, from the CLIP checkpoint (vision part or whole) at `path`."""
-    read_vision_config(path)
+    """An encoder with its own pretrained weights, from the CLIP checkpoint (vision part or whole) at `path`.
+
+    Its positions are interpolated where `config.mm_vision_image_size` is not the size it was trained at.
+    """
+    wanted = read_vision_config(path, config.mm_vision_image_size)
     attn = getattr(config, "_attn_implementation", None)
     other_half = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
     model = load_strictly(CLIPVisionModel, path, unused_weights=other_half, dtype=dtype, attn_implementation=attn)
-    return CLIPVisionTower(model, config.mm_vision_select_layer, config.mm_vision_select_feature)
+    if wanted.image_size != model.config.image_size:
+        model = at_image_size(model, wanted.image_size)
+    return CLIPVisionTower(model, *_selected(config))
+
+
+POSITIONS = "embeddings.position_embedding.weight"
+
+
+def at_image_size(model: Any, image_size: int) -> Any:
+    """The encoder for square pictures of `image_size` pixels: positions interpolated bicubically, CLS's kept.
+
+    model: a CLIP or SigLIP vision model. A new model; all other weights are the old ones.
+    """
+    config = copy.deepcopy(model.config)
+    config.image_size = image_size
+    weights = model.state_dict()
+    old_side, new_side = (c.image_size // c.patch_size for c in (model.config, config))
+    weights[POSITIONS] = interpolate_positions(weights[POSITIONS], old_side, new_side)
+    resized = type(model)(config).to(model.dtype)
+    resized.load_state_dict(weights)
+    return resized
+
+
+def interpolate_positions(positions: Tensor, old_side: int, new_side: int) -> Tensor:
+    """[extra + old_side^2, E] -> [extra + new_side^2, E]: bicubic over the grid; the extra first rows (CLS) stay."""
+    extra = positions.shape[0] - old_side**2
+    grid = positions[extra:].float().reshape(1, old_side, old_side, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(new_side, new_side), mode="bicubic", align_corners=False)
+    grid = grid.permute(0, 2, 3, 1).reshape(new_side**2, -1).to(positions.dtype)
+    return torch.cat([positions[:extra], grid])
 
 
 def _tower_class(model_type: str, where: str | None) -> type[CLIPVisionTower]:

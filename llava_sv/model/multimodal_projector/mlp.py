@@ -8,11 +8,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llava_sv.model.compression.select import VisionFeatures
 from llava_sv.model.compression.summary import SummaryTokens
-from llava_sv.model.multimodal_projector.grouping import get_grouping
+from llava_sv.model.multimodal_projector.families import get_grouping
+from llava_sv.model.multimodal_projector.grouping import Sizes
+from llava_sv.model.token_counts import ANYRES
 from llava_sv.model.token_groups import TokenGroups
 
 
@@ -20,40 +23,69 @@ class Projector(nn.Module, ABC):
     """Projects, then groups as the config's family and `skip_vision` block say."""
 
     summary: SummaryTokens | None
+    image_newline: nn.Parameter | None
+    """[C]: ends each row of a dense `anyres` map (LLaVA-NeXT)."""
 
     def __init__(self, config: Any):
         super().__init__()
+        self.config = config
         self.skip = config.skip_vision
         self.grouping = get_grouping(config.mm_family)
         self.summary = None
+        self.register_parameter("image_newline", None)
         if self.skip is not None:
             self.summary = SummaryTokens(
                 config.hidden_size, self.skip.former_summary, self.skip.latter_summary, self.skip.summary_norm
             )
+        elif config.mm_family == "llava_hd" and config.image_aspect_ratio == ANYRES:
+            self.image_newline = nn.Parameter(torch.empty(config.hidden_size))
+            self.reset_newline()
+
+    @abstractmethod
+    def tokens_of(self, features: VisionFeatures) -> Tensor:
+        """[V, n, C]: what the encoder gave, in the language model's width."""
+
+    def reset_newline(self) -> None:
+        """A fresh `image_newline`, scaled as LLaVA-NeXT scales it."""
+        if self.image_newline is not None:
+            nn.init.normal_(self.image_newline, std=self.image_newline.shape[0] ** -0.5)
+
+    def reset_projection(self) -> None:
+        """Fresh weights for the projection, as torch initialises its layers."""
+        self.reset_newline()
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and not name.startswith("summary"):
+                module.reset_parameters()
+
+    def forward(
+        self, features: VisionFeatures, views_per_image: list[int], image_sizes: Sizes = None
+    ) -> list[TokenGroups]:
+        """One `TokenGroups` an image; `views_per_image` tells how many of the V views each image has.
+
+        image_sizes: (width, height) of each image as it came; only `anyres` needs them.
+        """
+        return self.grouping(self, self.tokens_of(features), features, views_per_image, image_sizes)
+
+
+class TokenwiseProjector(Projector):
+    """Projects each patch by itself."""
 
     @abstractmethod
     def project(self, features_VNE: Tensor) -> Tensor:
         """[V, N, E] -> [V, N, C]."""
 
-    def reset_projection(self) -> None:
-        """Fresh weights for the projection, as torch initialises its layers."""
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear) and not name.startswith("summary"):
-                module.reset_parameters()
-
-    def forward(self, features: VisionFeatures, views_per_image: list[int]) -> list[TokenGroups]:
-        """One `TokenGroups` an image; `views_per_image` tells how many of the V views each image has."""
-        return self.grouping(self.project(features.patches), features, views_per_image, self.skip, self.summary)
+    def tokens_of(self, features: VisionFeatures) -> Tensor:
+        return self.project(features.patches)
 
 
-class IdentityProjector(Projector):
+class IdentityProjector(TokenwiseProjector):
     """The features as they are: E must equal C."""
 
     def project(self, features_VNE: Tensor) -> Tensor:
         return features_VNE
 
 
-class LinearProjector(Projector):
+class LinearProjector(TokenwiseProjector):
     """One linear layer (`weight`, `bias` without a number, as LLaVA has it)."""
 
     def __init__(self, config: Any):
@@ -65,12 +97,13 @@ class LinearProjector(Projector):
         return nn.functional.linear(features_VNE, self.weight, self.bias)
 
     def reset_projection(self) -> None:
+        super().reset_projection()
         fresh = nn.Linear(self.weight.shape[1], self.weight.shape[0], device=self.weight.device)
         self.weight.data.copy_(fresh.weight.data)
         self.bias.data.copy_(fresh.bias.data)
 
 
-class MlpProjector(Projector):
+class MlpProjector(TokenwiseProjector):
     """`depth` linear layers with GELU between, named 0, 2, 4, ... as in LLaVA's `nn.Sequential`."""
 
     def __init__(self, config: Any, depth: int):
