@@ -14,7 +14,7 @@ from llava_sv.errors import UserError
 
 @dataclass(frozen=True)
 class Scale:
-    """One scale over a square grid: windows of `window` cells a side, and `queries` learned queries over all windows."""
+    """One scale over a square grid: windows of `window` cells a side, and `queries` learned queries in all."""
 
     grid: int
     window: int
@@ -49,6 +49,13 @@ def is_resampler(projector_type: str) -> bool:
     return projector_type == CUSTOM or projector_type in PRESETS
 
 
+def query_counts(config: Any) -> list[int]:
+    """Queries of each scale, coarse to fine: known without the encoder's grid."""
+    if config.mm_projector_type == CUSTOM:
+        return list(config.cos_queries or [])
+    return [queries for _, queries in PRESETS[config.mm_projector_type]]
+
+
 def scales_of(config: Any, grid: int) -> list[Scale]:
     """The resampler's scales, coarse to fine, over a grid of `grid` x `grid` features.
 
@@ -70,8 +77,8 @@ def scales_of(config: Any, grid: int) -> list[Scale]:
     for per_side, queries in PRESETS[name]:
         if grid % per_side:
             raise UserError(
-                f"mm_projector_type {name}: {per_side} windows a side do not divide the encoder's grid of {grid} x {grid} "
-                "patches; choose another preset or another mm_vision_image_size"
+                f"mm_projector_type {name}: {per_side} windows a side do not divide the encoder's grid of {grid} x "
+                f"{grid} patches; choose another preset or another mm_vision_image_size"
             )
         scales.append(_checked(grid, grid // per_side, queries))
     return scales

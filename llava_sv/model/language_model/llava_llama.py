@@ -24,6 +24,7 @@ from llava_sv.model.language_model.skip_cache import drops_any, kept_after_prefi
 from llava_sv.model.language_model.skip_ffn import enable_skip_ffn, rows_through_ffn
 from llava_sv.model.llava_arch import Images, LlavaMetaForCausalLM, LlavaMetaModel
 from llava_sv.model.multimodal_projector.mlp import LinearProjector
+from llava_sv.model.multimodal_projector.resampler import ResamplerScale
 from llava_sv.model.token_groups import KV_LEVELS, is_visual
 
 NO_SPLIT = ["LlamaDecoderLayer", "SkipFFNDecoderLayer", "CLIPVisionTower"]
@@ -51,6 +52,8 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
         elif isinstance(module, LinearProjector):
             init.normal_(module.weight, std=self.config.initializer_range)
             init.zeros_(module.bias)
+        elif isinstance(module, ResamplerScale):
+            init.normal_(module.queries, std=self.config.initializer_range)
 
 
 class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
