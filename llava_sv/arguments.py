@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import transformers
 
@@ -33,9 +35,11 @@ class ModelArguments:
     version: str | None = _flag(
         None, "Conversation template: plain (pretraining), v1, vicuna_v1, llama_3, llama_2, ..."
     )
-    mm_family: str = _flag("llava", "Family of model to build: a key of llava_sv.model.builders.BUILDERS.")
+    mm_family: str | None = _flag(None, "Family of model to build: llava, llava_hd or cos [llava].")
     vision_tower: str | None = _flag(None, "Vision encoder (folder or Hugging Face id).")
-    mm_projector_type: str = _flag("mlp2x_gelu", "Projector: linear, identity or mlp{k}x_gelu.")
+    mm_projector_type: str | None = _flag(
+        None, "Projector: linear, identity, mlp{k}x_gelu; CoS: cos_80, cos_336, cos_1296 [mlp2x_gelu; CoS: cos_1296]."
+    )
     pretrain_mm_mlp_adapter: str | None = _flag(None, "Pretrained projector to start from (mm_projector.bin).")
     tune_mm_mlp_adapter: bool = _flag(False, "Train the projector only (pretraining), and save it alone.")
     freeze_backbone: bool = _flag(False, "Do not train the language model.")
@@ -44,13 +48,31 @@ class ModelArguments:
         -2, "Hidden state of the encoder to read: 0 is the embedding, -1 the last layer."
     )
     mm_vision_select_feature: str = _flag("patch", "patch, or cls_patch to keep the CLS token (dense models only).")
+    mm_vision_image_size: int | None = _flag(
+        None, "Side of the encoder's input in pixels; positions are interpolated [the encoder's own; CoS: twice that]."
+    )
+    mm_vision_feature_levels: str | None = _flag(
+        None,
+        "CoS: encoder blocks, counted from 0, that the resampler reads, such as 15,22 [five eighths, last but one].",
+    )
+    cos_windows: str | None = _flag(None, "Projector type cos: window sizes in cells, coarse to fine, such as 32,4,2.")
+    cos_queries: str | None = _flag(None, "Projector type cos: queries of each scale, such as 16,256,1024.")
+    hd_max_tiles: int | None = _flag(None, "LLaVA-HD: most tiles an image is cut into, besides its overview [4].")
+    hd_fixed_grid: str | None = _flag(None, "LLaVA-HD: one grid for every image, columns x rows, such as 2x2.")
+    image_grid_pinpoints: str | None = _flag(
+        None, "anyres: resolutions to choose from, such as [(336, 672), (672, 336)] [LLaVA-NeXT's five]."
+    )
     mm_use_im_start_end: bool = _flag(False, "LLaVA's flag; only False is supported: image marks are not tokens here.")
     mm_use_im_patch_token: bool = _flag(
         False, "LLaVA's flag; only False is supported: image marks are not tokens here."
     )
     sv_skip_ffn: bool | None = _flag(None, "Skip-Vision: skipped tokens bypass the FFN [True].")
-    sv_num_retained: int | None = _flag(None, "Skip-Vision: retained visual tokens an image, Nr [100].")
-    sv_num_skipped: int | None = _flag(None, "Skip-Vision: skipped visual tokens an image after merging, Ns [156].")
+    sv_num_retained: int | None = _flag(
+        None, "Skip-Vision: retained tokens an image, Nr [100; HD: overview; CoS: coarse scales]."
+    )
+    sv_num_skipped: int | None = _flag(
+        None, "Skip-Vision: skipped tokens after merging, Ns [156; HD: overview; CoS: a quarter]."
+    )
     sv_merge: bool | None = _flag(None, "Skip-Vision: merge what is not retained down to Ns [True].")
     sv_selection: str | None = _flag(None, "Skip-Vision: cls_similarity or cls_attention [cls_similarity].")
     sv_former_summary: bool | None = _flag(None, "Skip-Vision: summary token of the retained tokens [True].")
@@ -83,7 +105,40 @@ class ModelArguments:
         given = self.given_skip_vision()
         if not given:
             return inherited
-        return SkipVisionConfig.from_dict({**(inherited or {}), **given}).to_dict()
+        block = {**(inherited or {}), **given}
+        SkipVisionConfig.from_dict(block)
+        return block
+
+    def family_settings(self) -> dict[str, Any]:
+        """The family's own config fields that the command line gave; `UserError` for a list that cannot be read."""
+        numbers = ("mm_vision_feature_levels", "cos_windows", "cos_queries")
+        found: dict[str, Any] = {name: _numbers(name, getattr(self, name)) for name in numbers}
+        for name in ("mm_projector_type", "mm_vision_image_size", "hd_max_tiles", "hd_fixed_grid"):
+            found[name] = getattr(self, name)
+        found["image_grid_pinpoints"] = _pinpoints(self.image_grid_pinpoints)
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def _numbers(name: str, text: str | None) -> list[int] | None:
+    """`"32,4,2"` -> [32, 4, 2]."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.strip("[]()").split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise UserError(f"--{name}: cannot read {text!r}; write whole numbers with commas, such as 32,4,2")
+    return [int(part) for part in parts]
+
+
+def _pinpoints(text: str | None) -> list[list[int]] | None:
+    """`"[(336, 672), (672, 336)]"` -> [[336, 672], [672, 336]]."""
+    if text is None:
+        return None
+    try:
+        return [[int(width), int(height)] for width, height in ast.literal_eval(text)]
+    except (ValueError, SyntaxError, TypeError) as error:
+        raise UserError(
+            f"--image_grid_pinpoints: cannot read {text!r}; write [(336, 672), (672, 336)], (width, height) in pixels"
+        ) from error
 
 
 @dataclass
@@ -92,7 +147,9 @@ class DataArguments:
 
     data_path: str | None = _flag(None, "Training records: LLaVA JSON (an array) or JSONL.")
     image_folder: str | None = _flag(None, "Folder that the records' image paths start from.")
-    image_aspect_ratio: str = _flag("pad", "How an image is made square: pad (grow it with the mean colour) or square; LLaVA-HD also: anyres.")
+    image_aspect_ratio: str = _flag(
+        "pad", "How an image is made square: pad (grow it with the mean colour) or square; LLaVA-HD also: anyres."
+    )
     is_multimodal: bool = _flag(True, "LLaVA's flag: records may hold images.")
     lazy_preprocess: bool = _flag(True, "LLaVA's flag; only True is supported: records are prepared as they are read.")
     missing_images: str = _flag("error", "A missing or corrupt image: error, skip (take another record), or blank.")

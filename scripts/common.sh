@@ -5,6 +5,7 @@
 #   LLM VISION_TOWER DATA IMAGE_FOLDER ADAPTER OUTPUT   models, data, where results go
 #   BATCH PER_DEVICE_BATCH GRAD_ACCUM EPOCHS LR MAX_LENGTH SEED VERSION CHECKPOINTING SAVE_STEPS WORKERS
 #   NPROC NNODES NODE_RANK MASTER_ADDR MASTER_PORT HOSTFILE   processes a node, nodes, where they meet
+#   PROJECTOR ASPECT_RATIO   --mm_projector_type, --image_aspect_ratio
 #   DEEPSPEED   DeepSpeed configuration; empty: none       USE_CPU=1   train without a GPU
 #   PYTHON      interpreter (default: .venv's, else python)
 #   DRY_RUN=1   print the command instead of running it    PRESET=tiny   the embedded tiny models, on CPU
@@ -24,6 +25,7 @@ fail() {
     exit 2
 }
 
+: "${MM_FAMILY:=llava}"
 case "${PRESET:=}" in
     "") ;;
     tiny) source scripts/v1_5/tiny.sh ;;
@@ -54,9 +56,10 @@ common_flags() {
         --vision_tower "$VISION_TOWER"
         --data_path "$DATA"
         --image_folder "$IMAGE_FOLDER"
-        --mm_projector_type mlp2x_gelu
+        --mm_family "$MM_FAMILY"
+        --mm_projector_type "${PROJECTOR:=mlp2x_gelu}"
         --mm_vision_select_layer -2
-        --image_aspect_ratio pad
+        --image_aspect_ratio "${ASPECT_RATIO:=pad}"
         --output_dir "$OUTPUT"
         --num_train_epochs "$EPOCHS"
         --per_device_train_batch_size "$PER_DEVICE_BATCH"

@@ -10,14 +10,26 @@ import pytest
 from llava_sv.train.flags import parse
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted(path.name for path in (ROOT / "scripts" / "v1_5").glob("*.sh") if path.name != "tiny.sh")
+FOLDERS = ("v1_5", "v1_5_hd", "cos")
+SCRIPTS = sorted(
+    f"{folder}/{path.name}"
+    for folder in FOLDERS
+    for path in (ROOT / "scripts" / folder).glob("*.sh")
+    if path.name != "tiny.sh"
+)
+FAMILY = {"v1_5": "llava", "v1_5_hd": "llava_hd", "cos": "cos"}
 
 
 def run(script, *flags, **environment):
     clean = {key: value for key, value in os.environ.items() if key in ("PATH", "HOME", "LANG")}
     clean |= {"HF_HUB_CACHE": "/nonexistent/hub", **environment}
     return subprocess.run(
-        ["bash", f"scripts/v1_5/{script}", *flags], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=60
+        ["bash", f"scripts/{script if '/' in script else 'v1_5/' + script}", *flags],
+        cwd=ROOT,
+        env=clean,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
@@ -40,11 +52,12 @@ def on_cpu(flags):
     return [*flags, "--use_cpu", "True"]
 
 
-def test_the_four_scripts_are_there():
-    assert SCRIPTS == ["finetune.sh", "finetune_skip.sh", "finetune_skip_256.sh", "pretrain.sh"]
+def test_the_scripts_are_there():
+    every = [f"{folder}/{name}.sh" for folder in FOLDERS for name in ("finetune", "finetune_skip", "pretrain")]
+    assert sorted([*every, "v1_5/finetune_skip_256.sh"]) == SCRIPTS
 
 
-@pytest.mark.parametrize("script", [*(f"v1_5/{name}" for name in SCRIPTS), "v1_5/tiny.sh", "common.sh"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "v1_5/tiny.sh", "common.sh"])
 def test_bash_can_read_it(script):
     assert subprocess.run(["bash", "-n", f"scripts/{script}"], cwd=ROOT).returncode == 0
 
@@ -54,7 +67,9 @@ def test_bash_can_read_it(script):
 def test_every_flag_is_known(script, preset):
     _, flags = flags_of(script, PRESET=preset)
     model, _, training = parse(on_cpu(flags))
-    assert model.tune_mm_mlp_adapter is (script == "pretrain.sh")
+    assert model.mm_family == FAMILY[script.split("/")[0]]
+    assert model.tune_mm_mlp_adapter is script.endswith("pretrain.sh")
+    assert model.unfreeze_mm_vision_tower is (script.startswith("cos/finetune"))
     assert (model.skip_vision() is not None) is ("skip" in script)
     assert training.gradient_checkpointing is (preset == "")
 
@@ -62,10 +77,8 @@ def test_every_flag_is_known(script, preset):
 @pytest.mark.parametrize(
     ("script", "batch", "lr", "zero"),
     [
-        ("pretrain.sh", 256, 1e-3, "scripts/zero2.json"),
-        ("finetune.sh", 128, 1e-5, "scripts/zero3.json"),
-        ("finetune_skip.sh", 128, 1e-5, "scripts/zero3.json"),
-        ("finetune_skip_256.sh", 128, 1e-5, "scripts/zero3.json"),
+        (script, *((256, 1e-3, "scripts/zero2.json") if "pretrain" in script else (128, 1e-5, "scripts/zero3.json")))
+        for script in SCRIPTS
     ],
 )
 def test_the_papers_recipe(script, batch, lr, zero):
@@ -75,10 +88,27 @@ def test_the_papers_recipe(script, batch, lr, zero):
     assert training.per_device_train_batch_size * training.gradient_accumulation_steps * 8 == batch
     assert training.learning_rate == lr
     assert (training.warmup_steps, training.lr_scheduler_type, training.weight_decay) == (0.03, "cosine", 0.0)
-    assert (training.num_train_epochs, training.model_max_length) == (1, 2048)
+    assert training.num_train_epochs == 1
+    assert training.model_max_length == (3500 if script == "v1_5_hd/finetune.sh" else 2048)
     assert flags[flags.index("--deepspeed") + 1] == zero
     assert flags[flags.index("--model_name_or_path") + 1] == "meta-llama/Meta-Llama-3-8B-Instruct"
-    assert flags[flags.index("--vision_tower") + 1] == "openai/clip-vit-large-patch14-336"
+    tower = "openai/clip-vit-large-patch14" + ("" if script.startswith("cos/") else "-336")
+    assert flags[flags.index("--vision_tower") + 1] == tower
+
+
+def test_what_cos_asks_for():
+    model = parse(on_cpu(flags_of("cos/pretrain.sh")[1]))[0]
+    assert model.family_settings() == {"mm_projector_type": "cos_80"}
+    model = parse(on_cpu(flags_of("cos/finetune.sh")[1]))[0]
+    assert model.family_settings() == {"mm_projector_type": "cos_1296", "mm_vision_image_size": 448}
+
+
+@pytest.mark.parametrize(
+    ("script", "retained", "skipped"), [("v1_5_hd/finetune_skip.sh", 576, 576), ("cos/finetune_skip.sh", 272, 256)]
+)
+def test_what_the_other_families_skip(script, retained, skipped):
+    block = parse(on_cpu(flags_of(script)[1]))[0].skip_vision()
+    assert (block["num_retained"], block["num_skipped"], block["merge"]) == (retained, skipped, True)
 
 
 def test_what_the_skipping_scripts_skip():
@@ -120,7 +150,7 @@ def test_missing_defaults_are_said_all_at_once(script):
     assert "nothing was started" in done.stderr
     for what in ("language model (LLM", "vision tower (VISION_TOWER", "training data (DATA"):
         assert what in done.stderr
-    if script != "pretrain.sh":
+    if not script.endswith("pretrain.sh"):
         assert "pretrained projector (ADAPTER" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -134,7 +164,7 @@ def test_unknown_preset():
 def test_help_shows_the_page_and_the_environment(script):
     done = run(script, "--help")
     assert done.returncode == 0
-    assert f"PRESET=tiny bash scripts/v1_5/{script}" in done.stdout
+    assert f"PRESET=tiny bash scripts/{script}" in done.stdout
     assert "PER_DEVICE_BATCH" in done.stdout
 
 

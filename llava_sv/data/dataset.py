@@ -40,15 +40,22 @@ class SampleError(UserError):
 
 
 class LazySupervisedDataset(Dataset):
-    """Item i: `id`, `input_ids` [T], `labels` [T], `images` list of V tensors [3, H, W], `image_sizes` list of V
-    (width, height) as in the files.
+    """Item i: `id`, `input_ids` [T], `labels` [T], `images` list of V tensors [3, H, W] (of an image in several views
+    [views, 3, H, W]), `image_sizes` list of V (width, height) as in the files.
 
-    data_args: has `image_folder`, `image_aspect_ratio`, `missing_images`, `is_multimodal`.
+    data_args: has `image_folder`, `missing_images`, `is_multimodal`; image_config (default: data_args): what
+    `mm_utils.process_images` reads, the model's config or something with `image_aspect_ratio`.
     Raises `UserError` at once for a tokenizer that does not suit the template, or images without a folder.
     """
 
     def __init__(
-        self, records: Records, tokenizer: Any, image_processor: Any, data_args: Any, template: Template
+        self,
+        records: Records,
+        tokenizer: Any,
+        image_processor: Any,
+        data_args: Any,
+        template: Template,
+        image_config: Any = None,
     ) -> None:
         check_tokenizer(tokenizer, template)
         with_images = int((records.num_images > 0).sum())
@@ -60,6 +67,7 @@ class LazySupervisedDataset(Dataset):
             raise UserError(f"{records.path}: {with_images} records hold images; give the model a --vision_tower")
         self.records, self.tokenizer, self.template = records, tokenizer, template
         self.image_processor, self.data_args = image_processor, data_args
+        self.image_config = data_args if image_config is None else image_config
         size, color = _blank_of(image_processor)
         self.reader = ImageReader(data_args.image_folder, data_args.missing_images, size, color)
 
@@ -86,7 +94,7 @@ class LazySupervisedDataset(Dataset):
     def _sample(self, index: int) -> dict[str, Any]:
         record = self.records[index]
         images = self.reader.read(record)
-        pixels = list(process_images(images, self.image_processor, self.data_args)) if images else []
+        pixels = list(process_images(images, self.image_processor, self.image_config)) if images else []
         return {
             "id": record.id,
             **preprocess(record, self.tokenizer, self.template),

@@ -5,6 +5,7 @@ Read by every room of the model; written by the builders. Holds no tensor and im
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -204,6 +205,12 @@ class LlavaConfig(LlamaConfig):
         if self.vision_config is None:
             raise ValueError("config.vision_config is empty: no vision encoder is attached yet")
         return patches_of(self.vision_config)
+
+    def dense_tokens_per_image(self, image_size: tuple[int, int] | None = None) -> int:
+        """What `visual_tokens_per_image` would be without `skip_vision`."""
+        dense = copy.copy(self)
+        dense.skip_vision = None
+        return count_tokens(dense, image_size).total
 
     def visual_tokens_per_image(self, image_size: tuple[int, int] | None = None) -> int:
         """Tokens that an image of `image_size` (width, height in pixels) takes in the spliced sequence; without a size,

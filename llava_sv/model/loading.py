@@ -75,9 +75,7 @@ def check_config(config: LlavaConfig, vision_config: dict[str, Any]) -> None:
     if config.tokenizer_padding_side not in PADDING_SIDES:
         known = ", ".join(PADDING_SIDES)
         raise UserError(f"tokenizer_padding_side: unknown {config.tokenizer_padding_side!r}; known: {known}")
-    described = copy.copy(config)
-    described.vision_config = vision_config
-    check_counts(described)
+    check_counts(described_by(config, vision_config))
     skip = config.skip_vision
     if skip is None:
         return
@@ -85,6 +83,13 @@ def check_config(config: LlavaConfig, vision_config: dict[str, Any]) -> None:
     skip.layers_that_skip(config.num_hidden_layers)
     if config.mm_vision_select_feature != "patch":
         raise UserError("skip_vision works on patches: set mm_vision_select_feature to 'patch'")
+
+
+def described_by(config: LlavaConfig, vision_config: dict[str, Any]) -> LlavaConfig:
+    """The config with its encoder described, also where the checkpoint names the encoder instead of holding it."""
+    described = copy.copy(config)
+    described.vision_config = vision_config
+    return described
 
 
 def load_whole(

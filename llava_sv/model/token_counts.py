@@ -129,6 +129,22 @@ def count_tokens(config: Any, size: Size | None = None) -> TokenCounts:
     return COUNTS[config.mm_family](config, size)
 
 
+def with_family_budget(config: Any, skip_vision: dict[str, Any]) -> dict[str, Any]:
+    """A `skip_vision` block with the family's own Nr and Ns where it gives none.
+
+    LLaVA-HD: the overview, and as many again of the tiles; CoS: all scales but the finest, and a quarter of that one.
+    """
+    budget: dict[str, Any] = {}
+    if not isinstance(skip_vision, dict):
+        return skip_vision  # the config says what is wrong with it
+    if config.mm_family == "llava_hd":
+        budget = {"num_retained": config.num_patches, "num_skipped": config.num_patches}
+    elif config.mm_family == "cos":
+        counts = [scale.queries for scale in scales_of(config, grid_side(config))]
+        budget = {"num_retained": sum(counts[:-1]), "num_skipped": max(counts[-1] // 4, 1)}
+    return {**budget, **skip_vision}
+
+
 def check_counts(config: Any) -> None:
     """`UserError` for a token budget or a grid that the family cannot give. `config.vision_config` must be set."""
     skip, family = config.skip_vision, config.mm_family

@@ -20,6 +20,8 @@ from llava_sv.model.builders import build_model
 from llava_sv.train.checkpoint import PROJECTOR
 from llava_sv.train.preflight import find_model, is_llava
 
+DEFAULT_FAMILY = "llava"
+
 NEW_AT_SFT = ("model.mm_projector.summary.",)
 """Weights that a checkpoint may lack or leave over: summaries come in when skipping does, and go with it."""
 
@@ -32,11 +34,13 @@ def check_names(model_args: ModelArguments, training_args: TrainingArguments) ->
     if model_args.version is None:
         raise UserError("--version is needed: the conversation template, such as plain (pretraining), v1 or llama_3")
     get_template(model_args.version)
-    get_builder(model_args.mm_family)
+    family = model_args.mm_family or DEFAULT_FAMILY
+    get_builder(family)
     check_attn_implementation(training_args.attn_implementation)
-    skip = model_args.skip_vision()
-    if skip is not None:
-        get_selector(str(skip["selection"]))
+    model_args.skip_vision()
+    model_args.family_settings()
+    if model_args.sv_selection is not None:
+        get_selector(model_args.sv_selection)
 
 
 def compute_dtype(args: TrainingArguments) -> torch.dtype:
@@ -55,16 +59,16 @@ def build(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         tokenizer, model, image_processor = _continue(own, model_args, data_args, args)
     else:
         tokenizer, model, image_processor = build_model(
-            model_args.mm_family,
+            model_args.mm_family or DEFAULT_FAMILY,
             llm=str(model_args.model_name_or_path),
             vision_tower=str(model_args.vision_tower),
             skip_vision=model_args.skip_vision(),
             pretrain_mm_mlp_adapter=model_args.pretrain_mm_mlp_adapter,
             torch_dtype=compute_dtype(args),
             attn_implementation=args.attn_implementation,
-            mm_projector_type=model_args.mm_projector_type,
             mm_vision_select_layer=model_args.mm_vision_select_layer,
             mm_vision_select_feature=model_args.mm_vision_select_feature,
+            **model_args.family_settings(),
             **_settings(model_args, data_args, args),
         )
     tokenizer.model_max_length = args.model_max_length
@@ -87,23 +91,44 @@ def _continue(own: Path, model_args: ModelArguments, data_args: DataArguments, a
     from llava_sv.mm_utils import load_image_processor
     from llava_sv.model.builders.tokenizer import load_tokenizer
     from llava_sv.model.checkpoint_io import load_projector
-    from llava_sv.model.config import SkipVisionConfig
-    from llava_sv.model.loading import check_config, load_whole, read_config
+    from llava_sv.model.loading import check_config, described_by, load_whole, read_config
+    from llava_sv.model.multimodal_encoder.builder import read_vision_config
+    from llava_sv.model.token_counts import with_family_budget
 
     config = read_config(str(own))
-    block = model_args.skip_vision(config.skip_vision.to_dict() if config.skip_vision else None)
-    config.skip_vision = SkipVisionConfig.from_dict(block) if block else None
-    for name, value in _settings(model_args, data_args, args).items():
+    for name, value in (_hd_settings(own, config, model_args) | _settings(model_args, data_args, args)).items():
         setattr(config, name, value)
-    if config.vision_config:
-        check_config(config, config.vision_config)
+    block = model_args.skip_vision(config.skip_vision.to_dict() if config.skip_vision else None)
+    vision = config.vision_config or read_vision_config(config.mm_vision_tower, config.mm_vision_image_size).to_dict()
+    config.skip_vision = with_family_budget(described_by(config, vision), block) if block else None
+    check_config(config, vision)
     model = load_whole(
         str(own), config, NEW_AT_SFT, compute_dtype(args), args.attn_implementation, unused_weights=NEW_AT_SFT
     )
     if model_args.pretrain_mm_mlp_adapter:
         load_projector(model, model_args.pretrain_mm_mlp_adapter)
     processor = own if (own / "preprocessor_config.json").is_file() else config.mm_vision_tower
-    return load_tokenizer(str(own)), model, load_image_processor(str(processor))
+    return load_tokenizer(str(own)), model, load_image_processor(str(processor), config.mm_vision_image_size)
+
+
+def _hd_settings(own: Path, config: Any, model_args: ModelArguments) -> dict[str, Any]:
+    """What may change of the family's settings when training goes on from a whole model: how images are tiled.
+
+    Raises `UserError` for another family, projector or encoder size, which its weights are not made for.
+    """
+    given = model_args.family_settings()
+    tiling = {
+        name: given.pop(name) for name in ("hd_max_tiles", "hd_fixed_grid", "image_grid_pinpoints") if name in given
+    }
+    if model_args.mm_family is not None:
+        given["mm_family"] = model_args.mm_family
+    for name, value in given.items():
+        if getattr(config, name) != value:
+            raise UserError(
+                f"--{name} {value}: the checkpoint {own} has {getattr(config, name)}; drop the flag, or start from a "
+                "language model (--pretrain_mm_mlp_adapter takes a pretrained projector along)"
+            )
+    return tiling
 
 
 def choose_trainable(model: Any, model_args: ModelArguments) -> None:
@@ -138,8 +163,8 @@ def count_parameters(model: Any) -> dict[str, tuple[int, int]]:
 
 
 def build_dataset(
-    tokenizer: Any, image_processor: Any, data_args: DataArguments, version: str
+    tokenizer: Any, image_processor: Any, data_args: DataArguments, version: str, image_config: Any
 ) -> LazySupervisedDataset:
-    """The training records, prepared as they are read."""
+    """The training records, prepared as they are read; `image_config` (the model's) says how images are cut."""
     records = open_index(str(data_args.data_path))
-    return LazySupervisedDataset(records, tokenizer, image_processor, data_args, get_template(version))
+    return LazySupervisedDataset(records, tokenizer, image_processor, data_args, get_template(version), image_config)

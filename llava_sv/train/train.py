@@ -77,7 +77,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     set_seed(args.seed)
     tokenizer, model, image_processor = build.build(model_args, data_args, args)
     build.choose_trainable(model, model_args)
-    dataset = build.build_dataset(tokenizer, image_processor, data_args, str(model_args.version))
+    dataset = build.build_dataset(tokenizer, image_processor, data_args, str(model_args.version), model.config)
     parts = {"processing_class": tokenizer, "model": model, "image_processor": image_processor}
     trainer = make_trainer(args, parts, dataset, model_args.tune_mm_mlp_adapter, asked)
     _introduce(trainer, dataset, tokenizer, plan.note)
@@ -148,9 +148,10 @@ def summary_lines(trainer: LLaVATrainer, samples: int) -> list[str]:
         lines.append(
             f"  {part:<17} {total:>14,} parameters, {'all train' if trained == total else f'{trained:,} train'}"
         )
-    before, after = config.num_patches, config.visual_tokens_per_image()
     how = "dense" if config.skip_vision is None else "Skip-Vision"
-    lines.append(f"  tokens an image   {before} patches -> {after} in the sequence ({how})")
+    most = "up to " if config.mm_family == "llava_hd" else ""
+    before, after = config.dense_tokens_per_image(), config.visual_tokens_per_image()
+    lines.append(f"  tokens an image   {most}{before} dense -> {after} in the sequence ({how})")
     lines.append(
         f"  batch             {batch} = {args.per_device_train_batch_size} a device x {args.world_size} processes "
         f"x {args.gradient_accumulation_steps} accumulated"

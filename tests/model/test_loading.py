@@ -226,7 +226,7 @@ def test_a_bare_language_model_is_not_a_llava(bases):
         ({"mm_vision_select_layer": 0}, "no layer 0; it has 1 to 3"),
         ({"mm_vision_select_feature": "all"}, "unknown 'all'; known: patch, cls_patch"),
         ({"mm_projector_type": "identity"}, "needs equal widths, but the encoder has 32 and the language model 48"),
-        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio: unknown 'anyres' for family llava (anyres is for --mm_family llava_hd); known: pad, square"),
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio: unknown 'anyres' for family llava .anyres is for --mm_family llava_hd.; known: pad, square"),
         ({"tokenizer_padding_side": "middle"}, "tokenizer_padding_side: unknown 'middle'; known: left, right"),
         ({"hidden_size": 50}, "model config: .*hidden size"),
         ({"mm_family": "llavva"}, "unknown family 'llavva'; known: llava"),

@@ -19,6 +19,7 @@ from llava_sv.model.config import LlavaConfig
 from llava_sv.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava_sv.model.loading import check_config, strict_config
 from llava_sv.model.multimodal_encoder.builder import load_vision_tower, read_vision_config
+from llava_sv.model.token_counts import with_family_budget
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,9 @@ def make_config(
     vision = read_vision_config(vision_tower, settings.get("mm_vision_image_size"))
     values.update(mm_family=family, mm_vision_tower=vision_tower, mm_hidden_size=vision.hidden_size)
     values.update(settings)
-    config = strict_config(lambda: LlavaConfig(**values, skip_vision=skip_vision, vision_config=vision.to_dict()))
+    config = strict_config(lambda: LlavaConfig(**values, vision_config=vision.to_dict()))
+    if skip_vision is not None:
+        config.skip_vision = with_family_budget(config, skip_vision)
     check_config(config, vision.to_dict())
     return config
 

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# LLaVA-HD, supervised fine-tuning with Skip-Vision: the overview's 576 tokens are retained, those of all tiles are merged
+# to 576 and skipped. LLaVA-665K, one epoch, batch 128, learning rate 1e-5, ZeRO-3, bf16, 8 GPUs.
+#   bash scripts/v1_5_hd/finetune_skip.sh                          the real run
+#   PRESET=tiny bash scripts/v1_5_hd/finetune_skip.sh              the embedded tiny models, on CPU
+#   ASPECT_RATIO=anyres bash scripts/v1_5_hd/finetune_skip.sh      local tokens from LLaVA-NeXT's unpadded tiles
+# Starts from the projector that pretrain.sh left (ADAPTER). The same command resumes an interrupted run.
+MM_FAMILY=llava_hd
+source "$(dirname "$0")/../common.sh"
+
+: "${LLM:=meta-llama/Meta-Llama-3-8B-Instruct}"
+: "${VISION_TOWER:=openai/clip-vit-large-patch14-336}"
+: "${ADAPTER:=checkpoints/llava-sv-hd-llama-3-8b-pretrain/mm_projector.bin}"
+: "${DATA:=playground/data/llava_v1_5_mix665k.json}"
+: "${IMAGE_FOLDER:=playground/data}"
+: "${OUTPUT:=checkpoints/llava-sv-hd-llama-3-8b-skip-576-576}"
+: "${VERSION:=llama_3}"
+: "${BATCH:=128}" "${PER_DEVICE_BATCH:=8}" "${EPOCHS:=1}" "${LR:=1e-5}" "${MAX_LENGTH:=2048}"
+: "${DEEPSPEED=scripts/zero3.json}"
+: "${HD_MAX_TILES:=4}"
+: "${NUM_RETAINED:=576}" "${NUM_SKIPPED:=576}"
+
+common_flags
+FLAGS+=(--pretrain_mm_mlp_adapter "$ADAPTER" --group_by_modality_length True --hd_max_tiles "$HD_MAX_TILES")
+FLAGS+=(--sv_num_retained "$NUM_RETAINED" --sv_num_skipped "$NUM_SKIPPED" --sv_merge True)
+launch "$@"
