@@ -91,12 +91,14 @@ def load_projector(model: Any, path: str) -> None:
     """Load a pretrained projector (`mm_projector.bin` or `.safetensors`, or a folder with one) into `model`.
 
     Keys may carry any prefix before `mm_projector.`. Summary weights may be absent (they are new at SFT) but
-    nothing else. Raises `UserError` with the names of keys that do not fit.
+    nothing else. A resampler takes the weights of a preset with fewer tokens too (compound scaling). Raises `UserError`
+    with the names of keys that do not fit.
     """
     weights = {
         k.split(PROJECTOR_KEY, 1)[1]: v for k, v in read_weights(projector_file(path)).items() if PROJECTOR_KEY in k
     }
     projector = model.get_model().mm_projector
+    weights = projector.adapted(weights, path)
     wanted = dict(projector.named_parameters())
     missing = sorted(key for key in wanted if key not in weights and not key.startswith("summary."))
     unexpected = sorted(key for key in weights if key not in wanted and not key.startswith("summary."))

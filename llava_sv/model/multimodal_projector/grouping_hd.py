@@ -93,7 +93,8 @@ def _split_overview(
 
 def _skipping(owner: Projecting, retained: list[Tensor], local: list[Tensor]) -> list[TokenGroups]:
     skip, summary = owner.skip, owner.summary
-    assert skip is not None and summary is not None
+    assert skip is not None
+    assert summary is not None
     skipped, mask = _padded(local)  # real rows come first, and stay first after merging
     if skip.merge:
         skipped, mask = merge_tokens(skipped, int(skip.num_skipped or 0), mask)

@@ -15,6 +15,7 @@ from llava_sv.model.compression.select import VisionFeatures
 from llava_sv.model.compression.summary import SummaryTokens
 from llava_sv.model.multimodal_projector.families import get_grouping
 from llava_sv.model.multimodal_projector.grouping import Sizes
+from llava_sv.model.multimodal_projector.scaling import Weights, refuse_resampler
 from llava_sv.model.token_counts import ANYRES
 from llava_sv.model.token_groups import TokenGroups
 
@@ -23,7 +24,7 @@ class Projector(nn.Module, ABC):
     """Projects, then groups as the config's family and `skip_vision` block say."""
 
     summary: SummaryTokens | None
-    image_newline: nn.Parameter | None
+    image_newline: Tensor | None
     """[C]: ends each row of a dense `anyres` map (LLaVA-NeXT)."""
 
     def __init__(self, config: Any):
@@ -56,6 +57,14 @@ class Projector(nn.Module, ABC):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and not name.startswith("summary"):
                 module.reset_parameters()
+
+    def adapted(self, weights: Weights, where: str) -> Weights:
+        """`weights` of the file `where` (keys without prefix) as this projector can take them; here, as they are.
+
+        Raises `UserError` for a file of another kind of projector.
+        """
+        refuse_resampler(weights, where, self.config.mm_projector_type)
+        return weights
 
     def forward(
         self, features: VisionFeatures, views_per_image: list[int], image_sizes: Sizes = None

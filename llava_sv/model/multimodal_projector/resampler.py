@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from llava_sv.model.compression.select import VisionFeatures
 from llava_sv.model.cos_presets import query_counts, scales_of
 from llava_sv.model.multimodal_projector.mlp import Projector
+from llava_sv.model.multimodal_projector.scaling import Wanted, Weights, scale_weights
+from llava_sv.model.token_counts import grid_side
 
 HEAD_WIDTH = 64
 QUERY_STD = 0.02
@@ -120,6 +122,13 @@ class MultiScaleResampler(Projector):
         scales = scales_of(self.config, grid)
         tokens = [part(levels, scale.windows_per_side) for part, scale in zip(self.scales, scales, strict=True)]
         return self.proj(self.norm(torch.cat(tokens, dim=1)))
+
+    def adapted(self, weights: Weights, where: str) -> Weights:
+        """`weights` as they are, or by compound scaling from a preset with fewer tokens; see `scaling`."""
+        config, levels = self.config, len(self.scales[0].levels)  # type: ignore[arg-type]
+        scales = scales_of(config, grid_side(config))
+        wanted = Wanted(config.mm_projector_type, scales, config.mm_hidden_size, config.hidden_size, levels)
+        return scale_weights(weights, where, wanted)
 
     def reset_projection(self) -> None:
         super().reset_projection()
