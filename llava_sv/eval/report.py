@@ -18,7 +18,7 @@ import torch
 
 from llava_sv.errors import UserError, exit_on_user_error
 from llava_sv.files import replacing, write_json, write_text
-from llava_sv.model.config import LlavaConfig
+from llava_sv.model.loading import read_config
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def build(sources: Sources) -> dict[str, Any]:
             "timing": timing[name],
             "peak_memory_bytes": results[name]["peak_memory_bytes"],
         }
-    config = LlavaConfig.from_pretrained(results["skip"]["model_path"])
+    config = read_config(results["skip"]["model_path"])
     blind = {key: results["blind"][key] for key in ("accuracy", "per_category")}
     return {
         **models,

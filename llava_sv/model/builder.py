@@ -16,8 +16,8 @@ from llava_sv.mm_utils import load_image_processor
 from llava_sv.model.attention import check_attn_implementation
 from llava_sv.model.builders import build_model
 from llava_sv.model.builders.tokenizer import load_tokenizer
-from llava_sv.model.config import LlavaConfig
-from llava_sv.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava_sv.model.config import LlavaFields
+from llava_sv.model.language_model.causal_lm import LlavaCausalLM
 from llava_sv.model.loading import load_whole, read_config
 
 WEIGHT_FILES = (
@@ -55,7 +55,7 @@ def load_pretrained_model(
     attn_implementation: str | None = None,
     torch_dtype: Any = None,
     allow_new_weights: tuple[str, ...] = (),
-) -> tuple[Any, LlavaLlamaForCausalLM, Any, int]:
+) -> tuple[Any, LlavaCausalLM, Any, int]:
     """Load a checkpoint for inference: (tokenizer, model, image_processor, context_len).
 
     model_path: a folder or hub name whose config.json tells what to build; a folder that pretraining wrote (a
@@ -86,7 +86,7 @@ def load_pretrained_model(
     return tokenizer, model.eval(), image_processor, context_len
 
 
-def _processor_source(path: str, config: LlavaConfig) -> str:
+def _processor_source(path: str, config: LlavaFields) -> str:
     own = not os.path.isdir(path) or os.path.isfile(os.path.join(path, "preprocessor_config.json"))
     return path if own else str(config.mm_vision_tower)
 
@@ -98,7 +98,7 @@ def _is_projector_only(path: str) -> bool:
 
 
 def _load_on_base(
-    path: str, base: str | None, config: LlavaConfig, dtype: Any, attn: str | None
+    path: str, base: str | None, config: LlavaFields, dtype: Any, attn: str | None
 ) -> tuple[Any, Any, Any]:
     if base is None:
         raise UserError(f"checkpoint {path}: holds a projector alone; name its language model with --model-base")

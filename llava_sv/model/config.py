@@ -1,6 +1,7 @@
 """Every setting of a model, declared: `LlavaConfig` is config.json, with one nested `skip_vision` block.
 
-Read by every room of the model; written by the builders. Holds no tensor and imports no other room.
+`LlavaFields` are the settings that every LLaVA has, whatever its decoder; `language_model` has the configs of decoders
+other than LLaMA. Read by every room of the model; written by the builders. Holds no tensor and imports no other room.
 """
 
 from __future__ import annotations
@@ -142,11 +143,13 @@ def _parse_layers(text: str) -> list[int]:
     return layers
 
 
-@strict
-class LlavaConfig(LlamaConfig):
-    """config.json of a LLaVA model: LLaMA's fields, LLaVA's `mm_*` fields, and the `skip_vision` block."""
+Stock: Any = object
+"""Stands for the class of transformers that a mixin is put in front of; the type checker then asks nothing of it."""
 
-    model_type = "llava_llama"
+
+@dataclass(init=False, repr=False, eq=False)
+class LlavaFields(Stock):
+    """Mixed into a decoder's config: LLaVA's `mm_*` fields and the `skip_vision` block, beside the decoder's own."""
 
     mm_family: str = "llava"
     """Which recipe of `model.builders.BUILDERS` this model follows."""
@@ -216,3 +219,10 @@ class LlavaConfig(LlamaConfig):
         """Tokens that an image of `image_size` (width, height in pixels) takes in the spliced sequence; without a size,
         the most that an image of any size takes."""
         return count_tokens(self, image_size).total
+
+
+@strict
+class LlavaConfig(LlavaFields, LlamaConfig):
+    """config.json of a LLaVA over LLaMA (or Vicuna): LLaMA's fields and LLaVA's."""
+
+    model_type = "llava_llama"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llava_sv.constants import IMAGE_TOKEN_INDEX
-from llava_sv.model.config import LlavaConfig
+from llava_sv.model.config import LlavaFields
 from llava_sv.model.multimodal_encoder.builder import build_vision_tower
 from llava_sv.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava_sv.model.multimodal_projector.builder import build_vision_projector
@@ -26,7 +26,7 @@ Images = Tensor | list[Tensor] | None
 class LlavaMetaModel:
     """The decoder's side: owns `vision_tower` and `mm_projector`."""
 
-    def init_multimodal(self, config: LlavaConfig) -> None:
+    def init_multimodal(self, config: LlavaFields) -> None:
         """Called once, at the end of the decoder's `__init__`."""
         if config.vision_config is not None:
             self.vision_tower = build_vision_tower(config)

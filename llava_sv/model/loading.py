@@ -15,8 +15,9 @@ from llava_sv.errors import UserError
 from llava_sv.mm_utils import check_aspect_ratio
 from llava_sv.model.checkpoint_io import load_strictly
 from llava_sv.model.compression.select import get_selector
-from llava_sv.model.config import LlavaConfig
-from llava_sv.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava_sv.model.config import LlavaFields
+from llava_sv.model.language_model.causal_lm import LlavaCausalLM
+from llava_sv.model.language_model.decoders import BY_MODEL_TYPE, model_class
 from llava_sv.model.multimodal_encoder.builder import load_vision_tower, read_vision_config
 from llava_sv.model.multimodal_encoder.clip_encoder import check_selected_state
 from llava_sv.model.multimodal_projector.builder import check_projector_type
@@ -25,8 +26,8 @@ from llava_sv.model.splice import PADDING_SIDES
 from llava_sv.model.token_counts import check_counts
 
 
-def read_config(model_path: str) -> LlavaConfig:
-    """config.json of this project's checkpoints or LLaVA's own (`model_type` llava_llama, or llava with `mm_*` fields).
+def read_config(model_path: str) -> LlavaFields:
+    """config.json of this project's checkpoints or LLaVA's own: its `model_type` is a key of `BY_MODEL_TYPE`.
 
     `vision_config` stays None where the encoder's weights are not part of the checkpoint. Raises `UserError`.
     """
@@ -34,10 +35,11 @@ def read_config(model_path: str) -> LlavaConfig:
     if not is_llava(values):
         raise UserError(
             f"checkpoint {model_path}: config.json describes model_type {values.get('model_type')!r}, not a LLaVA "
-            "(llava_llama, or llava with mm_vision_tower); train one from this language model with `llava-sv train`"
+            f"({', '.join(BY_MODEL_TYPE)}; with mm_vision_tower); make one of a language model by `llava-sv train`"
         )
+    decoder = BY_MODEL_TYPE[values["model_type"]]
     try:
-        config = strict_config(lambda: LlavaConfig.from_dict({k: v for k, v in values.items() if k != "model_type"}))
+        config = strict_config(lambda: decoder.config.from_dict({k: v for k, v in values.items() if k != "model_type"}))
         vision = config.vision_config
         if vision is None:
             vision = read_vision_config(config.mm_vision_tower, config.mm_vision_image_size).to_dict()
@@ -49,10 +51,10 @@ def read_config(model_path: str) -> LlavaConfig:
 
 def is_llava(values: dict[str, Any]) -> bool:
     """Whether a config.json's contents describe a LLaVA in this project's layout or LLaVA's own."""
-    return values.get("model_type") in ("llava_llama", "llava") and "mm_vision_tower" in values
+    return values.get("model_type") in BY_MODEL_TYPE and "mm_vision_tower" in values
 
 
-def strict_config(make: Callable[[], LlavaConfig]) -> LlavaConfig:
+def strict_config(make: Callable[[], LlavaFields]) -> LlavaFields:
     """What `make` returns; a field of the wrong type or value, which the config class refuses, is a `UserError`."""
     try:
         return make()
@@ -61,7 +63,7 @@ def strict_config(make: Callable[[], LlavaConfig]) -> LlavaConfig:
         raise UserError(f"model config: {what}") from error
 
 
-def check_config(config: LlavaConfig, vision_config: dict[str, Any]) -> None:
+def check_config(config: LlavaFields, vision_config: dict[str, Any]) -> None:
     """What a config must hold to before a model is built of it; raises `UserError`."""
     get_grouping(config.mm_family)
     check_projector_type(config)
@@ -85,7 +87,7 @@ def check_config(config: LlavaConfig, vision_config: dict[str, Any]) -> None:
         raise UserError("skip_vision works on patches: set mm_vision_select_feature to 'patch'")
 
 
-def described_by(config: LlavaConfig, vision_config: dict[str, Any]) -> LlavaConfig:
+def described_by(config: LlavaFields, vision_config: dict[str, Any]) -> LlavaFields:
     """The config with its encoder described, also where the checkpoint names the encoder instead of holding it."""
     described = copy.copy(config)
     described.vision_config = vision_config
@@ -94,20 +96,20 @@ def described_by(config: LlavaConfig, vision_config: dict[str, Any]) -> LlavaCon
 
 def load_whole(
     path: str,
-    config: LlavaConfig,
+    config: LlavaFields,
     new_weights: tuple[str, ...] = (),
     dtype: Any = None,
     attn_implementation: str | None = None,
     unused_weights: tuple[str, ...] = (),
     **options: Any,
-) -> LlavaLlamaForCausalLM:
+) -> LlavaCausalLM:
     """The model at `path` as `config` describes it; keys must match but for prefixes that may be missing
     (`new_weights`) or left over (`unused_weights`).
 
     Where the checkpoint names its encoder instead of holding it, the encoder is loaded from `config.mm_vision_tower`.
     """
     model = load_strictly(
-        LlavaLlamaForCausalLM,
+        model_class(config),
         path,
         new_weights=new_weights,
         unused_weights=(*unused_weights, *(() if config.vision_config else ("model.vision_tower.",))),

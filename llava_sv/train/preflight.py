@@ -86,9 +86,9 @@ def read_config(model: Path) -> dict:
 
 
 def is_llava(model: Path) -> bool:
-    """Whether the model in this folder is a whole LLaVA already, and not a bare language model."""
+    """Whether the model in this folder is a whole LLaVA already (over whichever decoder), and no bare language model."""
     config = read_config(model)
-    return config.get("model_type") in ("llava_llama", "llava") and "mm_vision_tower" in config
+    return str(config.get("model_type")).startswith("llava") and "mm_vision_tower" in config
 
 
 def _missing_model(flag: str, what: str, name: str) -> str | None:

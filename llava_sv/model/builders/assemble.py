@@ -8,15 +8,16 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig
 
 from llava_sv.errors import UserError
 from llava_sv.mm_utils import load_image_processor
 from llava_sv.model.attention import check_attn_implementation
 from llava_sv.model.builders.tokenizer import load_tokenizer
 from llava_sv.model.checkpoint_io import gathered, load_projector, load_strictly
-from llava_sv.model.config import LlavaConfig
-from llava_sv.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava_sv.model.config import LlavaFields
+from llava_sv.model.language_model.causal_lm import LlavaCausalLM
+from llava_sv.model.language_model.decoders import DECODERS, model_class
 from llava_sv.model.loading import check_config, strict_config
 from llava_sv.model.multimodal_encoder.builder import load_vision_tower, read_vision_config
 from llava_sv.model.token_counts import with_family_budget
@@ -33,7 +34,7 @@ def assemble(
     torch_dtype: Any = None,
     attn_implementation: str | None = None,
     **overrides: Any,
-) -> tuple[Any, LlavaLlamaForCausalLM, Any]:
+) -> tuple[Any, LlavaCausalLM, Any]:
     """(tokenizer, model, image_processor) of `family`; see `build_model`."""
     check_attn_implementation(attn_implementation)
     config = make_config(family, llm, vision_tower, skip_vision, overrides)
@@ -49,47 +50,49 @@ def assemble(
 
 def make_config(
     family: str, llm: str, vision_tower: str | None, skip_vision: dict[str, Any] | None, settings: dict[str, Any]
-) -> LlavaConfig:
+) -> LlavaFields:
     """The config of a model from base checkpoints, checked as a whole before any weight is read.
 
-    Raises `UserError` for a language model that is not a LLaMA, an unknown name, or Nr + Ns over the patches.
+    Raises `UserError` for a language model that is not one of `DECODERS`, an unknown name, or Nr + Ns over the patches.
     """
-    _refuse_unknown(settings)
+    base = _read_llm_config(llm)
+    config_class = DECODERS[base.model_type].config
+    _refuse_unknown(settings, config_class)
     dropped = ("model_type", "architectures", "transformers_version")
-    values = {key: value for key, value in _read_llm_config(llm).to_dict().items() if key not in dropped}
+    values = {key: value for key, value in base.to_dict().items() if key not in dropped}
     vision = read_vision_config(vision_tower, settings.get("mm_vision_image_size"))
     values.update(mm_family=family, mm_vision_tower=vision_tower, mm_hidden_size=vision.hidden_size)
     values.update(settings)
-    config = strict_config(lambda: LlavaConfig(**values, vision_config=vision.to_dict()))
+    config = strict_config(lambda: config_class(**values, vision_config=vision.to_dict()))
     if skip_vision is not None:
         config.skip_vision = with_family_budget(config, skip_vision)
     check_config(config, vision.to_dict())
     return config
 
 
-def _refuse_unknown(settings: dict[str, Any]) -> None:
-    known = {field.name for field in fields(LlavaConfig)}
+def _refuse_unknown(settings: dict[str, Any], config_class: type[LlavaFields]) -> None:
+    known = {field.name for field in fields(config_class)}
     unknown = [name for name in settings if name not in known]
     if unknown:
         raise UserError(f"unknown model option {', '.join(map(repr, unknown))}; options are the fields of LlavaConfig")
 
 
-def _read_llm_config(llm: str) -> LlamaConfig:
+def _read_llm_config(llm: str) -> Any:
     try:
         base = AutoConfig.from_pretrained(llm)
     except (OSError, ValueError) as error:
         raise UserError(f"language model {llm}: cannot read its config.json ({str(error).splitlines()[0]})") from error
-    if base.model_type != "llama":
-        raise UserError(f"language model {llm}: its model_type is {base.model_type!r}; known: llama")
+    if base.model_type not in DECODERS:
+        raise UserError(f"language model {llm}: its model_type is {base.model_type!r}; known: {', '.join(DECODERS)}")
     return base
 
 
-def _load_on_language_model(llm: str, config: LlavaConfig, dtype: Any, attn: str | None) -> LlavaLlamaForCausalLM:
+def _load_on_language_model(llm: str, config: LlavaFields, dtype: Any, attn: str | None) -> LlavaCausalLM:
     """The language model's weights, a fresh projector, and the pretrained encoder."""
     without_tower = copy.deepcopy(config)
     without_tower.vision_config = None
     model = load_strictly(
-        LlavaLlamaForCausalLM,
+        model_class(config),
         llm,
         new_weights=("model.mm_projector.",),
         config=without_tower,

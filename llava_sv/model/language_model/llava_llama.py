@@ -1,239 +1,28 @@
-"""LLaVA over transformers' LLaMA: the model that is trained, saved and asked.
-
-B batch, T0 prompt length, T spliced length, S supervised positions, K vocabulary, C width.
-"""
+"""LLaVA over transformers' LLaMA (LLaMA 2 and 3, Vicuna)."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import Tensor
 from transformers import LlamaForCausalLM, LlamaModel
-from transformers import initialization as init
-from transformers.cache_utils import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from llava_sv.constants import IMAGE_TOKEN_INDEX
-from llava_sv.errors import UserError
-from llava_sv.model.compression.summary import SummaryToken
 from llava_sv.model.config import LlavaConfig
-from llava_sv.model.language_model.loss import LMHead, supervised_positions
-from llava_sv.model.language_model.skip_cache import drops_any, kept_after_prefill, shrink_cache
-from llava_sv.model.language_model.skip_ffn import enable_skip_ffn, rows_through_ffn
-from llava_sv.model.llava_arch import Images, LlavaMetaForCausalLM, LlavaMetaModel
-from llava_sv.model.multimodal_projector.mlp import LinearProjector
-from llava_sv.model.multimodal_projector.resampler import ResamplerScale
-from llava_sv.model.token_groups import KV_LEVELS, is_visual
-
-NO_SPLIT = ["LlamaDecoderLayer", "SkipFFNDecoderLayer", "CLIPVisionTower"]
-"""Modules that stay on one device when a model is spread over several."""
+from llava_sv.model.language_model.causal_lm import LlavaCausalLM, LlavaDecoder
+from llava_sv.model.language_model.skip_ffn import SkipFFNMixin
 
 
-class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
+class SkipFFNDecoderLayer(SkipFFNMixin, LlamaDecoderLayer):
+    """transformers' LLaMA decoder layer with Skip-FFN."""
+
+
+class LlavaLlamaModel(LlavaDecoder, LlamaModel):
     """transformers' LlamaModel with Skip-FFN layers, a vision tower and a projector."""
 
     config_class = LlavaConfig
-    _no_split_modules = NO_SPLIT
-
-    def __init__(self, config: LlavaConfig):
-        super().__init__(config)
-        skip = config.skip_vision
-        enable_skip_ffn(self.layers, skip.layers_that_skip(config.num_hidden_layers) if skip else [])
-        self.init_multimodal(config)
-        self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: torch.nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, SummaryToken):
-            init.zeros_(module.weight)
-        elif isinstance(module, LinearProjector):
-            init.normal_(module.weight, std=self.config.initializer_range)
-            init.zeros_(module.bias)
-        elif isinstance(module, ResamplerScale):
-            init.normal_(module.queries, std=self.config.initializer_range)
+    skip_layer_class = SkipFFNDecoderLayer
 
 
-class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
+class LlavaLlamaForCausalLM(LlavaCausalLM, LlamaForCausalLM):  # type: ignore[misc]
     """transformers' LlamaForCausalLM that takes images, skips, and forgets what it skipped."""
 
     config_class = LlavaConfig
-    _no_split_modules = NO_SPLIT
-
-    def __init__(self, config: LlavaConfig):
-        super(LlamaForCausalLM, self).__init__(config)
-        self.model = LlavaLlamaModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
-        self._last_roles: Tensor | None = None
-        self.post_init()
-        # no plan of LLaMA's covers encoder and projector: transformers would list every weight of theirs at each load
-        self._tp_plan = None  # type: ignore[assignment]
-
-    @property
-    def last_splice_stats(self) -> dict[str, int] | None:
-        """Of the latest training batch as spliced: real `tokens`, `visual_tokens` among them, and `padding`."""
-        if self._last_roles is None:
-            return None
-        real = int((self._last_roles > 0).sum())
-        visual = int(is_visual(self._last_roles).sum())
-        return {"tokens": real, "padding": self._last_roles.numel() - real, "visual_tokens": visual}
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        images: Images = None,
-        image_sizes: list[tuple[int, int]] | None = None,
-        token_roles: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Loss and logits of prompts with images, or of the decoder alone.
-
-        input_ids, labels [B, T0] with `IMAGE_TOKEN_INDEX` marks and `images`; or inputs_embeds [B, T, C] with
-        position_ids and token_roles [B, T]. The loss is the mean over supervised positions, or their sum over
-        `num_items_in_batch` where given. Logits [B, T, K] are None while training with labels.
-        """
-        if input_ids is not None and inputs_embeds is None and self._wants_splice(input_ids, past_key_values, images):
-            batch = self.prepare_inputs_labels_for_multimodal(input_ids, attention_mask, labels, images, image_sizes)
-            input_ids, inputs_embeds, labels = None, batch.inputs_embeds, batch.labels
-            attention_mask, position_ids, token_roles = batch.attention_mask, batch.position_ids, batch.token_roles
-            if self.training and self.config.tokenizer_padding_side == "right":
-                # nothing real attends to padding on its right: without a mask, the plain causal kernels serve
-                attention_mask = position_ids = None
-        if self.training:
-            self._last_roles = token_roles
-        ffn_rows = rows_through_ffn(token_roles) if token_roles is not None and self.config.skip_vision else None
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            ffn_rows=ffn_rows,
-            **kwargs,
-        )
-        hidden = outputs.last_hidden_state
-        loss = None if labels is None else self._loss(hidden, labels, num_items_in_batch)
-        logits = None
-        if labels is None or not self.training:
-            keep = (
-                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-            )
-            logits = self.lm_head(hidden if isinstance(keep, int) else hidden[:, keep])
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
-    def _wants_splice(self, input_ids: Tensor, past: Cache | None, images: Images) -> bool:
-        if past is not None and past.get_seq_length() > 0:
-            return False
-        if images is not None or (self.training and self.get_vision_tower() is not None):
-            return True
-        return bool((input_ids == IMAGE_TOKEN_INDEX).any())
-
-    def _loss(self, hidden_BTC: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-        """Cross entropy of the supervised positions only; the head is called once, however few there are."""
-        rows, targets = supervised_positions(labels)
-        total = self.lm_head(hidden_BTC.flatten(0, 1).index_select(0, rows), labels=targets)
-        if num_items is None:
-            return total / max(targets.numel(), 1)
-        return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
-
-    @torch.no_grad()
-    def generate(  # type: ignore[override]
-        self,
-        inputs: Tensor | None = None,
-        images: Images = None,
-        image_sizes: list[tuple[int, int]] | None = None,
-        skip_kv: str | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """transformers' `generate` on prompts with images; returns the new tokens only, as for `inputs_embeds`.
-
-        inputs: [B, T0] with `IMAGE_TOKEN_INDEX` marks, padded on either side as `attention_mask` says.
-        skip_kv: level of the skip KV-cache, a key of `KV_LEVELS`; default: the config's. Sampling, beams, streamers
-        and stopping criteria are transformers' own; `max_length` counts the spliced prompt. Raises `UserError` for an
-        unknown level, `ValueError` for what cannot be combined with images.
-        """
-        inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
-        level = self._kv_level(skip_kv)
-        self._check_generate(level, kwargs)
-        if inputs is None:
-            if images is not None or (skip_kv not in (None, "none") and kwargs.get("token_roles") is None):
-                raise ValueError("images go with `inputs`, and skip_kv with `inputs` or with `token_roles`")
-            return super().generate(skip_kv=level, **kwargs)  # type: ignore[misc]
-        inputs = inputs.unsqueeze(0) if inputs.dim() == 1 else inputs
-        mask = kwargs.pop("attention_mask", None)
-        mask = self._mask_of_padding(inputs, kwargs) if mask is None else mask
-        batch = self.prepare_inputs_labels_for_multimodal(
-            inputs, mask, images=images, image_sizes=image_sizes, padding_side="left"
-        )
-        return super().generate(  # type: ignore[misc]
-            inputs_embeds=batch.inputs_embeds,
-            attention_mask=batch.attention_mask.long(),
-            position_ids=batch.position_ids,
-            token_roles=batch.token_roles,
-            skip_kv=level,
-            **kwargs,
-        )
-
-    def _check_generate(self, level: str, kwargs: dict[str, Any]) -> None:
-        config = kwargs.get("generation_config")
-        past = kwargs.get("past_key_values")
-        if past is not None and past.get_seq_length() > 0:
-            raise ValueError("generate starts from an empty cache: pass the whole conversation in `inputs`")
-        if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
-            raise ValueError("prefill_chunk_size does not work with images: the prompt is spliced as a whole")
-        if level != "none" and kwargs.get("assistant_model") is not None:
-            raise ValueError("skip KV-cache does not work with an assistant model; pass skip_kv='none'")
-
-    def _mask_of_padding(self, inputs: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-        """The mask of prompts that come without one, as transformers infers it: a pad token that ends nothing."""
-        config = kwargs.get("generation_config") or self.generation_config
-        pad = kwargs.get("pad_token_id", config.pad_token_id)
-        ends = kwargs.get("eos_token_id", config.eos_token_id)
-        if pad is None or pad in (ends if isinstance(ends, (list, tuple)) else [ends]):
-            return None
-        return inputs != pad
-
-    def _kv_level(self, skip_kv: str | None) -> str:
-        default = self.config.skip_vision.skip_kv if self.config.skip_vision else "none"
-        level = default if skip_kv is None else skip_kv
-        if level not in KV_LEVELS:
-            raise UserError(f"skip_kv: unknown level {level!r}; known: {', '.join(KV_LEVELS)}")
-        return level
-
-    # transformers reads this signature to learn what `generate` may be given
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, skip_kv: str | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """transformers' own; `skip_kv` is for `_update_model_kwargs_for_generation`, not for the forward pass."""
-        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore
-
-    def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ):
-        """After each step; after the first, which is the prefill, skipped tokens leave the cache (equation 7)."""
-        roles = model_kwargs.pop("token_roles", None)
-        level = model_kwargs.get("skip_kv", "none")
-        if roles is not None and drops_any(roles, level) and outputs.past_key_values is not None:
-            mask = shrink_cache(outputs.past_key_values, kept_after_prefill(roles, level))
-            # transformers leaves the mask out where nothing is masked
-            model_kwargs["attention_mask"] = None if bool(mask.all()) else mask.long()
-        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+    decoder_class = LlavaLlamaModel

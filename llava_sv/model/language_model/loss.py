@@ -1,6 +1,6 @@
 """lm_head that can give the loss without the logits: only supervised positions, a chunk at a time.
 
-Called by `llava_llama`. S supervised positions, C width, K vocabulary.
+Called by `causal_lm`. S supervised positions, C width, K vocabulary.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Skip KV-cache (equation 7): after prefill, the keys and values of skipped tokens are physically removed.
 
-Called by `llava_llama` between prefill and the first decode step. B batch, T cached length, T' what is left of it.
+Called by `causal_lm` between prefill and the first decode step. B batch, T cached length, T' what is left of it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from llava_sv.errors import UserError
 from llava_sv.model.token_groups import KV_LEVELS, TokenRole
@@ -28,6 +28,35 @@ def kept_after_prefill(token_roles: Tensor, level: str) -> Tensor:
 def drops_any(token_roles: Tensor, level: str) -> bool:
     """Whether a prompt of these roles [B, T] holds anything that leaves the cache at this level."""
     return any(bool((token_roles == int(role)).any()) for role in KV_LEVELS[level])
+
+
+def sliding_window(config: Any) -> int | None:
+    """Positions that a layer with a sliding window sees, itself included; None where every layer sees all.
+
+    config: a decoder's. Mistral's window is every layer's; Qwen's `layer_types` say which layers have one.
+    """
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and "sliding_attention" not in kinds:
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def cache_to_shrink(config: Any, total: int, level: str) -> DynamicCache | None:
+    """The cache for a generation of `total` positions, prompt and answer; None: transformers' own will do.
+
+    A sliding window is counted over cached positions, and means something else once some are removed. Where no sequence
+    outgrows it, it hides nothing, and plain layers hold what the window's would: those can shrink. Raises `UserError`
+    where a sequence may outgrow it.
+    """
+    window = sliding_window(config)
+    if window is None:
+        return None
+    if total > window:
+        raise UserError(
+            f"skip_kv {level!r}: prompt and answer may take {total} positions, more than this language model's sliding "
+            f"window of {window}; pass skip_kv='none', or ask for fewer new tokens"
+        )
+    return DynamicCache()
 
 
 @torch.no_grad()

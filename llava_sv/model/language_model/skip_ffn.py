@@ -1,7 +1,7 @@
 """Skip-FFN (equations 4 and 5): a decoder layer whose FFN and its norm run on gathered rows only.
 
-`enable_skip_ffn` turns a LLaMA-shaped decoder's layers into it; `llava_llama` computes the rows once a forward and
-sends them along as the `ffn_rows` keyword. B batch, T sequence length, C width, R rows that pass the FFN.
+`enable_skip_ffn` turns a LLaMA-shaped decoder's layers into it; `causal_lm` computes the rows once a forward and sends
+them along as the `ffn_rows` keyword. B batch, T sequence length, C width, R rows that pass the FFN.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llava_sv.model.token_groups import passes_ffn
 
@@ -34,25 +33,16 @@ class SkipFFNMixin:
         return flat.index_add(0, ffn_rows, ffn.to(flat.dtype)).view_as(hidden_BTC)
 
 
-class SkipFFNDecoderLayer(SkipFFNMixin, LlamaDecoderLayer):
-    """transformers' LLaMA decoder layer with Skip-FFN."""
+def enable_skip_ffn(layers: Iterable[nn.Module], kind: type[nn.Module], skip_layers: Iterable[int]) -> None:
+    """Give each decoder layer the Skip-FFN forward of `kind`, and let those listed skip.
 
-
-SKIP_LAYERS: dict[type[nn.Module], type[nn.Module]] = {LlamaDecoderLayer: SkipFFNDecoderLayer}
-
-
-def enable_skip_ffn(layers: Iterable[nn.Module], skip_layers: Iterable[int]) -> None:
-    """Give each decoder layer the Skip-FFN forward, and let those listed skip.
-
-    The class of the layer changes, its parameters stay where they are: nothing is allocated, and nothing is
-    partitioned anew under ZeRO-3. Raises `ValueError` for a layer of unknown shape.
+    kind: `SkipFFNMixin` over the layers' own class. A layer's class changes, its parameters stay where they are:
+    nothing is allocated or partitioned anew under ZeRO-3. Raises `ValueError` for a layer of another class.
     """
     chosen = set(skip_layers)
     for index, layer in enumerate(layers):
-        kind = SKIP_LAYERS.get(type(layer))
-        if kind is None:
-            known = ", ".join(k.__name__ for k in SKIP_LAYERS)
-            raise ValueError(f"Skip-FFN does not know the decoder layer {type(layer).__name__}; known: {known}")
+        if type(layer) not in kind.__bases__:
+            raise ValueError(f"{kind.__name__} is made for another decoder layer than {type(layer).__name__}")
         layer.__class__ = kind  # type: ignore[assignment]
         layer.skips = index in chosen  # type: ignore[assignment]
 
