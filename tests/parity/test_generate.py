@@ -26,7 +26,7 @@ def single_samples(model, ids, mask, images):
         used += count
 
 
-@pytest.mark.parametrize("level", ["none", "skipped", "fine+skipped"])
+@pytest.mark.parametrize("level", ["none", "skipped"])
 @pytest.mark.parametrize("switches", [{}, {"last_visual_ffn": True}, {"skip_ffn": False}, {"skip_layers": "1-2"}])
 def test_cached_decoding_equals_recomputation(level, switches):
     model = tiny_model({**SKIP, **switches})

@@ -53,6 +53,39 @@ def tiny_images(count: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llava": (SKIP, {}),
+    "llava_hd": ({"num_retained": 16, "num_skipped": 7}, {"hd_max_tiles": 4}),
+    "cos": (
+        {"num_retained": 20, "num_skipped": 6},
+        {
+            "mm_projector_type": "cos",
+            "cos_windows": [4, 2, 1],
+            "cos_queries": [4, 16, 16],
+            "mm_vision_feature_levels": [0, 1],
+        },
+    ),
+}
+"""Family -> (a budget that fits it, its settings). HD: 16 patches a view; CoS: 4 + 16 + 16 tokens on 4 x 4 patches."""
+
+VIEWS = (5, 1, 3, 2)
+"""Overview and tiles of HD's images, in turn: 2 x 2 tiles, none, and fewer."""
+
+
+def family_model(family: str, switches: dict[str, Any] | None = None, dense: bool = False, **overrides: Any):
+    """`tiny_model` of a family; `switches` over its budget."""
+    skip, settings = FAMILIES[family]
+    block = None if dense else {**skip, **(switches or {})}
+    return tiny_model(block, mm_family=family, **{**settings, **overrides})
+
+
+def family_images(family: str, count: int) -> list[torch.Tensor]:
+    """As many images as asked for, HD's in unequal numbers of views."""
+    views = [VIEWS[i % len(VIEWS)] if family == "llava_hd" else 1 for i in range(count)]
+    images = list(tiny_images(sum(views)).split(views))
+    return images if family == "llava_hd" else [image[0] for image in images]
+
+
 def ragged_batch(marks: tuple[tuple[int, int, int], ...] = ((3, 1, 5), (2, 2, 4), (6, 0, 3)), seed: int = 2):
     """Right-padded prompts (text before, images, text after): input_ids, attention_mask, labels, count of images."""
     generator = torch.Generator().manual_seed(seed)
