@@ -44,6 +44,7 @@ class ModelArguments:
     tune_mm_mlp_adapter: bool = _flag(False, "Train the projector only (pretraining), and save it alone.")
     freeze_backbone: bool = _flag(False, "Do not train the language model.")
     freeze_mm_mlp_adapter: bool = _flag(False, "Do not train the projector; its summary weights still train.")
+    unfreeze_mm_vision_tower: bool = _flag(False, "Train the vision encoder too, up to the blocks that are read.")
     mm_vision_select_layer: int = _flag(
         -2, "Hidden state of the encoder to read: 0 is the embedding, -1 the last layer."
     )
@@ -93,6 +94,8 @@ class ModelArguments:
             raise UserError(f"--mm_vision_select_feature: unknown {self.mm_vision_select_feature!r}; known: {known}")
         if self.tune_mm_mlp_adapter and self.freeze_mm_mlp_adapter:
             raise UserError("--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter leave nothing to train; drop one")
+        if self.tune_mm_mlp_adapter and self.unfreeze_mm_vision_tower:
+            raise UserError("--tune_mm_mlp_adapter saves the projector alone; drop it or --unfreeze_mm_vision_tower")
 
     def given_skip_vision(self) -> dict[str, object]:
         """The `skip_vision` settings that the command line gave, without their prefix."""
@@ -168,6 +171,12 @@ class TrainingArguments(transformers.TrainingArguments):
 
     model_max_length: int = _flag(2048, "Longest sequence, visual tokens included; longer ones are cut after an image.")
     mm_projector_lr: float | None = _flag(None, "Learning rate of the projector; default: --learning_rate.")
+    mm_vision_tower_lr: float | None = _flag(
+        None, "Learning rate of the vision encoder with --unfreeze_mm_vision_tower; default: --learning_rate."
+    )
+    mm_vision_tower_lr_decay: float = _flag(
+        1.0, "Each encoder block trains at this share of the next one's rate; 1: all at the same."
+    )
     group_by_modality_length: bool = _flag(
         False, "Batches of like length, text-only ones apart; lengths count visual tokens after skipping."
     )
@@ -195,14 +204,28 @@ class TrainingArguments(transformers.TrainingArguments):
             raise UserError("--remove_unused_columns True is not supported: records need all their columns; drop it")
         if self.model_max_length < 1:
             raise UserError(f"--model_max_length: expected 1 or more, got {self.model_max_length}")
+        if self.mm_vision_tower_lr is not None and not self.mm_vision_tower_lr > 0:
+            raise UserError(f"--mm_vision_tower_lr: expected a rate above 0, got {self.mm_vision_tower_lr}")
+        if not 0 < self.mm_vision_tower_lr_decay <= 1:
+            share = self.mm_vision_tower_lr_decay
+            raise UserError(f"--mm_vision_tower_lr_decay: expected a share above 0 and up to 1, got {share}")
         self._use_non_reentrant_checkpointing()
         if self.deepspeed:
             from llava_sv.train.distributed import prepare_deepspeed
 
-            self.deepspeed = prepare_deepspeed(self.deepspeed, use_cpu=self.use_cpu, projector_lr=self.mm_projector_lr)
+            self.deepspeed = prepare_deepspeed(self.deepspeed, use_cpu=self.use_cpu, own_rates=self.own_rates())
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
             super().__post_init__()
+
+    def own_rates(self) -> list[str]:
+        """Flags that were given and ask for another learning rate for a part of the model."""
+        given = {
+            "--mm_projector_lr": self.mm_projector_lr is not None,
+            "--mm_vision_tower_lr": self.mm_vision_tower_lr is not None,
+            "--mm_vision_tower_lr_decay": self.mm_vision_tower_lr_decay != 1,
+        }
+        return [flag for flag, asked in given.items() if asked]
 
     def _use_non_reentrant_checkpointing(self) -> None:
         """Re-entrant checkpointing loses gradients where a block's inputs need none (a frozen language model)."""

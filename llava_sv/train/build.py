@@ -37,6 +37,9 @@ def check_names(model_args: ModelArguments, training_args: TrainingArguments) ->
     family = model_args.mm_family or DEFAULT_FAMILY
     get_builder(family)
     check_attn_implementation(training_args.attn_implementation)
+    of_tower = [flag for flag in training_args.own_rates() if "vision_tower" in flag]
+    if of_tower and not model_args.unfreeze_mm_vision_tower:
+        raise UserError(f"{of_tower[0]}: the vision encoder is frozen; add --unfreeze_mm_vision_tower True or drop it")
     model_args.skip_vision()
     model_args.family_settings()
     if model_args.sv_selection is not None:
@@ -117,7 +120,7 @@ def _hd_settings(own: Path, config: Any, model_args: ModelArguments) -> dict[str
     Raises `UserError` for another family, projector or encoder size, which its weights are not made for.
     """
     given = model_args.family_settings()
-    tiling = {
+    tiling: dict[str, Any] = {
         name: given.pop(name) for name in ("hd_max_tiles", "hd_fixed_grid", "image_grid_pinpoints") if name in given
     }
     if model_args.mm_family is not None:
@@ -132,10 +135,16 @@ def _hd_settings(own: Path, config: Any, model_args: ModelArguments) -> dict[str
 
 
 def choose_trainable(model: Any, model_args: ModelArguments) -> None:
-    """Set `requires_grad`: the projector alone when pretraining, else all but the vision tower and what is frozen."""
-    projector = model.get_model().mm_projector
+    """Set `requires_grad`: the projector alone when pretraining, else all but what is frozen.
+
+    The vision tower is, unless asked for; then what it runs trains, and blocks after the selected one do not.
+    """
+    projector, tower = model.get_model().mm_projector, model.get_vision_tower()
     model.requires_grad_(not (model_args.tune_mm_mlp_adapter or model_args.freeze_backbone))
-    model.get_vision_tower().requires_grad_(False)
+    tower.requires_grad_(False)
+    if model_args.unfreeze_mm_vision_tower:
+        for parameter, _ in tower.used_parameters().values():
+            parameter.requires_grad_(True)
     projector.requires_grad_(not model_args.freeze_mm_mlp_adapter)
     if projector.summary is not None:
         projector.summary.requires_grad_(True)

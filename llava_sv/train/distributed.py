@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,17 @@ def read_config(source: str | dict) -> dict[str, Any]:
         raise UserError(f"{where}: not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from error
 
 
-def check_config(config: dict[str, Any], projector_lr: float | None) -> None:
-    """Refuse settings under which a run would quietly do something else than asked for."""
-    if "optimizer" in config and projector_lr is not None:
-        raise UserError(
-            '--mm_projector_lr with an "optimizer" section in the DeepSpeed configuration: DeepSpeed would use one '
-            "learning rate for all; remove the section (the Trainer's optimizer is used)"
-        )
+def check_config(config: dict[str, Any], own_rates: Sequence[str]) -> None:
+    """Refuse settings under which a run would quietly do something else than asked for.
+
+    own_rates: the flags that were given and ask for another learning rate for a part of the model.
+    """
+    for section in ("optimizer", "scheduler"):
+        if section in config and own_rates:
+            raise UserError(
+                f'{own_rates[0]} with an "{section}" section in the DeepSpeed configuration: DeepSpeed would use one '
+                f"learning rate for all; remove the section (the Trainer's {section} is used)"
+            )
     zero = config.get("zero_optimization", {})
     if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise UserError(
@@ -68,14 +73,14 @@ def for_cpu(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def prepare_deepspeed(source: str | dict, use_cpu: bool, projector_lr: float | None = None) -> dict[str, Any]:
+def prepare_deepspeed(source: str | dict, use_cpu: bool, own_rates: Sequence[str] = ()) -> dict[str, Any]:
     """Read and check the configuration, and start the process group where Trainer would start it wrongly.
 
     On CPU the group must be gloo, and there before `TrainingArguments` looks at the world; otherwise each process
     believes that it is alone. Returns the configuration as a dict.
     """
     config = read_config(source)
-    check_config(config, projector_lr)
+    check_config(config, own_rates)
     single_process_environment()
     if not use_cpu:
         return config

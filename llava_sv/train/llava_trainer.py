@@ -69,20 +69,41 @@ class _EpochCallback(TrainerCallback):
             self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
 
-def split_parameters(model: nn.Module, decay: set[str], args: Any) -> list[dict[str, Any]]:
-    """Optimizer groups of the parameters that train: projector or not, with weight decay or not; none is empty."""
-    groups: list[dict[str, Any]] = []
-    named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
-    for projector in (False, True):
-        for decays in (True, False):
-            chosen = [v for n, v in named if (f"{checkpoint.PROJECTOR}." in n) == projector and (n in decay) == decays]
-            if not chosen:
-                continue
-            group: dict[str, Any] = {"params": chosen, "weight_decay": args.weight_decay if decays else 0.0}
-            if projector and args.mm_projector_lr is not None:
-                group["lr"] = args.mm_projector_lr
-            groups.append(group)
-    return groups
+def split_parameters(model: Any, decay: set[str], args: Any) -> list[dict[str, Any]]:
+    """Optimizer groups of the parameters that train: by part of the model, with weight decay or not; none is empty.
+
+    Each has a `name`. With `--mm_vision_tower_lr_decay` below 1 the vision tower has a group for each depth d up to the
+    selected block D, at the tower's rate times decay^(D - d).
+    """
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    order = ("language model", "projector", "vision tower")
+    tower = model.get_vision_tower()
+    depths = {} if tower is None else {id(p): depth for p, depth in tower.used_parameters().values()}
+    for name, value in model.named_parameters():
+        if not value.requires_grad:
+            continue
+        part, rate = "language model", None
+        if f"{checkpoint.PROJECTOR}." in name:
+            part, rate = "projector", args.mm_projector_lr
+        elif id(value) in depths:
+            part, rate = _tower_group(depths[id(value)], tower.num_blocks, args)
+        decays = name in decay
+        if (part, decays) not in groups:
+            own = {} if rate is None else {"lr": rate}
+            label = part if decays else f"{part}, no weight decay"
+            weight_decay = args.weight_decay if decays else 0.0
+            groups[part, decays] = {"params": [], "weight_decay": weight_decay, "name": label, **own}
+        groups[part, decays]["params"].append(value)
+    return [groups[key] for key in sorted(groups, key=lambda key: (order.index(key[0].split(",")[0]), not key[1]))]
+
+
+def _tower_group(depth: int, num_blocks: int, args: Any) -> tuple[str, float | None]:
+    """(group, learning rate) of a vision tower's parameter; depth 0 is the embedding, `num_blocks` the last block."""
+    rate, share = args.mm_vision_tower_lr, args.mm_vision_tower_lr_decay
+    if share == 1:
+        return "vision tower", rate
+    place = f"block {depth - 1}" if depth else "embedding"
+    return f"vision tower, {place}", (args.learning_rate if rate is None else rate) * share ** (num_blocks - depth)
 
 
 class LLaVATrainer(Trainer):
@@ -139,14 +160,15 @@ class LLaVATrainer(Trainer):
     # -- optimizer --------------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The library's optimizer over LLaVA's groups: `--mm_projector_lr`; norms and biases without weight decay."""
+        """The library's optimizer over LLaVA's groups, each at its rate; norms and biases without weight decay."""
         model = self.model if model is None else model
         if self.optimizer is None:
             groups = split_parameters(model, set(self.get_decay_parameter_names(model)), self.args)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             if OWN_GROUPS & set(options):
-                if self.args.mm_projector_lr is not None:
-                    raise UserError(f"--mm_projector_lr: --optim {self.args.optim} chooses its own groups; drop one")
+                if self.args.own_rates():
+                    flag = self.args.own_rates()[0]
+                    raise UserError(f"{flag}: --optim {self.args.optim} chooses its own groups; drop one")
                 return super().create_optimizer(model)
             self.optimizer = kind(groups, **options)
         return self.optimizer

@@ -109,7 +109,7 @@ def test_pretraining_trains_the_projector_only(world, pretrained):
     assert all(name.startswith("model.mm_projector.") for name in saved)
     moved = {name: (saved[name] - value).abs().max() for name, value in fresh.named_parameters() if name in saved}
     assert all(change > 1e-4 for change in moved.values()), moved
-    assert "16 patches -> 16 in the sequence (dense)" in printed
+    assert "16 dense -> 16 in the sequence (dense)" in printed
 
 
 def test_frozen_weights_stay_bit_identical(world, pretrained, skipping):
@@ -120,7 +120,7 @@ def test_frozen_weights_stay_bit_identical(world, pretrained, skipping):
     fresh, _, _ = built(world, "skip", "--pretrain_mm_mlp_adapter", adapter)
     same = {name: torch.equal(saved[name], value) for name, value in fresh.state_dict().items() if name in saved}
     assert {name for name, equal in same.items() if equal} == {name for name in same if "vision_tower" in name}
-    assert "16 patches -> 11 in the sequence (Skip-Vision)" in printed
+    assert "16 dense -> 11 in the sequence (Skip-Vision)" in printed
 
 
 def test_the_saved_model_describes_itself_and_gives_the_same_loss_as_the_trained_one(world, skipping):
