@@ -17,18 +17,34 @@ def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
 
 
 def attention(layer, x_TC: Tensor, angles: tuple[Tensor, Tensor], visible_TT: Tensor, config) -> Tensor:
-    """Self-attention of one sample, head by head; row i sees column j where `visible_TT[i, j]`."""
-    heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    length = x_TC.shape[0]
-    q = rotate(layer.self_attn.q_proj(x_TC).view(length, heads, width), *angles)
-    k = rotate(layer.self_attn.k_proj(x_TC).view(length, kv_heads, width), *angles)
-    v = layer.self_attn.v_proj(x_TC).view(length, kv_heads, width)
+    """Self-attention of one sample, head by head; row i sees column j where `visible_TT[i, j]`.
+
+    Biases are the projections' own (Qwen2); `q_norm` and `k_norm` are Qwen3's; a head's width may be any.
+    """
+    attn, length = layer.self_attn, x_TC.shape[0]
+    heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, attn.head_dim
+    q = attn.q_proj(x_TC).view(length, heads, width)
+    k = attn.k_proj(x_TC).view(length, kv_heads, width)
+    v = attn.v_proj(x_TC).view(length, kv_heads, width)
+    if hasattr(attn, "q_norm"):
+        q, k = attn.q_norm(q), attn.k_norm(k)
+    q, k = rotate(q, *angles), rotate(k, *angles)
     out = []
     for head in range(heads):
         shared = head // (heads // kv_heads)
         scores = q[:, head] @ k[:, shared].T / width**0.5
         out.append(scores.masked_fill(~visible_TT, -torch.inf).softmax(-1) @ v[:, shared])
-    return layer.self_attn.o_proj(torch.cat(out, dim=-1))
+    return attn.o_proj(torch.cat(out, dim=-1))
+
+
+def within_window(config, index: int, length: int) -> Tensor:
+    """bool [T, T]: the columns that layer `index` leaves visible: all, or the last `sliding_window` up to the row."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    rows, columns = torch.arange(length)[:, None], torch.arange(length)[None, :]
+    if window is None or (kinds and kinds[index] != "sliding_attention"):
+        return torch.ones(length, length, dtype=torch.bool)
+    return rows - columns < window
 
 
 def decode_one(
@@ -43,7 +59,8 @@ def decode_one(
     hidden = embeds_TC
     cos, sin = model.model.rotary_emb(embeds_TC.unsqueeze(0), positions_T.unsqueeze(0))
     for index, layer in enumerate(model.model.layers):
-        hidden = hidden + attention(layer, layer.input_layernorm(hidden), (cos[0], sin[0]), visible_TT, config)
+        visible = visible_TT & within_window(config, index, length)
+        hidden = hidden + attention(layer, layer.input_layernorm(hidden), (cos[0], sin[0]), visible, config)
         normed = layer.post_attention_layernorm(hidden)
         ffn = layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed))
         if index in skipping:

@@ -8,14 +8,14 @@ import torch
 from transformers import CLIPVisionConfig
 
 from llava_sv.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava_sv.model import LlavaConfig, LlavaLlamaForCausalLM
+from llava_sv.model.language_model.decoders import DECODERS, model_class
 
 SKIP = {"num_retained": 4, "num_skipped": 5}
 SIDE = 32
 """Pixels; 4 x 4 patches of 8."""
 
 
-def tiny_config(skip: dict[str, Any] | None = SKIP, **overrides: Any) -> LlavaConfig:
+def tiny_config(skip: dict[str, Any] | None = SKIP, decoder: str = "llama", **overrides: Any) -> Any:
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=SIDE, patch_size=8
     )
@@ -35,13 +35,14 @@ def tiny_config(skip: dict[str, Any] | None = SKIP, **overrides: Any) -> LlavaCo
         skip_vision=dict(skip) if skip is not None else None,
         attn_implementation="sdpa",
     )
-    return LlavaConfig(**{**settings, **overrides})
+    return DECODERS[decoder].config(**{**settings, **overrides})
 
 
-def tiny_model(skip: dict[str, Any] | None = SKIP, seed: int = 0, **overrides: Any) -> LlavaLlamaForCausalLM:
+def tiny_model(skip: dict[str, Any] | None = SKIP, seed: int = 0, decoder: str = "llama", **overrides: Any) -> Any:
     """Weights large enough that attention is far from uniform and a wrong mask shows."""
     torch.manual_seed(seed)
-    model = LlavaLlamaForCausalLM(tiny_config(skip, **overrides)).double().eval()
+    config = tiny_config(skip, decoder, **overrides)
+    model = model_class(config)(config).double().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 or "summary" in name:
