@@ -64,7 +64,7 @@ export TOKENIZERS_PARALLELISM=false
 llava_sv() { "$PYTHON" -m llava_sv.cli "$@"; }
 
 step data "" "$data" \
-    llava_sv data toy --output "$data" --seed "$SEED" ${TOY_TRAIN:+--train "$TOY_TRAIN"} ${TOY_BENCH:+--bench "$TOY_BENCH"}
+    llava_sv data toy --output "$data" --seed "$SEED" --fine-train 0 --fine-bench 0 ${TOY_TRAIN:+--train "$TOY_TRAIN"} ${TOY_BENCH:+--bench "$TOY_BENCH"}
 
 export PRESET=tiny IMAGE_FOLDER="$data/images" ADAPTER="$pretrained/mm_projector.bin"
 step pretrain "$data/pretrain.json" "$pretrained" \

@@ -1,7 +1,8 @@
 """`llava-sv data toy`: a small visual question answering data set, drawn here, in LLaVA's own formats.
 
 What arrives is a command line; what leaves is a folder with images/, pretrain.json (captions), sft.json
-(conversations) and bench.jsonl (held-out questions in six categories). The quickstart and the tests call it.
+(conversations) and bench.jsonl (held-out questions in six categories, and in a seventh about fine detail). The
+quickstart and the tests call it.
 """
 
 from __future__ import annotations
@@ -10,14 +11,23 @@ import argparse
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from llava_sv.constants import DEFAULT_IMAGE_TOKEN
-from llava_sv.data.toy_questions import ANSWER_PROMPT, CATEGORIES, Question, ask_some
-from llava_sv.data.toy_scene import Scene, describe, random_scene, render
+from llava_sv.data.toy_questions import (
+    ANSWER_PROMPT,
+    CATEGORIES,
+    FINE_DETAIL,
+    FINE_QUESTIONS,
+    Question,
+    ask_all_fine,
+    ask_some,
+)
+from llava_sv.data.toy_scene import Scene, describe, fine_scene, random_scene, render
 from llava_sv.errors import UserError
 from llava_sv.files import replacing, write_text
 
@@ -31,6 +41,11 @@ EXAMPLE = """example:
 def scene_of(seed: int, split: str, index: int) -> Scene:
     """The `index`-th scene of a split: depends on these three alone, not on how many are drawn."""
     return random_scene(_rng(seed, split, index))
+
+
+def fine_scene_of(seed: int, split: str, index: int) -> Scene:
+    """The `index`-th fine scene of a split: depends on these three alone, as `scene_of` does."""
+    return fine_scene(_rng(seed, "fine", split, index))
 
 
 def _rng(seed: int, *names: object) -> random.Random:
@@ -65,6 +80,11 @@ def sft_record(name: str, image: str, scene: Scene, rng: random.Random) -> dict:
     return {"id": name, "image": image, "conversations": turns}
 
 
+def fine_record(name: str, image: str, scene: Scene, rng: random.Random) -> dict:
+    """Every question that a fine scene allows."""
+    return {"id": name, "image": image, "conversations": conversation(DEFAULT_IMAGE_TOKEN, ask_all_fine(scene, rng))}
+
+
 def text_only_record(name: str, scene: Scene, rng: random.Random) -> dict:
     """Several questions about a scene that is told in words."""
     return {"id": name, "conversations": conversation(describe(scene), ask_some(scene, rng, QUESTIONS_PER_IMAGE))}
@@ -87,18 +107,39 @@ def bench_items(seed: int, count: int, seen: set[tuple]) -> Iterator[tuple[int, 
 
     Within a category and form of answer (yes/no, a number, ...) every answer comes equally often, to within one.
     """
-    names = list(CATEGORIES)
+
+    def draw(index: int) -> tuple[Scene, random.Random]:
+        return scene_of(seed, "bench", index), _rng(seed, "bench question", index)
+
+    return _balanced(list(CATEGORIES.values()), count, draw, seen)
+
+
+def fine_bench_items(seed: int, count: int, seen: set[tuple]) -> Iterator[tuple[int, Scene, Question]]:
+    """`count` questions of the category `fine_detail` on as many new fine scenes, otherwise as `bench_items`."""
+
+    def draw(index: int) -> tuple[Scene, random.Random]:
+        return fine_scene_of(seed, "bench", index), _rng(seed, "fine bench question", index)
+
+    return _balanced(FINE_QUESTIONS, count, draw, seen)
+
+
+def _balanced(
+    asks: Sequence[Callable[[Scene, random.Random], Question | None]],
+    count: int,
+    draw: Callable[[int], tuple[Scene, random.Random]],
+    seen: set[tuple],
+) -> Iterator[tuple[int, Scene, Question]]:
     used: dict[tuple, Counter] = {}
     index = 0
     for number in range(count):
-        category = names[number % len(names)]
+        ask = asks[number % len(asks)]
         while True:
-            scene, rng = scene_of(seed, "bench", index), _rng(seed, "bench question", index)
+            scene, rng = draw(index)
             index += 1
-            question = CATEGORIES[category](scene, rng)
+            question = ask(scene, rng)
             if scene.signature in seen or question is None:
                 continue
-            counter = used.setdefault((category, question.choices), Counter())
+            counter = used.setdefault((question.category, question.choices), Counter())
             if counter[question.answer] <= min(counter[choice] for choice in question.choices[: _asked(question)]):
                 counter[question.answer] += 1
                 break
@@ -122,11 +163,14 @@ def bench_record(name: str, image: str, question: Question) -> dict:
     }
 
 
-def _write_image(path: Path, scene: Scene) -> None:
+def _write_image(path: Path, scene: Scene, fine: bool = False) -> None:
+    """JPEG or PNG, by the suffix; a `fine` picture's JPEG keeps colour at full resolution too."""
     picture = render(scene)
     with replacing(path) as temporary:
         if path.suffix == ".png":
             picture.save(temporary, format="PNG", compress_level=1)
+        elif fine:
+            picture.save(temporary, format="JPEG", quality=95, subsampling=0)
         else:
             picture.save(temporary, format="JPEG", quality=90)
 
@@ -140,30 +184,66 @@ def _image_name(split: str, index: int) -> str:
     return f"{split}-{index:06d}.{'png' if index % 3 == 2 else 'jpg'}"
 
 
-def write_toy(output: Path, seed: int, train: int, bench: int, text_only: int, two_images: int) -> None:
+@dataclass(frozen=True)
+class Counts:
+    """How many to write: training images (train, fine_train), questions (bench, fine_bench), further conversations."""
+
+    train: int
+    bench: int
+    text_only: int
+    two_images: int
+    fine_train: int
+    fine_bench: int
+
+    @property
+    def conversations(self) -> int:
+        """Records of sft.json."""
+        return self.train + self.fine_train + self.text_only + self.two_images
+
+
+def write_toy(output: Path, seed: int, counts: Counts) -> None:
     """Write the whole data set under `output`; the same arguments give the same bytes."""
-    images = output / "images"
-    images.mkdir(parents=True, exist_ok=True)
-    scenes = [scene_of(seed, "train", i) for i in range(train)]
-    names = [_image_name("train", i) for i in range(train)]
-    items = list(bench_items(seed, bench, {scene.signature for scene in scenes}))
-    drawn = [*zip(names, scenes), *((_image_name("bench", n), scene) for n, scene, _ in items)]
-    for name, scene in tqdm(drawn, desc="toy images", unit="image"):
-        _write_image(images / name, scene)
+    (output / "images").mkdir(parents=True, exist_ok=True)
+    train = [(_image_name("train", i), scene_of(seed, "train", i)) for i in range(counts.train)]
+    fine = [(_image_name("fine", i), fine_scene_of(seed, "train", i)) for i in range(counts.fine_train)]
+    items = [
+        (f"bench-{number}", _image_name("bench", number), scene, question)
+        for number, scene, question in bench_items(seed, counts.bench, {scene.signature for _, scene in train})
+    ]
+    items += [
+        (f"fine-bench-{number}", _image_name("fine-bench", number), scene, question)
+        for number, scene, question in fine_bench_items(seed, counts.fine_bench, {scene.signature for _, scene in fine})
+    ]
+    drawn = [(image, scene, False) for image, scene in train] + [(image, scene, True) for image, scene in fine]
+    drawn += [(image, scene, question.category == FINE_DETAIL) for _, image, scene, question in items]
+    for image, scene, is_fine in tqdm(drawn, desc="toy images", unit="image"):
+        _write_image(output / "images" / image, scene, is_fine)
 
-    sft = [sft_record(f"toy-{i}", names[i], scenes[i], _rng(seed, "sft", i)) for i in range(train)]
-    for i in range(text_only):
-        sft.append(text_only_record(f"toy-text-{i}", scene_of(seed, "text", i), _rng(seed, "sft text", i)))
-    for i in range(two_images):
-        rng = _rng(seed, "sft two", i)
-        a, b = rng.sample(range(train), 2)
-        sft.append(two_image_record(f"toy-two-{i}", [names[a], names[b]], [scenes[a], scenes[b]], rng))
-    _rng(seed, "order").shuffle(sft)
-
-    _write_records(output / "pretrain.json", [pretrain_record(f"toy-{i}", names[i], scenes[i]) for i in range(train)])
-    _write_records(output / "sft.json", sft)
-    lines = [bench_record(f"bench-{n}", _image_name("bench", n), question) for n, _, question in items]
+    captions = [pretrain_record(f"toy-{i}", image, scene) for i, (image, scene) in enumerate(train)]
+    captions += [pretrain_record(f"toy-fine-{i}", image, scene) for i, (image, scene) in enumerate(fine)]
+    _write_records(output / "pretrain.json", captions)
+    _write_records(output / "sft.json", sft_records(seed, counts, train, fine))
+    lines = [bench_record(name, image, question) for name, image, _, question in items]
     write_text(output / "bench.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def sft_records(
+    seed: int, counts: Counts, train: Sequence[tuple[str, Scene]], fine: Sequence[tuple[str, Scene]]
+) -> list[dict]:
+    """All conversations, mixed; those on `fine` images come in between the others, whose own order they leave alone."""
+    records = [sft_record(f"toy-{i}", image, scene, _rng(seed, "sft", i)) for i, (image, scene) in enumerate(train)]
+    for i in range(counts.text_only):
+        records.append(text_only_record(f"toy-text-{i}", scene_of(seed, "text", i), _rng(seed, "sft text", i)))
+    for i in range(counts.two_images):
+        rng = _rng(seed, "sft two", i)
+        a, b = rng.sample(range(len(train)), 2)
+        records.append(two_image_record(f"toy-two-{i}", [train[a][0], train[b][0]], [train[a][1], train[b][1]], rng))
+    _rng(seed, "order").shuffle(records)
+    places = _rng(seed, "fine order")
+    for i, (image, scene) in enumerate(fine):
+        record = fine_record(f"toy-fine-{i}", image, scene, _rng(seed, "sft fine", i))
+        records.insert(places.randint(0, len(records)), record)
+    return records
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -179,24 +259,37 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bench", type=int, default=360, help="held-out questions, an image each (default 360)")
     parser.add_argument("--text-only", type=int, help="conversations without an image (default a tenth of --train)")
     parser.add_argument("--two-images", type=int, help="conversations on two images (default a tenth of --train)")
+    parser.add_argument("--fine-train", type=int, help="training images of fine detail (default a quarter of --train)")
+    parser.add_argument(
+        "--fine-bench", type=int, default=120, help="held-out questions about fine detail, an image each (default 120)"
+    )
     return parser
 
 
 def main(argv: list[str]) -> int:
     """Run the command; returns 0. Raises `UserError` for numbers that cannot be and a folder that cannot be written."""
     args = _parser().parse_args(argv)
-    text_only = args.train // 10 if args.text_only is None else args.text_only
-    two_images = args.train // 10 if args.two_images is None else args.two_images
-    least = {"--train": (args.train, 2), "--bench": (args.bench, len(CATEGORIES))}
-    least |= {"--text-only": (text_only, 0), "--two-images": (two_images, 0)}
-    for flag, (value, minimum) in least.items():
-        if value < minimum:
-            raise UserError(f"{flag} {value}: give {minimum} or more")
+
+    def share_of_train(value: int | None, divisor: int) -> int:
+        return args.train // divisor if value is None else value
+
+    counts = Counts(
+        train=args.train,
+        bench=args.bench,
+        text_only=share_of_train(args.text_only, 10),
+        two_images=share_of_train(args.two_images, 10),
+        fine_train=share_of_train(args.fine_train, 4),
+        fine_bench=args.fine_bench,
+    )
+    least = {"train": 2, "bench": len(CATEGORIES), "text_only": 0, "two_images": 0, "fine_train": 0, "fine_bench": 0}
+    for name, minimum in least.items():
+        if getattr(counts, name) < minimum:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(counts, name)}: give {minimum} or more")
     output = Path(args.output)
     try:
-        write_toy(output, args.seed, args.train, args.bench, text_only, two_images)
+        write_toy(output, args.seed, counts)
     except OSError as error:
         raise UserError(f"--output {output}: cannot write there ({error.strerror}): choose another folder") from error
-    print(f"{output}: {args.train} training images, {args.train + text_only + two_images} conversations, "
-          f"{args.bench} benchmark questions")  # fmt: skip
+    print(f"{output}: {counts.train + counts.fine_train} training images, {counts.conversations} conversations, "
+          f"{counts.bench + counts.fine_bench} benchmark questions")  # fmt: skip
     return 0

@@ -1,4 +1,4 @@
-"""Questions about a toy scene in six categories, with answers read off the scene.
+"""Questions about a toy scene in six categories, and about a fine scene in a seventh, with answers read off the scene.
 
 What arrives is a `Scene` and a `random.Random`; what leaves is a `Question`. `toy.py` and `playground/tiny` call it.
 Answers within a category are drawn before the question where the scene allows it, so that guessing blindly pays little.
@@ -9,12 +9,15 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llava_sv.data.toy_scene import COLOURS, MAX_SHAPES, PLACES, SHAPES, WORDS, Scene, Shape, article
 
 ANSWER_PROMPT = "Answer the question using a single word or phrase."
 """LLaVA-1.5's request for a short answer; it follows a benchmark question on a line of its own."""
+
+FINE_DETAIL = "fine_detail"
+"""The category of questions about a fine scene: the wordings of `text` and `shape`, half of each."""
 
 SIDES: dict[str, tuple[int, ...]] = {"top": (0, 1), "bottom": (2, 3), "left": (0, 2), "right": (1, 3)}
 
@@ -68,10 +71,14 @@ def ask_shape(scene: Scene, rng: random.Random) -> Question | None:
     if rng.random() < 0.5:
         text = f"What shape is at the {PLACES[asked.place]}?"
     elif _count(scene, colour=asked.colour) == 1:
-        text = f"What shape is the {asked.colour} object?"
+        return _ask_shape_by_colour(asked)
     else:
         return None
     return Question("shape", text, asked.shape, SHAPES)
+
+
+def _ask_shape_by_colour(asked: Shape) -> Question:
+    return Question("shape", f"What shape is the {asked.colour} object?", asked.shape, SHAPES)
 
 
 def ask_count(scene: Scene, rng: random.Random) -> Question | None:
@@ -108,6 +115,28 @@ def ask_text(scene: Scene, rng: random.Random) -> Question | None:
     if not scene.word:
         return None
     return Question("text", "What word is written in the image?", scene.word, WORDS)
+
+
+def ask_fine_word(scene: Scene, rng: random.Random) -> Question | None:
+    """Which word is written, in small?"""
+    question = ask_text(scene, rng)
+    return question and replace(question, category=FINE_DETAIL)
+
+
+def ask_fine_shape(scene: Scene, rng: random.Random) -> Question | None:
+    """What shape is the tiny red object?"""
+    return replace(_ask_shape_by_colour(rng.choice(scene.shapes)), category=FINE_DETAIL)
+
+
+FINE_QUESTIONS = (ask_fine_word, ask_fine_shape)
+
+
+def ask_all_fine(scene: Scene, rng: random.Random) -> list[Question]:
+    """Every question that a fine scene allows, in random order: its word, and each shape by its colour."""
+    asked = [ask_text(scene, rng), *map(_ask_shape_by_colour, scene.shapes)]
+    questions = [replace(question, category=FINE_DETAIL) for question in asked if question]
+    rng.shuffle(questions)
+    return questions
 
 
 CATEGORIES: dict[str, Callable[[Scene, random.Random], Question | None]] = {

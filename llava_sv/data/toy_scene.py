@@ -1,7 +1,7 @@
 """A random scene of coloured shapes and perhaps one word, its picture, and its description in words.
 
 What arrives is a `random.Random`; what leaves is a `Scene`, a PIL image or a sentence. `toy.py` writes data sets of
-them, and `playground/tiny` trains the tiny base models on them.
+them, and `playground/tiny` trains the tiny base models on the ordinary ones, `random_scene`'s.
 """
 
 from __future__ import annotations
@@ -31,6 +31,21 @@ WORDS: tuple[str, ...] = (
 MAX_SHAPES = len(PLACES)
 WORD_BAND = 0.24
 """Share of the picture's height that the word's band takes."""
+WORD_SIZE = 0.23
+"""Size of the word's font, a share of the picture's shorter side."""
+
+FINE_SIDE = (128, 192)
+"""Longer side of a fine scene's picture, least and most pixels."""
+FINE_RADIUS = (4.0 / 128, 4.7 / 128)
+"""Radius of a fine scene's shapes, in shares of the longer side. The encoder of `playground/tiny` knows such a shape by
+its patches where the longer side is 128 pixels, and mostly not where it is 64; likewise the word."""
+FINE_WORD_SIZE = (13.2 / 128, 14.7 / 128)
+"""Size of the font of a fine scene's word, in shares of the longer side."""
+
+_WORD_HALF = (1.0, 0.6)
+"""Half width and half height of the largest of `WORDS`, in sizes of the font."""
+_FINE_GAP = 2 / 128
+"""Least distance of a fine scene's shapes from its word and the tiles' borders, and of all from the picture's edge."""
 
 _BACKGROUNDS = ((236, 236, 236), (250, 246, 236), (226, 236, 246), (238, 228, 240), (228, 242, 230), (214, 214, 218))
 
@@ -48,7 +63,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """What one picture shows. `word_centre` is in shares of width and height; `noise` seeds the distractors."""
+    """What one picture shows. `word_centre` is in shares of width and height, `word_size` of the shorter side; `noise`
+    seeds the distractors."""
 
     shapes: tuple[Shape, ...]
     word: str | None
@@ -56,6 +72,7 @@ class Scene:
     background: tuple[int, int, int]
     size: tuple[int, int]
     noise: int
+    word_size: float = WORD_SIZE
 
     @property
     def signature(self) -> tuple:
@@ -121,6 +138,78 @@ def _overlap_neighbours(shapes: list[Shape]) -> list[Shape]:
     return [by_place[shape.place] for shape in shapes]
 
 
+def fine_scene(rng: random.Random) -> Scene:
+    """Draw a fine scene: two to four tiny shapes, no two of a colour, and a small word, in a larger picture.
+
+    Each shape has a quadrant to itself, and everything keeps clear of the middle lines of the picture padded to a
+    square: its four tiles cut nothing.
+    """
+    side = rng.randint(*FINE_SIDE)
+    other = round(side * rng.uniform(0.82, 1.0))
+    size = (side, other) if rng.random() < 0.5 else (other, side)
+    padding = ((1 - size[0] / side) / 2, (1 - size[1] / side) / 2)
+    places = rng.sample(range(len(PLACES)), rng.randint(2, MAX_SHAPES))
+    colours = rng.sample(list(COLOURS), len(places))
+    radii = [rng.uniform(*FINE_RADIUS) for _ in places]
+    word_size = rng.uniform(*FINE_WORD_SIZE)
+    spots, word_spot = _fine_spots(rng, places, radii, word_size, padding)
+
+    def share(spot: tuple[float, float]) -> tuple[float, float]:
+        """From shares of the padded square to shares of the picture."""
+        return (spot[0] - padding[0]) / (1 - 2 * padding[0]), (spot[1] - padding[1]) / (1 - 2 * padding[1])
+
+    long = side / min(size)
+    return Scene(
+        shapes=tuple(
+            Shape(colour, rng.choice(SHAPES), place, share(spot), radius * long)
+            for colour, place, spot, radius in zip(colours, places, spots, radii)
+        ),
+        word=rng.choice(WORDS),
+        word_centre=share(word_spot),
+        background=rng.choice(_BACKGROUNDS),
+        size=size,
+        noise=rng.getrandbits(32),
+        word_size=word_size * long,
+    )
+
+
+def _fine_spots(
+    rng: random.Random, places: list[int], radii: list[float], word_size: float, padding: tuple[float, float]
+) -> tuple[list[tuple[float, float]], tuple[float, float]]:
+    """Centres of the shapes and of the word, in shares of the padded square; drawn again until nothing touches.
+
+    A shape stands anywhere in its quadrant. The word stands in any quadrant as words stand in ordinary pictures: in a
+    band along the top or the bottom, about halfway across.
+    """
+    half_width, half_height = (part * word_size + _FINE_GAP for part in _WORD_HALF)
+    while True:
+        row, column = divmod(rng.randrange(len(PLACES)), 2)
+        down = rng.uniform(0.15, 0.22)
+        word = (column + rng.uniform(0.38, 0.64)) / 2, (row + (down if rng.random() < 0.5 else 1 - down)) / 2
+        spots = [_spot_in_quadrant(rng, place, 1.1 * radius, padding) for place, radius in zip(places, radii)]
+        inside = (
+            padding[0] + half_width <= word[0] <= 1 - padding[0] - half_width
+            and padding[1] + half_height <= word[1] <= 1 - padding[1] - half_height
+        )
+        touching = any(
+            abs(x - word[0]) < half_width + 1.1 * radius and abs(y - word[1]) < half_height + 1.1 * radius
+            for (x, y), radius in zip(spots, radii)
+        )
+        if inside and not touching:
+            return spots, word
+
+
+def _spot_in_quadrant(
+    rng: random.Random, place: int, reach: float, padding: tuple[float, float]
+) -> tuple[float, float]:
+    """A centre from which `reach` stays inside the quadrant and the picture, in shares of the padded square."""
+    row, column = divmod(place, 2)
+    margin = reach + _FINE_GAP
+    x = rng.uniform(max(column / 2, padding[0]) + margin, min((column + 1) / 2, 1 - padding[0]) - margin)
+    y = rng.uniform(max(row / 2, padding[1]) + margin, min((row + 1) / 2, 1 - padding[1]) - margin)
+    return x, y
+
+
 def render(scene: Scene) -> Image.Image:
     """Draw the scene at its own size, RGB."""
     width, height = scene.size
@@ -132,7 +221,8 @@ def render(scene: Scene) -> Image.Image:
         _draw_shape(draw, shape, centre, shape.radius * min(width, height), scene.background)
     if scene.word:
         x, y = scene.word_centre[0] * width, scene.word_centre[1] * height
-        draw.text((x, y), scene.word, fill=(60, 60, 70), font=_font(round(0.23 * min(width, height))), anchor="mm")
+        font = _font(round(scene.word_size * min(width, height)))
+        draw.text((x, y), scene.word, fill=(60, 60, 70), font=font, anchor="mm")
     return image
 
 

@@ -19,17 +19,45 @@ from llava_sv.data.toy_scene import COLOURS, PLACES, SHAPES, WORDS
 from llava_sv.errors import UserError
 
 SEED, TRAIN, BENCH = 5, 60, 120
+NO_FINE = ["--fine-train", "0", "--fine-bench", "0"]
+FINE_TRAIN, FINE_BENCH = 20, 64
+
+SIX_CATEGORIES = {
+    "bench.jsonl": "914220064f7b878e15846f9c934b49ae7a8058f2a8d72d552dbaae6f809b0564",
+    "pretrain.json": "546a5777fd1f8d7133dfad5151842be32cbdae32501e053e7973fb41ba18f81c",
+    "sft.json": "93914a33e8c72bff607f9d108a83315d9abe2b0c6786c779f8cb22fe328d7619",
+}
+"""SHA-256 of `--seed 3 --train 30 --bench 24` without fine detail, as it was before there was any."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("toy")
-    assert toy.main(["--output", str(output), "--seed", str(SEED), "--train", str(TRAIN), "--bench", str(BENCH)]) == 0
+    assert toy.main([*_arguments(output, SEED), *NO_FINE]) == 0
     return output
 
 
 @pytest.fixture(scope="module")
+def with_fine(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("fine")
+    assert toy.main([*_arguments(output, SEED), *_fine_flags(FINE_TRAIN, FINE_BENCH)]) == 0
+    return output
+
+
+def _arguments(output: Path, seed: int) -> list[str]:
+    return ["--output", str(output), "--seed", str(seed), "--train", str(TRAIN), "--bench", str(BENCH)]
+
+
+def _fine_flags(train: int, bench: int) -> list[str]:
+    return ["--fine-train", str(train), "--fine-bench", str(bench)]
+
+
+@pytest.fixture(scope="module")
 def bench(folder) -> list[dict]:
+    return _lines(folder)
+
+
+def _lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "bench.jsonl").read_text().splitlines()]
 
 
@@ -79,16 +107,16 @@ def answer_from_caption(caption: str, question: str) -> str:
     return word[1]
 
 
-def test_same_seed_same_bytes_other_seed_other_pictures(folder, tmp_path):
-    toy.main(["--output", str(tmp_path / "a"), "--seed", str(SEED), "--train", str(TRAIN), "--bench", str(BENCH)])
-    assert _digest(tmp_path / "a") == _digest(folder)
-    toy.main(["--output", str(tmp_path / "b"), "--seed", "6", "--train", str(TRAIN), "--bench", str(BENCH)])
-    same = [name for name, digest in _digest(tmp_path / "b").items() if digest == _digest(folder).get(name)]
+def test_same_seed_same_bytes_other_seed_other_pictures(with_fine, tmp_path):
+    toy.main([*_arguments(tmp_path / "a", SEED), *_fine_flags(FINE_TRAIN, FINE_BENCH)])
+    assert _digest(tmp_path / "a") == _digest(with_fine)
+    toy.main([*_arguments(tmp_path / "b", 6), *_fine_flags(FINE_TRAIN, FINE_BENCH)])
+    same = [name for name, digest in _digest(tmp_path / "b").items() if digest == _digest(with_fine).get(name)]
     assert same == []
 
 
 def test_a_longer_set_begins_with_the_shorter_one(folder, tmp_path):
-    toy.main(["--output", str(tmp_path), "--seed", str(SEED), "--train", str(2 * TRAIN), "--bench", "6"])
+    toy.main(["--output", str(tmp_path), "--seed", str(SEED), "--train", str(2 * TRAIN), "--bench", "6", *NO_FINE])
     assert _records(tmp_path, "pretrain.json")[:TRAIN] == _records(folder, "pretrain.json")
     name = _records(folder, "pretrain.json")[0]["image"]
     assert (tmp_path / "images" / name).read_bytes() == (folder / "images" / name).read_bytes()
@@ -205,7 +233,105 @@ def test_records_and_images_agree(folder, bench):
     assert len({r["id"] for r in _records(folder, "sft.json")}) == len(_records(folder, "sft.json"))
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--train", "1"), ("--bench", "5"), ("--text-only", "-1")])
+def test_without_fine_detail_all_is_as_it_was(tmp_path):
+    toy.main(["--output", str(tmp_path), "--seed", "3", "--train", "30", "--bench", "24", *NO_FINE])
+    assert {name: digest for name, digest in _digest(tmp_path).items() if "/" not in name} == SIX_CATEGORIES
+
+
+def test_fine_detail_leaves_the_rest_alone(folder, with_fine):
+    captions, conversations = (_records(with_fine, name) for name in ("pretrain.json", "sft.json"))
+    assert captions[:TRAIN] == _records(folder, "pretrain.json")
+    assert [r for r in conversations if not r["id"].startswith("toy-fine")] == _records(folder, "sft.json")
+    assert _lines(with_fine)[:BENCH] == _lines(folder)
+    plain, fine = _digest(folder / "images"), _digest(with_fine / "images")
+    assert {name: digest for name, digest in fine.items() if not name.startswith("fine")} == plain
+    assert len(fine) == len(plain) + FINE_TRAIN + FINE_BENCH
+
+
+def test_fine_records_ask_for_the_word_and_every_shape(with_fine):
+    scenes = [toy.fine_scene_of(SEED, "train", i) for i in range(FINE_TRAIN)]
+    captions = {r["id"]: r for r in _records(with_fine, "pretrain.json")[TRAIN:]}
+    conversations = {r["id"]: r for r in _records(with_fine, "sft.json") if r["id"].startswith("toy-fine")}
+    assert list(captions) == [f"toy-fine-{i}" for i in range(FINE_TRAIN)]
+    assert set(conversations) == set(captions)
+    first = Counter()
+    for scene, (name, caption) in zip(scenes, captions.items(), strict=True):
+        said = caption["conversations"][1]["value"]
+        assert said == toy_scene.describe(scene)
+        turns = [turn["value"] for turn in conversations[name]["conversations"]]
+        assert conversations[name]["image"] == caption["image"]
+        opening, turns[0] = turns[0].split("\n", 1)
+        assert opening == "<image>"
+        assert turns[0].endswith(toy_questions.ANSWER_PROMPT)
+        asked = [turn.split("\n")[0] for turn in turns[::2]]
+        assert len(set(asked)) == len(asked) == len(scene.shapes) + 1
+        assert [answer_from_caption(said, question) for question in asked] == turns[1::2]
+        first[asked[0].split()[1]] += 1
+    assert len(first) == 2, "the word comes first at times, a shape at others"
+
+
+def test_fine_bench_is_balanced_answered_by_its_scenes_and_held_out(with_fine):
+    train = {toy.fine_scene_of(SEED, "train", i).signature for i in range(FINE_TRAIN)}
+    items = list(toy.fine_bench_items(SEED, FINE_BENCH, train))
+    assert train.isdisjoint(scene.signature for _, scene, _ in items)
+    lines = _lines(with_fine)[BENCH:]
+    forms: dict[str, Counter] = {"word": Counter(), "shape": Counter()}
+    for line, (_, scene, _) in zip(lines, items, strict=True):
+        assert line["category"] == "fine_detail"
+        assert answer_from_caption(toy_scene.describe(scene), line["question"]) == line["answer"]
+        form = "word" if line["question"].startswith("What word is written in the image?") else "shape"
+        assert tuple(line["choices"]) == {"word": WORDS, "shape": SHAPES}[form]
+        forms[form][line["answer"]] += 1
+        with Image.open(with_fine / "images" / line["image"]) as image:
+            assert image.size == scene.size
+    assert forms["word"] == dict.fromkeys(WORDS, 2)
+    assert set(forms["shape"].values()) == {5, 6}
+    assert sum(forms["shape"].values()) == FINE_BENCH // 2
+
+
+def test_fine_scenes_are_small_things_in_larger_pictures_that_no_tile_cuts():
+    quadrants = Counter()
+    for number in range(300):
+        scene = toy.fine_scene_of(0, "train", number)
+        side = max(scene.size)
+        assert 128 <= side <= 192
+        assert min(scene.size) >= 0.81 * side
+        colours = [shape.colour for shape in scene.shapes]
+        assert 2 <= len(colours) == len(set(colours)) <= 4
+        assert len({shape.place for shape in scene.shapes}) == len(colours)
+        assert all(3.9 < shape.radius * min(scene.size) * 128 / side < 4.8 for shape in scene.shapes)
+        blank = replace(scene, shapes=(), word=None)
+        taken = np.zeros(scene.size[::-1], dtype=int)
+        for thing in [*(replace(blank, shapes=(shape,)) for shape in scene.shapes), replace(blank, word=scene.word)]:
+            shown, nothing = (np.asarray(toy_scene.render(s)).astype(int) for s in (thing, blank))
+            drawn = np.abs(shown - nothing).sum(axis=2) > 0
+            taken += drawn
+            rows, columns = np.nonzero(drawn)
+            assert 0 < rows.min() <= rows.max() < scene.size[1] - 1
+            assert 0 < columns.min() <= columns.max() < scene.size[0] - 1
+            middle = (scene.size[1] / 2, scene.size[0] / 2)
+            (row,) = {bool(edge > middle[0]) for edge in (rows.min() - 0.5, rows.max() + 1.5)}
+            (column,) = {bool(edge > middle[1]) for edge in (columns.min() - 0.5, columns.max() + 1.5)}
+            if thing.shapes:
+                assert thing.shapes[0].place == 2 * row + column
+            else:
+                quadrants[row, column] += 1
+                assert columns.max() - columns.min() < side / 4
+        assert taken.max() == 1, "nothing covers anything else"
+    assert len(quadrants) == 4
+    assert min(quadrants.values()) > 40
+
+
+def test_a_quarter_of_the_training_images_and_120_questions_are_fine_unless_told_otherwise(tmp_path, capsys):
+    toy.main(["--output", str(tmp_path), "--train", "9", "--bench", "6", "--text-only", "0", "--two-images", "0"])
+    assert "11 training images, 11 conversations, 126 benchmark questions" in capsys.readouterr().out
+    assert Counter(line["category"] for line in _lines(tmp_path))["fine_detail"] == 120
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--train", "1"), ("--bench", "5"), ("--text-only", "-1"), ("--fine-train", "-1"), ("--fine-bench", "-2")],
+)
 def test_impossible_numbers_are_refused_by_name(flag, value, tmp_path):
     with pytest.raises(UserError, match=re.escape(f"{flag} {value}")):
         toy.main(["--output", str(tmp_path), flag, value])

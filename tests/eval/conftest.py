@@ -27,5 +27,5 @@ def skip_assistant(skip_checkpoint):
 @pytest.fixture(scope="session")
 def bench(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
-    assert toy.main(["--output", str(folder), "--train", "2", "--bench", "12"]) == 0
+    assert toy.main(["--output", str(folder), "--train", "2", "--bench", "12", "--fine-bench", "0"]) == 0
     return folder

@@ -1,4 +1,4 @@
-"""The toy benchmark that `llava-sv data toy` draws: six categories, one-word answers, exact match.
+"""The toy benchmark that `llava-sv data toy` draws: six or seven categories, one-word answers, exact match.
 
 FOLDER/bench.jsonl arrives (one object a line: id, image, category, question, answer, choices), `Question`s leave.
 """
