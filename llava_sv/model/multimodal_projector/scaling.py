@@ -78,7 +78,7 @@ def scale_weights(weights: Weights, where: str, wanted: Wanted) -> Weights:
         steps = ", ".join(f"{source} (queries x{times**2})" for source, times in zip(sources, repeats))
         what = f"{kind_of(weights)} scaled to {wanted.name}, whose scales take the scales {steps}"
         logger.info("projector %s: %s", where, what)
-    elif wanted.name not in kind_of(weights).split(" or "):
+    elif wanted.name != kind_of(weights).split(" or ")[0]:
         logger.info("projector %s: %s serves as %s unchanged", where, kind_of(weights), wanted.name)
     return scaled
 
