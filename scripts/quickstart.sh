@@ -10,8 +10,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec </dev/null
 
-export SEED=${SEED:-1}
-case "$SEED" in ''|*[!0-9]*) echo "quickstart: SEED must be a whole number, got '$SEED'" >&2; exit 2 ;; esac
+source scripts/steps.sh
+check_seed
 fresh=0
 case "${1:-}" in
     "") ;;
@@ -32,36 +32,7 @@ work="$report/seed$SEED"
 mkdir -p "$work"
 
 started=$SECONDS
-# step NAME INPUT PRODUCT COMMAND...: a finished step leaves a mark that holds the seconds it took, and is passed over
-# later unless INPUT is newer than that mark; then its PRODUCT is made anew. An interrupted step goes on where it was.
-step() {
-    local name=$1 input=$2 product=$3 begun=$SECONDS mark="$work/$1.done"
-    shift 3
-    if [ -e "$mark" ] && [ -e "$product" ] && ! [ "$input" -nt "$mark" ]; then
-        echo "[$((SECONDS - started)) s] $name: done before, in $(cat "$mark") s"
-        return
-    fi
-    [ ! -e "$mark" ] || rm -rf "$mark" "$product"
-    echo "[$((SECONDS - started)) s] $name ..."
-    "$@" || { local code=$?; echo "quickstart: $name failed (exit code $code); mend it and run this again: it goes on here (--fresh starts over)" >&2; exit "$code"; }
-    echo "$((SECONDS - begun))" >"$mark"
-    echo "[$((SECONDS - started)) s] $name took $((SECONDS - begun)) s"
-}
-
-if [ -n "${LLAVA_SV_NO_VENV:-}" ]; then
-    bash scripts/setup.sh --no-venv
-    export PYTHON=${PYTHON:-$(command -v python3 || command -v python)}
-else
-    bash scripts/setup.sh
-    export PATH="$PWD/.venv/bin:$PATH" PYTHON="$PWD/.venv/bin/python"
-fi
-echo "[$((SECONDS - started)) s] environment ready"
-
-cores=$(nproc 2>/dev/null || echo 2)
-threads=${OMP_NUM_THREADS:-1}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores < 8 ? cores : 8))}
-export TOKENIZERS_PARALLELISM=false
-llava_sv() { "$PYTHON" -m llava_sv.cli "$@"; }
+prepare_environment
 
 step data "" "$data" \
     llava_sv data toy --output "$data" --seed "$SEED" --fine-train 0 --fine-bench 0 ${TOY_TRAIN:+--train "$TOY_TRAIN"} ${TOY_BENCH:+--bench "$TOY_BENCH"}
@@ -72,8 +43,7 @@ step pretrain "$data/pretrain.json" "$pretrained" \
 step sft-dense "$ADAPTER" "$dense" env DATA="$data/sft.json" OUTPUT="$dense" bash scripts/v1_5/finetune.sh
 step sft-skip "$ADAPTER" "$skip" env DATA="$data/sft.json" OUTPUT="$skip" bash scripts/v1_5/finetune_skip.sh
 
-# Models this small answer fastest on one core.
-export OMP_NUM_THREADS=$threads
+export OMP_NUM_THREADS=$threads_for_answers
 evaluate() { llava_sv eval --task toy --data-path "$data" --model-path "$1" --json "$work/$2.json" "${@:3}"; }
 step eval-dense "$dense/config.json" "$work/dense.json" evaluate "$dense" dense
 step eval-skip "$skip/config.json" "$work/skip.json" evaluate "$skip" skip

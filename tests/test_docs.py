@@ -17,7 +17,8 @@ from llava_sv import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
-MADE_BY_RUNNING = ("checkpoints/", "playground/data", "playground/quickstart", ".venv")
+MADE_BY_RUNNING = ("checkpoints/", "playground/data", "playground/quickstart", "playground/families", ".venv")
+TRAINING_SCRIPT = re.compile(r"scripts/(v1_5|v1_5_hd|cos)/\w+\.sh")
 
 
 def shell_lines(page: Path) -> list[str]:
@@ -56,10 +57,11 @@ def test_command_exists_and_takes_its_flags(page, line):
     if words[0] == "bash":
         script = ROOT / words[1]
         assert script.is_file(), f"{page} runs {words[1]}"
-        read = script.read_text() + (ROOT / "scripts/common.sh").read_text()
+        shared = ("common.sh", "steps.sh")
+        read = script.read_text() + "".join((ROOT / "scripts" / name).read_text() for name in shared)
         for variable in variables:
             assert re.search(rf"\b{variable}\b", read), f"{page}: {words[1]} does not read {variable}"
-        if "v1_5" in words[1]:
+        if TRAINING_SCRIPT.fullmatch(words[1]):
             return  # further flags are training's own; the dry run below parses them
         for flag in (word for word in words[2:] if word.startswith("--")):
             assert flag in read, f"{page}: {words[1]} does not know {flag}"
@@ -75,7 +77,7 @@ def test_command_exists_and_takes_its_flags(page, line):
         assert words[0] in (".", "cd", "git"), f"{page}: do not know how to check {line!r}"
 
 
-TRAINING = [line for _, line in COMMANDS if "scripts/v1_5/" in line]
+TRAINING = [line for _, line in COMMANDS if TRAINING_SCRIPT.search(line)]
 
 
 @pytest.mark.parametrize("line", TRAINING)
