@@ -75,35 +75,30 @@ def split_parameters(model: Any, decay: set[str], args: Any) -> list[dict[str, A
     Each has a `name`. With `--mm_vision_tower_lr_decay` below 1 the vision tower has a group for each depth d up to the
     selected block D, at the tower's rate times decay^(D - d).
     """
-    groups: dict[tuple[str, bool], dict[str, Any]] = {}
-    order = ("language model", "projector", "vision tower")
+    groups: dict[tuple[int, int, bool], dict[str, Any]] = {}
     tower = model.get_vision_tower()
     depths = {} if tower is None else {id(p): depth for p, depth in tower.used_parameters().values()}
     for name, value in model.named_parameters():
         if not value.requires_grad:
             continue
-        part, rate = "language model", None
+        part, place, rate, depth = "language model", 0, None, 0
         if f"{checkpoint.PROJECTOR}." in name:
-            part, rate = "projector", args.mm_projector_lr
+            part, place, rate = "projector", 1, args.mm_projector_lr
         elif id(value) in depths:
-            part, rate = _tower_group(depths[id(value)], tower.num_blocks, args)
+            part, place, rate = "vision tower", 2, args.mm_vision_tower_lr
+            if args.mm_vision_tower_lr_decay != 1:
+                depth = depths[id(value)]
+                part += f", block {depth - 1}" if depth else ", embedding"
+                rate = args.learning_rate if rate is None else rate
+                rate *= args.mm_vision_tower_lr_decay ** (tower.num_blocks - depth)
         decays = name in decay
-        if (part, decays) not in groups:
-            own = {} if rate is None else {"lr": rate}
+        key = (place, depth, not decays)
+        if key not in groups:
             label = part if decays else f"{part}, no weight decay"
-            weight_decay = args.weight_decay if decays else 0.0
-            groups[part, decays] = {"params": [], "weight_decay": weight_decay, "name": label, **own}
-        groups[part, decays]["params"].append(value)
-    return [groups[key] for key in sorted(groups, key=lambda key: (order.index(key[0].split(",")[0]), not key[1]))]
-
-
-def _tower_group(depth: int, num_blocks: int, args: Any) -> tuple[str, float | None]:
-    """(group, learning rate) of a vision tower's parameter; depth 0 is the embedding, `num_blocks` the last block."""
-    rate, share = args.mm_vision_tower_lr, args.mm_vision_tower_lr_decay
-    if share == 1:
-        return "vision tower", rate
-    place = f"block {depth - 1}" if depth else "embedding"
-    return f"vision tower, {place}", (args.learning_rate if rate is None else rate) * share ** (num_blocks - depth)
+            groups[key] = {"params": [], "weight_decay": args.weight_decay if decays else 0.0, "name": label}
+            groups[key] |= {} if rate is None else {"lr": rate}
+        groups[key]["params"].append(value)
+    return [groups[key] for key in sorted(groups)]
 
 
 class LLaVATrainer(Trainer):
