@@ -17,7 +17,7 @@ from llava_sv.data.image_policy import POLICIES
 from llava_sv.errors import UserError
 from llava_sv.mm_utils import HD_ASPECT_RATIOS
 from llava_sv.model.config import SkipVisionConfig
-from llava_sv.model.multimodal_encoder.clip_encoder import FEATURES
+from llava_sv.model.multimodal_encoder.vision_tower import FEATURES
 
 
 def _flag(default, text: str):
@@ -75,7 +75,9 @@ class ModelArguments:
         None, "Skip-Vision: skipped tokens after merging, Ns [156; HD: overview; CoS: a quarter]."
     )
     sv_merge: bool | None = _flag(None, "Skip-Vision: merge what is not retained down to Ns [True].")
-    sv_selection: str | None = _flag(None, "Skip-Vision: cls_similarity or cls_attention [cls_similarity].")
+    sv_selection: str | None = _flag(
+        None, "Skip-Vision: cls_similarity, cls_attention (CLIP), pool_attention (SigLIP), distinctiveness [the first]."
+    )
     sv_former_summary: bool | None = _flag(None, "Skip-Vision: summary token of the retained tokens [True].")
     sv_latter_summary: bool | None = _flag(None, "Skip-Vision: summary token of the skipped tokens [True].")
     sv_summary_norm: str | None = _flag(None, "Skip-Vision: none, or layernorm before the summary scores [none].")

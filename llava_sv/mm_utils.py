@@ -102,13 +102,13 @@ def _pixels(image: Image.Image, image_processor: Any) -> Tensor:
     return image_processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
-def _side(image_processor: Any) -> int:
-    """Pixels a side of the encoder's square input."""
-    return image_processor.crop_size["height"]
+def image_side(image_processor: Any) -> int:
+    """Pixels a side of the encoder's square input: what CLIP's processor crops to, or SigLIP's resizes to."""
+    return (getattr(image_processor, "crop_size", None) or image_processor.size)["height"]
 
 
 def _squashed(image: Image.Image, image_processor: Any, size: tuple[int, int] | None = None) -> Image.Image:
-    side = _side(image_processor)
+    side = image_side(image_processor)
     return image.resize(size or (side, side), Image.Resampling(image_processor.resample))
 
 
@@ -121,8 +121,8 @@ def _square(image: Image.Image, image_processor: Any) -> Image.Image:
 
 
 ASPECT_RATIOS: dict[str, Callable[[Image.Image, Any], Image.Image]] = {"pad": _pad, "square": _square}
-"""`image_aspect_ratio` -> (picture, processor) -> the picture that the processor gets. `pad` grows a picture to a square;
-`square` leaves it to the processor's own resize and centre crop."""
+"""`image_aspect_ratio` -> (picture, processor) -> the picture that the processor gets. `pad` grows a picture to a
+square; `square` leaves it to the processor, which crops its middle (CLIP's) or stretches it (SigLIP's)."""
 
 
 def one_view(image: Image.Image, image_processor: Any, model_cfg: Any) -> Tensor:
@@ -131,14 +131,14 @@ def one_view(image: Image.Image, image_processor: Any, model_cfg: Any) -> Tensor
 
 
 def _letterboxed_views(image: Image.Image, image_processor: Any, model_cfg: Any) -> list[Image.Image]:
-    tile, grid = _side(image_processor), _hd_grid(image, image_processor, model_cfg)
+    tile, grid = image_side(image_processor), _hd_grid(image, image_processor, model_cfg)
     canvas = (grid[0] * tile, grid[1] * tile)
     fitted = fit(image, canvas, mean_color(image_processor), image_processor.resample) if num_tiles(grid) else image
     return [_pad(image, image_processor), *(cut(fitted, tile) if num_tiles(grid) else ())]
 
 
 def _resized_views(image: Image.Image, image_processor: Any, model_cfg: Any) -> list[Image.Image]:
-    tile, grid = _side(image_processor), _hd_grid(image, image_processor, model_cfg)
+    tile, grid = image_side(image_processor), _hd_grid(image, image_processor, model_cfg)
     overview = _squashed(image, image_processor)
     if not num_tiles(grid):
         return [overview]
@@ -146,7 +146,7 @@ def _resized_views(image: Image.Image, image_processor: Any, model_cfg: Any) -> 
 
 
 def _anyres_views(image: Image.Image, image_processor: Any, model_cfg: Any) -> list[Image.Image]:
-    tile = _side(image_processor)
+    tile = image_side(image_processor)
     resolution = choose_resolution(
         image.size, getattr(model_cfg, "image_grid_pinpoints", None) or default_pinpoints(tile)
     )
@@ -157,7 +157,7 @@ def _anyres_views(image: Image.Image, image_processor: Any, model_cfg: Any) -> l
 def _hd_grid(image: Image.Image, image_processor: Any, model_cfg: Any) -> tuple[int, int]:
     fixed = getattr(model_cfg, "hd_fixed_grid", None)
     most = model_cfg.hd_max_tiles
-    return choose_grid(image.size, _side(image_processor), most, parse_grid(fixed, most) if fixed else None)
+    return choose_grid(image.size, image_side(image_processor), most, parse_grid(fixed, most) if fixed else None)
 
 
 HD_ASPECT_RATIOS: dict[str, Callable[[Image.Image, Any, Any], list[Image.Image]]] = {
@@ -165,8 +165,8 @@ HD_ASPECT_RATIOS: dict[str, Callable[[Image.Image, Any, Any], list[Image.Image]]
     "square": _resized_views,
     "anyres": _anyres_views,
 }
-"""LLaVA-HD: `image_aspect_ratio` -> (picture, processor, model config) -> overview and tiles. `pad` fits the picture into
-overview and grid, `square` stretches it to them, `anyres` is LLaVA-NeXT's way."""
+"""LLaVA-HD: `image_aspect_ratio` -> (picture, processor, model config) -> overview and tiles. `pad` fits the picture
+into overview and grid, `square` stretches it to them, `anyres` is LLaVA-NeXT's way."""
 
 
 def overview_and_tiles(image: Image.Image, image_processor: Any, model_cfg: Any) -> Tensor:
@@ -199,14 +199,15 @@ def check_aspect_ratio(family: str, name: str | None) -> None:
 
 
 def process_images(images: Sequence[Image.Image], image_processor: Any, model_cfg: Any) -> Tensor | list[Tensor]:
-    """Pixels of RGB pictures: [V, 3, H, W] where each is one view, else a list, an image's views being [views, 3, H, W].
+    """Pixels of RGB pictures: [V, 3, H, W] where each is one view of one size, else a list, an image's views being
+    [views, 3, H, W].
 
     model_cfg: whatever has `image_aspect_ratio` (none or empty means `square`), and for tiling families the fields of
     `LlavaConfig` (`mm_family`, `hd_max_tiles`, ...). Raises `UserError` for an unknown `image_aspect_ratio`.
     """
     views = VIEWS[getattr(model_cfg, "mm_family", "llava")]
     pixels = [views(image, image_processor, model_cfg) for image in images]
-    if pixels and all(pixel.dim() == 3 for pixel in pixels):
+    if pixels and all(pixel.dim() == 3 and pixel.shape == pixels[0].shape for pixel in pixels):
         return torch.stack(pixels)
     return pixels
 
@@ -237,19 +238,43 @@ def clip_image_processor_class() -> type:
     return CLIPImageProcessorPil
 
 
-def load_image_processor(path: str, image_size: int | None = None) -> Any:
-    """The image processor saved at `path` (a folder or a Hugging Face id). Raises `UserError` where there is none.
+def siglip_image_processor_class() -> type:
+    """SigLIP's, likewise on PIL images."""
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    `image_size` (`mm_vision_image_size`) replaces the size that it makes pictures of.
+    return SiglipImageProcessorPil
+
+
+IMAGE_PROCESSORS: dict[str, Callable[[], type]] = {
+    "CLIPImageProcessor": clip_image_processor_class,
+    "SiglipImageProcessor": siglip_image_processor_class,
+}
+"""`image_processor_type` of a preprocessor_config.json -> the class that makes the pixels."""
+
+
+def load_image_processor(path: str, image_size: int | None = None) -> Any:
+    """The image processor saved at `path` (a folder or a Hugging Face id): CLIP's where it does not say which.
+
+    `image_size` (`mm_vision_image_size`) replaces the size that it makes pictures of. Raises `UserError` where there is
+    none, or one of another kind.
     """
-    sizes = {}
-    if image_size is not None:
-        sizes = {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
+    reader: Any = clip_image_processor_class()
     try:
-        return clip_image_processor_class().from_pretrained(path, **sizes)  # type: ignore[attr-defined]
+        values, _ = reader.get_image_processor_dict(path)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: cannot read the image processor, preprocessor_config.json ({reason})") from error
+    said = values.get("image_processor_type") or "CLIPImageProcessor"
+    kind = said.removesuffix("Fast").removesuffix("Pil")
+    if kind not in IMAGE_PROCESSORS:
+        known = ", ".join(IMAGE_PROCESSORS)
+        raise UserError(f"{path}: preprocessor_config.json names image_processor_type {said!r}; known: {known}")
+    made: Any = IMAGE_PROCESSORS[kind]()
+    if image_size is not None:
+        square = {"height": image_size, "width": image_size}
+        cropped = kind == "CLIPImageProcessor"
+        values |= {"size": {"shortest_edge": image_size}, "crop_size": square} if cropped else {"size": square}
+    return made.from_dict(values)
 
 
 def get_model_name_from_path(model_path: str) -> str:

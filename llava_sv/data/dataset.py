@@ -17,7 +17,7 @@ from llava_sv.data.image_policy import ImageReader
 from llava_sv.data.index import Records
 from llava_sv.data.preprocess import check_tokenizer, preprocess
 from llava_sv.errors import UserError
-from llava_sv.mm_utils import ImageError, mean_color, process_images
+from llava_sv.mm_utils import ImageError, image_side, mean_color, process_images
 
 MAX_SKIPS = 100
 """Records in a row whose pictures cannot be read before `skip` gives up."""
@@ -178,4 +178,5 @@ def _blank_of(image_processor: Any) -> tuple[tuple[int, int], tuple[int, int, in
     """(width, height) and colour of the picture that stands in for one that cannot be read."""
     if image_processor is None:
         return (1, 1), (0, 0, 0)
-    return (image_processor.crop_size["width"], image_processor.crop_size["height"]), mean_color(image_processor)
+    side = image_side(image_processor)
+    return (side, side), mean_color(image_processor)

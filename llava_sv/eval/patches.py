@@ -18,7 +18,7 @@ from llava_sv.files import replacing
 from llava_sv.generation import Assistant
 from llava_sv.mm_utils import process_images
 from llava_sv.model.compression.merge import plan_merge
-from llava_sv.model.compression.select import gather_tokens, get_selector, split_by_score
+from llava_sv.model.compression.select import gather_tokens, get_selector, split_by_score, wants_of
 
 COLOURS = {"retained": "#2ca02c", "kept": "#ff7f0e", "merged": "#7f7f7f"}
 """Of the frames: retained; skipped and kept; skipped and merged into a kept one."""
@@ -47,7 +47,7 @@ def patch_plan(assistant: Assistant, image: Image.Image) -> PatchPlan:
         raise UserError("the picture of patches needs a skipping checkpoint of the family 'llava'")
     pixels = process_images([image], assistant.image_processor, config)[0]
     tower = assistant.model.get_vision_tower()
-    features = tower(pixels.unsqueeze(0), with_cls_attention=skip.selection == "cls_attention")
+    features = tower(pixels.unsqueeze(0), **wants_of(skip.selection))
     retained, rest = split_by_score(get_selector(skip.selection)(features), skip.num_retained)
     rest_list = rest[0].tolist()
     kept, merged_into = rest_list, {}

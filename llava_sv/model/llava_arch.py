@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from llava_sv.constants import IMAGE_TOKEN_INDEX
+from llava_sv.model.compression.select import wants_of
 from llava_sv.model.config import LlavaFields
 from llava_sv.model.multimodal_encoder.builder import build_vision_tower
-from llava_sv.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava_sv.model.multimodal_encoder.vision_tower import VisionTower
 from llava_sv.model.multimodal_projector.builder import build_vision_projector
 from llava_sv.model.splice import SplicedBatch, labels_after_cut, splice
+from llava_sv.model.token_counts import selects
 from llava_sv.model.token_groups import TokenGroups
 
 Images = Tensor | list[Tensor] | None
@@ -34,11 +36,11 @@ class LlavaMetaModel:
         if config.mm_hidden_size is not None:
             self.mm_projector = build_vision_projector(config)
 
-    def get_vision_tower(self) -> CLIPVisionTower | None:
+    def get_vision_tower(self) -> VisionTower | None:
         """The encoder, or None before one is attached."""
         return getattr(self, "vision_tower", None)
 
-    def attach_vision_tower(self, tower: CLIPVisionTower) -> None:
+    def attach_vision_tower(self, tower: VisionTower) -> None:
         """Take over a loaded encoder, frozen; the config then describes it, and checkpoints hold its weights."""
         tower.requires_grad_(False)
         self.vision_tower = tower
@@ -55,7 +57,7 @@ class LlavaMetaForCausalLM:
         """The decoder (`model.model`), which holds encoder and projector."""
         return self.model  # type: ignore[attr-defined]
 
-    def get_vision_tower(self) -> CLIPVisionTower | None:
+    def get_vision_tower(self) -> VisionTower | None:
         """The encoder, or None."""
         return self.get_model().get_vision_tower()
 
@@ -69,9 +71,8 @@ class LlavaMetaForCausalLM:
         views = [image if image.dim() == 4 else image.unsqueeze(0) for image in ([] if images is None else images)]
         if not views:
             return []
-        skip = self.config.skip_vision
         pixels = torch.cat([view.to(tower.device, tower.dtype) for view in views])
-        features = tower(pixels, with_cls_attention=skip is not None and skip.selection == "cls_attention")
+        features = tower(pixels, **(wants_of(self.config.skip_vision.selection) if selects(self.config) else {}))
         projector = self.get_model().mm_projector
         features = features.to(next(iter(projector.parameters()), pixels).device)  # layers may be spread over devices
         return projector(features, [view.shape[0] for view in views], image_sizes)

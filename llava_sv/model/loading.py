@@ -18,12 +18,16 @@ from llava_sv.model.compression.select import get_selector
 from llava_sv.model.config import LlavaFields
 from llava_sv.model.language_model.causal_lm import LlavaCausalLM
 from llava_sv.model.language_model.decoders import BY_MODEL_TYPE, model_class
-from llava_sv.model.multimodal_encoder.builder import load_vision_tower, read_vision_config
-from llava_sv.model.multimodal_encoder.clip_encoder import check_selected_state
+from llava_sv.model.multimodal_encoder.builder import (
+    check_selected_state,
+    check_selection,
+    load_vision_tower,
+    read_vision_config,
+)
 from llava_sv.model.multimodal_projector.builder import check_projector_type
 from llava_sv.model.multimodal_projector.families import get_grouping
 from llava_sv.model.splice import PADDING_SIDES
-from llava_sv.model.token_counts import check_counts
+from llava_sv.model.token_counts import check_counts, selects
 
 
 def read_config(model_path: str) -> LlavaFields:
@@ -67,12 +71,7 @@ def check_config(config: LlavaFields, vision_config: dict[str, Any]) -> None:
     """What a config must hold to before a model is built of it; raises `UserError`."""
     get_grouping(config.mm_family)
     check_projector_type(config)
-    check_selected_state(
-        vision_config,
-        config.mm_vision_select_layer,
-        config.mm_vision_select_feature,
-        config.mm_vision_feature_levels,
-    )
+    check_selected_state(config, vision_config)
     check_aspect_ratio(config.mm_family, config.image_aspect_ratio)
     if config.tokenizer_padding_side not in PADDING_SIDES:
         known = ", ".join(PADDING_SIDES)
@@ -82,6 +81,8 @@ def check_config(config: LlavaFields, vision_config: dict[str, Any]) -> None:
     if skip is None:
         return
     get_selector(skip.selection)
+    if selects(described_by(config, vision_config)):
+        check_selection(skip.selection, vision_config)
     skip.layers_that_skip(config.num_hidden_layers)
     if config.mm_vision_select_feature != "patch":
         raise UserError("skip_vision works on patches: set mm_vision_select_feature to 'patch'")

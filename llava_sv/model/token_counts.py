@@ -145,6 +145,14 @@ def with_family_budget(config: Any, skip_vision: dict[str, Any]) -> dict[str, An
     return {**budget, **skip_vision}
 
 
+def selects(config: Any) -> bool:
+    """Whether retained tokens are chosen among an encoder's patches, by `skip_vision.selection`."""
+    skip = config.skip_vision
+    if skip is None or config.mm_family == "cos":
+        return False
+    return config.mm_family != "llava_hd" or skip.num_retained < config.num_patches
+
+
 def check_counts(config: Any) -> None:
     """`UserError` for a token budget or a grid that the family cannot give. `config.vision_config` must be set."""
     skip, family = config.skip_vision, config.mm_family

@@ -86,7 +86,7 @@ def read_config(model: Path) -> dict:
 
 
 def is_llava(model: Path) -> bool:
-    """Whether the model in this folder is a whole LLaVA already (over whichever decoder), and no bare language model."""
+    """Whether the model in this folder is a whole LLaVA already, over whichever decoder, and no bare one."""
     config = read_config(model)
     return str(config.get("model_type")).startswith("llava") and "mm_vision_tower" in config
 

@@ -1,6 +1,6 @@
 """Which patches stay whole: encoder features in, indices of retained and other patches out. Called by the projector.
 
-V views, N patches, E encoder width. Scores need the CLS row only; no N x N map is made.
+V views, N patches, E encoder width. Scores need one row of attention or one sum; no N x N map is made.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from llava_sv.errors import UserError
 
 @dataclass
 class VisionFeatures:
-    """What the encoder hands on. patches: [V, N, E] (N + 1 with `cls_patch`); cls: [V, E] or None;
-    cls_attention: [V, N] attention of CLS to each patch, summed over heads, or None where no selector asked for it;
-    levels: [V, N, E] of each of `mm_vision_feature_levels`, the last being `patches`, or None where none are asked for."""
+    """What the encoder hands on. patches: [V, N, E] (N + 1 with `cls_patch`); cls: [V, E], None without a CLS token;
+    cls_attention, pool_attention: [V, N] attention of CLS or of the pooling head to each patch, summed over heads, None
+    where no selector asked for it; levels: [V, N, E] of each of `mm_vision_feature_levels`, the last being `patches`,
+    or None where none are asked for."""
 
     patches: Tensor
     cls: Tensor | None = None
     cls_attention: Tensor | None = None
+    pool_attention: Tensor | None = None
     levels: list[Tensor] | None = None
 
     def to(self, device: torch.device) -> VisionFeatures:
@@ -35,9 +37,13 @@ class VisionFeatures:
         return self._map(lambda part: part[index])
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> VisionFeatures:
-        parts = (None if part is None else change(part) for part in (self.patches, self.cls, self.cls_attention))
+        def of(part: Tensor | None) -> Tensor | None:
+            return None if part is None else change(part)
+
         levels = None if self.levels is None else [change(level) for level in self.levels]
-        return VisionFeatures(*parts, levels=levels)  # type: ignore[arg-type]
+        return VisionFeatures(
+            change(self.patches), of(self.cls), of(self.cls_attention), of(self.pool_attention), levels
+        )
 
 
 def cls_similarity(features: VisionFeatures) -> Tensor:
@@ -54,10 +60,38 @@ def cls_attention(features: VisionFeatures) -> Tensor:
     return features.cls_attention.float()
 
 
+def pool_attention(features: VisionFeatures) -> Tensor:
+    """Attention of the pooling head's probe to each patch, summed over heads, [V, N] float32."""
+    if features.pool_attention is None:
+        raise ValueError("selection 'pool_attention' needs the encoder's pooling head, and this encoder gave none")
+    return features.pool_attention.float()
+
+
+def distinctiveness(features: VisionFeatures) -> Tensor:
+    """Minus each patch's average cosine to the others, [V, N] float32: those unlike the rest are retained.
+
+    The cosines of a patch to all add up to its dot product with the sum of unit vectors.
+    """
+    unit_VNE = F.normalize(features.patches.float(), dim=-1)
+    to_all = (unit_VNE * unit_VNE.sum(dim=1, keepdim=True)).sum(dim=-1)
+    to_itself = unit_VNE.square().sum(dim=-1)
+    return (to_itself - to_all) / max(unit_VNE.shape[1] - 1, 1)
+
+
 SELECTORS: dict[str, Callable[[VisionFeatures], Tensor]] = {
     "cls_similarity": cls_similarity,
     "cls_attention": cls_attention,
+    "pool_attention": pool_attention,
+    "distinctiveness": distinctiveness,
 }
+
+NEEDS: dict[str, str] = {"cls_similarity": "CLS token", "cls_attention": "CLS token", "pool_attention": "pooling head"}
+"""What a selection reads of the encoder beside its patches; those that are not here work with every encoder."""
+
+
+def wants_of(selection: str) -> dict[str, bool]:
+    """What to ask of the encoder's forward for this selection."""
+    return {"with_cls_attention": selection == "cls_attention", "with_pool_attention": selection == "pool_attention"}
 
 
 def get_selector(name: str) -> Callable[[VisionFeatures], Tensor]:

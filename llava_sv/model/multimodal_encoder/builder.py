@@ -8,20 +8,48 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, CLIPVisionModel
+from transformers import AutoConfig
 
 from llava_sv.errors import UserError
 from llava_sv.model.checkpoint_io import load_strictly
+from llava_sv.model.compression.select import NEEDS, SELECTORS
 from llava_sv.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava_sv.model.multimodal_encoder.siglip_encoder import SiglipVisionTower
+from llava_sv.model.multimodal_encoder.vision_tower import VisionTower
 
-VISION_TOWERS: dict[str, type[CLIPVisionTower]] = {"clip_vision_model": CLIPVisionTower}
+VISION_TOWERS: dict[str, type[VisionTower]] = {
+    "clip_vision_model": CLIPVisionTower,
+    "siglip_vision_model": SiglipVisionTower,
+}
+"""`model_type` of a vision config -> encoder. SigLIP 2's checkpoints of fixed size are `siglip_vision_model` too."""
+
+NAFLEX = "siglip2_vision_model"
 
 
-def build_vision_tower(config: Any) -> CLIPVisionTower:
+def build_vision_tower(config: Any) -> VisionTower:
     """An encoder as `config.vision_config` describes it, its weights to be loaded with the checkpoint."""
     tower = _tower_class(config.vision_config["model_type"], config.mm_vision_tower)
     attn = getattr(config, "_attn_implementation", None)
     return tower.from_config(config.vision_config, attn, *_selected(config))
+
+
+def check_selected_state(config: Any, vision_config: dict[str, Any]) -> None:
+    """`UserError` for a hidden state or feature that the encoder of this `vision_config` does not have."""
+    _tower_class(vision_config["model_type"], config.mm_vision_tower).check_selected_state(
+        vision_config, *_selected(config)
+    )
+
+
+def check_selection(selection: str, vision_config: dict[str, Any]) -> None:
+    """`UserError` for a selection that needs what the encoder of this `vision_config` does not give."""
+    kind = vision_config["model_type"]
+    provided = _tower_class(kind, None).provides(vision_config)
+    if selection in NEEDS and NEEDS[selection] not in provided:
+        usable = [name for name in SELECTORS if NEEDS.get(name) in (None, *provided)]
+        raise UserError(
+            f"skip_vision.selection: {selection!r} needs a {NEEDS[selection]}, which this encoder ({kind}) lacks; "
+            f"with it work: {', '.join(usable)}"
+        )
 
 
 def _selected(config: Any) -> tuple[int, str, list[int] | None]:
@@ -29,7 +57,7 @@ def _selected(config: Any) -> tuple[int, str, list[int] | None]:
 
 
 def read_vision_config(path: str | None, image_size: int | None = None) -> Any:
-    """The vision config of the CLIP checkpoint at `path` (vision part or whole); `UserError` where there is none.
+    """The vision config of the encoder's checkpoint at `path` (vision part or whole); `UserError` where there is none.
 
     `image_size` (`mm_vision_image_size`) replaces the encoder's own; it must be a multiple of the patch.
     """
@@ -41,28 +69,30 @@ def read_vision_config(path: str | None, image_size: int | None = None) -> Any:
         raise UserError(f"vision tower {path}: cannot read its config.json ({str(error).splitlines()[0]})") from error
     vision = getattr(source, "vision_config", source)
     _tower_class(vision.model_type, path)
-    if image_size is not None:
+    if image_size is not None and image_size != vision.image_size:
         if image_size < vision.patch_size or image_size % vision.patch_size:
             raise UserError(
-                f"mm_vision_image_size: {image_size} pixels are no multiple of the encoder's patch of {vision.patch_size}; "
-                f"its own size is {vision.image_size}"
+                f"mm_vision_image_size: {image_size} pixels are no multiple of the encoder's patch of "
+                f"{vision.patch_size}; its own size is {vision.image_size}"
             )
         vision.image_size = image_size
     return vision
 
 
-def load_vision_tower(path: str, config: Any, dtype: Any = None) -> CLIPVisionTower:
-    """An encoder with its own pretrained weights, from the CLIP checkpoint (vision part or whole) at `path`.
+def load_vision_tower(path: str, config: Any, dtype: Any = None) -> VisionTower:
+    """An encoder with its own pretrained weights, from the checkpoint (vision part or whole) at `path`.
 
     Its positions are interpolated where `config.mm_vision_image_size` is not the size it was trained at.
     """
     wanted = read_vision_config(path, config.mm_vision_image_size)
+    kind = _tower_class(wanted.model_type, path)
     attn = getattr(config, "_attn_implementation", None)
-    other_half = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
-    model = load_strictly(CLIPVisionModel, path, unused_weights=other_half, dtype=dtype, attn_implementation=attn)
+    model = load_strictly(
+        kind.model_class, path, unused_weights=kind.other_weights, dtype=dtype, attn_implementation=attn
+    )
     if wanted.image_size != model.config.image_size:
         model = at_image_size(model, wanted.image_size)
-    return CLIPVisionTower(model, *_selected(config))
+    return kind(model, *_selected(config))
 
 
 POSITIONS = "embeddings.position_embedding.weight"
@@ -92,7 +122,12 @@ def interpolate_positions(positions: Tensor, old_side: int, new_side: int) -> Te
     return torch.cat([positions[:extra], grid])
 
 
-def _tower_class(model_type: str, where: str | None) -> type[CLIPVisionTower]:
+def _tower_class(model_type: str, where: str | None) -> type[VisionTower]:
+    if model_type == NAFLEX:
+        raise UserError(
+            f"vision tower {where}: it is SigLIP 2's NaFlex form, which takes pictures of any shape; use a SigLIP 2 "
+            "checkpoint of fixed size (google/siglip2-so400m-patch14-384, google/siglip2-base-patch16-224, ...)"
+        )
     if model_type not in VISION_TOWERS:
         raise UserError(f"vision tower {where}: unknown encoder type {model_type!r}; known: {', '.join(VISION_TOWERS)}")
     return VISION_TOWERS[model_type]
