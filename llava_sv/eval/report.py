@@ -37,12 +37,12 @@ class Sources:
     seed: int
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; `UserError` names a file that is absent or broken."""
+def read_json(path: Path, made_by: str = "bash scripts/quickstart.sh") -> dict[str, Any]:
+    """A JSON object; `UserError` names a file that is absent or broken, and the command that writes it."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"no such file: {path}; run bash scripts/quickstart.sh, which makes it") from error
+        raise UserError(f"no such file: {path}; run {made_by}, which makes it") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from error
 
