@@ -27,8 +27,8 @@ class SkipVisionConfig:
     skip_ffn: bool = True
     """Skipped tokens bypass the FFN (equations 4 and 5)."""
     num_retained: int = 100
-    """Nr: retained visual tokens an image. The recipes of LLaVA-HD (the overview) and CoS (all scales but the finest) set
-    their own default."""
+    """Nr: retained visual tokens an image. The recipes of LLaVA-HD (the overview) and CoS (all scales but the finest)
+    set their own default."""
     num_skipped: int | None = 156
     """Ns: skipped visual tokens an image after merging. Without `merge` it is not read: all the others are skipped."""
     merge: bool = True
@@ -158,7 +158,7 @@ class LlavaFields(Stock):
     vision_config: dict | None = None
     """The encoder's own config: present when its weights are part of this checkpoint."""
     mm_projector_type: str = "mlp2x_gelu"
-    """`linear`, `identity` or `mlp{k}x_gelu`; for CoS a preset (`cos_80`, `cos_80_448`, `cos_336`, `cos_1296`) or `cos`."""
+    """`linear`, `identity` or `mlp{k}x_gelu`; CoS: a preset (`cos_80`, `cos_80_448`, `cos_336`, `cos_1296`) or `cos`."""
     cos_windows: list[int] | None = None
     """Projector type `cos`: window size of each scale in cells of the encoder's grid, coarse to fine."""
     cos_queries: list[int] | None = None

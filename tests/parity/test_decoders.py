@@ -160,6 +160,22 @@ def test_a_window_that_nothing_outgrows_is_full_attention(kind, level):
 
 
 @pytest.mark.parametrize("kind", WINDOWED)
+def test_beams_under_a_wide_window_equal_full_attention_s(kind):
+    ids, mask, _, count = ragged_batch()
+    options = dict(attention_mask=mask, images=tiny_images(count), num_beams=3, max_new_tokens=STEPS, do_sample=False)
+    found = []
+    for window in (LONGEST + STEPS, None):
+        model = model_of(kind)
+        model.config.sliding_window = window
+        if window is None and getattr(model.config, "layer_types", None):
+            model.config.layer_types = ["full_attention"] * model.config.num_hidden_layers
+        found.append(type(model)(model.config).double().eval())
+        found[-1].load_state_dict(model.state_dict())
+    a, b = (model.generate(ids, skip_kv="skipped", **options).tolist() for model in found)
+    assert a == b
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
 def test_keys_leave_memory_under_a_wide_window_too(kind):
     model = model_of(kind, sliding_window=LONGEST + STEPS)
     ids, mask, _, count = ragged_batch()

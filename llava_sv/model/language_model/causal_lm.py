@@ -221,9 +221,10 @@ class LlavaCausalLM(LlavaMetaForCausalLM, Stock):
 
     def _cache_for(self, roles: Tensor, level: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The cache to give to transformers' `generate` where its own could not shrink; see `cache_to_shrink`."""
-        if kwargs.get("past_key_values") is not None or not drops_any(roles, level):
-            return {}
         settings = kwargs.get("generation_config") or self.generation_config
+        uses_cache = kwargs.get("use_cache", settings.use_cache) is not False
+        if not uses_cache or kwargs.get("past_key_values") is not None or not drops_any(roles, level):
+            return {}
         new, longest = (kwargs.get(name, getattr(settings, name, None)) for name in ("max_new_tokens", "max_length"))
         total = roles.shape[1] + new if new is not None else max(longest or 0, roles.shape[1] + 1)
         cache = cache_to_shrink(self.config, total, level)
