@@ -1,0 +1,96 @@
+"""scripts/ablation.sh: its dry run prints commands that training and evaluation can parse; mistakes end in one line."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from llava_sv.data import toy
+from llava_sv.eval.ablation_rows import FAMILIES
+from llava_sv.eval.cli import build_parser
+from llava_sv.train.flags import parse
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*words, **environment):
+    clean = {key: value for key, value in os.environ.items() if key in ("PATH", "HOME", "LANG", "PYTHONPATH", "PYTHON")}
+    return subprocess.run(
+        list(words), cwd=ROOT, env={**clean, **environment}, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def ablate(*further, **environment):
+    return run("bash", "scripts/ablation.sh", *further, **environment)
+
+
+def training_of(line):
+    """(model arguments, training arguments) of a printed line that trains."""
+    done = run("bash", "-c", f"DRY_RUN=1 {line}")
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.splitlines()
+    model, _, training = parse(words[words.index("llava_sv/train/train_mem.py") + 1 :])
+    return model, training
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_command_of_a_dry_run_can_be_parsed(family, tmp_path):
+    environment = {"FAMILY": family, "PRESET": "tiny", "SEEDS": "4", "OUTPUT": str(tmp_path / "out"), "DRY_RUN": "1"}
+    done = ablate("--row", "mine: skip_layers=2-3 kv=none", "--report_to", "none", MAX_STEPS="5", **environment)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "out").exists()
+    data, pretrain, *lines = done.stdout.splitlines()
+    assert toy.__name__.split(".")[-1] in shlex.split(data)
+    model, training = training_of(pretrain)
+    assert (model.tune_mm_mlp_adapter, training.seed, training.max_steps) == (True, 4, 5)
+    levels, blocks = [], []
+    for line in lines:
+        words = shlex.split(line)
+        if "eval" in words:
+            levels.append(build_parser().parse_args(words[words.index("eval") + 1 :]).skip_kv)
+            continue
+        model, training = training_of(line)
+        blocks.append(model.skip_vision())
+        assert (training.seed, training.max_steps, training.report_to) == (4, 5, [])
+        assert model.pretrain_mm_mlp_adapter == f"{tmp_path}/out/seed4/pretrain/mm_projector.bin"
+        assert model.mm_family == family
+    assert len(blocks) == 12, "11 of Table 6, and one of one's own"
+    assert [block for block in blocks if block is None] == [None], "one is dense"
+    assert blocks[1]["skip_ffn"] is False
+    assert blocks[1]["merge"] is True
+    assert blocks[-1]["skip_layers"] == "2-3"
+    assert len(levels) == (14 if family == "cos" else 13)
+    assert levels.count("skipped") == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"FAMILY": "pixtral"}, "FAMILY=pixtral: unknown family"),
+        ({"ROWS": "13"}, "unknown row '13'"),
+        ({"ROWS": ""}, "names no rows"),
+        ({"ROWS": "table7"}, "has none"),
+        ({"SEEDS": "one"}, "SEEDS: expected whole numbers"),
+        ({"PRESET": "huge", "TASK": "toy"}, "PRESET=huge: unknown preset"),
+        ({"BATCH": "33"}, "is no multiple of"),
+    ],
+)
+def test_mistakes_end_in_one_line_before_anything_runs(environment, message, tmp_path):
+    done = ablate(**{"FAMILY": "llava", "PRESET": "tiny", "OUTPUT": str(tmp_path / "out"), **environment})
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_shows_the_page():
+    done = ablate("--help")
+    assert done.returncode == 0
+    assert "PRESET=tiny FAMILY=llava bash scripts/ablation.sh" in done.stdout
+    assert "TOY_TRAIN" in done.stdout
+    assert "set -euo" not in done.stdout
