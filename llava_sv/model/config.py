@@ -158,7 +158,7 @@ class LlavaFields(Stock):
     vision_config: dict | None = None
     """The encoder's own config: present when its weights are part of this checkpoint."""
     mm_projector_type: str = "mlp2x_gelu"
-    """`linear`, `identity` or `mlp{k}x_gelu`; CoS: a preset (`cos_80`, `cos_80_448`, `cos_336`, `cos_1296`) or `cos`."""
+    """`linear`, `identity`, `mlp{k}x_gelu`; CoS: a preset (`cos_80`, `cos_80_448`, `cos_336`, `cos_1296`) or `cos`."""
     cos_windows: list[int] | None = None
     """Projector type `cos`: window size of each scale in cells of the encoder's grid, coarse to fine."""
     cos_queries: list[int] | None = None

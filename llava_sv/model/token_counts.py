@@ -166,7 +166,8 @@ def check_counts(config: Any) -> None:
         skip.skipped_of(config.num_patches)
     elif skip is not None and skip.num_retained > config.num_patches:
         raise UserError(
-            f"skip_vision: num_retained {skip.num_retained} is more than the overview's {config.num_patches} patches"
+            f"skip_vision: num_retained {skip.num_retained} is more than the {config.num_patches} patches of the "
+            "overview"
         )
     if skip is not None and skip.skip_kv == "fine+skipped":
         check_has_middle(config)
