@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from llava_sv.errors import UserError
-from llava_sv.model.checkpoint_io import load_strictly
+from llava_sv.model.checkpoint_io import gathered, load_strictly
 from llava_sv.model.compression.select import NEEDS, SELECTORS
 from llava_sv.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava_sv.model.multimodal_encoder.siglip_encoder import SiglipVisionTower
@@ -105,7 +105,8 @@ def at_image_size(model: Any, image_size: int) -> Any:
     """
     config = copy.deepcopy(model.config)
     config.image_size = image_size
-    weights = model.state_dict()
+    with gathered(list(model.parameters())):  # ZeRO-3 loads it partitioned; the new one is whole until training starts
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
     old_side, new_side = (c.image_size // c.patch_size for c in (model.config, config))
     weights[POSITIONS] = interpolate_positions(weights[POSITIONS], old_side, new_side)
     resized = type(model)(config).to(model.dtype)
