@@ -28,7 +28,8 @@ case "$name$script" in
     # 64 tokens of the overview and 64 of each of up to 4 tiles
     hd-finetune) : "${MAX_LENGTH:=1024}" ;;
     hd-finetune_skip) : "${NUM_RETAINED:=64}" "${NUM_SKIPPED:=64}" "${MAX_LENGTH:=768}" ;;
-    # 16 + 64 + 256 tokens at 128 pixels
+    # 16 + 64 + 256 tokens at 128 pixels; the encoder, trained apart, moves with care
+    cos-finetune*) : "${TOWER_LR:=1e-4}" "${TOWER_LR_DECAY:=0.8}" ;;&
     cos-finetune) : "${PROJECTOR:=cos_336}" "${IMAGE_SIZE:=128}" "${MAX_LENGTH:=1024}" ;;
     cos-finetune_skip) : "${PROJECTOR:=cos_336}" "${IMAGE_SIZE:=128}" "${NUM_RETAINED:=80}" "${NUM_SKIPPED:=64}" "${MAX_LENGTH:=768}" ;;
 esac
