@@ -10,11 +10,6 @@ from dataclasses import dataclass
 
 from llava_sv.bench.presets import EncoderSize, LlmSize
 
-RESAMPLER_WIDTH = 1024
-"""CoS: 16 heads of 64."""
-RESAMPLER_LEVELS = 2
-"""CoS: feature levels applied in sequence."""
-
 
 @dataclass(frozen=True)
 class Tokens:
@@ -28,6 +23,8 @@ class Tokens:
     summaries: int = 0
     merged_from: int = 0
     """Tokens that were merged down to `skipped`; 0 without merging."""
+    pooled: int = 0
+    """Tokens that the summaries pool."""
 
     @property
     def sequence(self) -> int:
@@ -41,35 +38,40 @@ class Tokens:
 
 
 def encoder_flops(encoder: EncoderSize, views: int = 1) -> dict[str, float]:
-    """Patch embedding, projections, attention and FFN of the blocks that run."""
-    rows, width = encoder.patches + 1, encoder.hidden_size
-    block = 8 * rows * width**2 + 4 * rows**2 * width + 4 * rows * width * encoder.intermediate_size
-    patches = 6 * encoder.patches * encoder.patch_size**2 * width
-    return {"encoder_patches": views * patches, "encoder_blocks": views * encoder.num_blocks * block}
+    """Patch embedding; projections and FFN of the blocks that run, and their attention."""
+    rows, width, runs = encoder.rows, encoder.hidden_size, views * encoder.num_blocks
+    return {
+        "encoder_patches": views * 6 * encoder.patches * encoder.patch_size**2 * width,
+        "encoder_blocks": runs * (8 * rows * width**2 + 4 * rows * width * encoder.intermediate_size),
+        "encoder_attention": runs * 4 * rows**2 * width,
+    }
 
 
 def mlp_projector_flops(tokens: int, width: int, llm_width: int, depth: int = 2) -> dict[str, float]:
-    """`depth` linear layers on each of `tokens` patches; none is the identity."""
+    """`depth` linear layers on each of `tokens` rows; none is the identity."""
     first = 2 * tokens * width * llm_width if depth else 0
     return {"projector_in": first, "projector_out": 2 * max(depth - 1, 0) * tokens * llm_width**2}
 
 
-def resampler_flops(encoder: EncoderSize, windows: tuple[tuple[int, int], ...], llm_width: int) -> dict[str, float]:
-    """CoS's resampler: per level and scale, windowed cross-attention and a 4x MLP; then one linear layer."""
-    width, inner = encoder.hidden_size, RESAMPLER_WIDTH
-    total = 0
-    for cells, queries in windows:
-        projections = 2 * queries * width * inner * 2 + 2 * encoder.patches * width * inner * 2
-        attention = 4 * queries * cells**2 * inner
-        total += RESAMPLER_LEVELS * (projections + attention + 16 * queries * width**2)
+def resampler_flops(
+    encoder: EncoderSize, windows: tuple[tuple[int, int], ...], levels: int, llm_width: int
+) -> dict[str, float]:
+    """CoS' resampler, E wide throughout: per level and scale, queries and outputs, keys and values, attention of each
+    query to its own window (of so many cells a side), and a 4x MLP; then one linear layer."""
+    width = encoder.hidden_size
     tokens = sum(queries for _, queries in windows)
-    return {"projector_in": total, "projector_out": 2 * tokens * width * llm_width}
+    attended = sum(queries * cells**2 for cells, queries in windows)
+    linear = 4 * (tokens + len(windows) * encoder.patches) * width**2 + 16 * tokens * width**2
+    return {
+        "resampler_linear": levels * linear,
+        "resampler_attention": levels * 4 * attended * width,
+        "projector_out": 2 * tokens * width * llm_width,
+    }
 
 
 def compression_flops(tokens: Tokens, llm_width: int) -> dict[str, float]:
-    """Pairwise similarities of the merge, and scores and pooling of the summaries (both summaries, or none)."""
-    pooled = (tokens.retained + tokens.skipped) if tokens.summaries else 0
-    return {"merge": 2 * tokens.merged_from**2 * llm_width, "summaries": 4 * pooled * llm_width}
+    """Pairwise similarities of the merge, and scores and pooling of the summaries."""
+    return {"merge": 2 * tokens.merged_from**2 * llm_width, "summaries": 4 * tokens.pooled * llm_width}
 
 
 def llm_flops(llm: LlmSize, tokens: Tokens, head_tokens: int, skipping_layers: int | None = None) -> dict[str, float]:
@@ -96,7 +98,8 @@ def train_factors(train_llm: bool = True, train_encoder: bool = False, recompute
     """What a training step costs of each part's forward: 1 forward, 1 for input gradients, 1 for weight gradients.
 
     Attention's backward is five products where its forward is two (flash kernels recompute the scores). A frozen
-    encoder runs forward only, and nothing before the projector needs an input gradient. The projector always trains.
+    encoder runs forward only, and an MLP's first layer then needs no input gradient (a resampler's layers do: norms
+    that train come before them). The projector always trains.
     `recompute`: activation checkpointing runs the decoder's layers forward once more.
     """
     again = 1.0 if recompute else 0.0
@@ -104,7 +107,10 @@ def train_factors(train_llm: bool = True, train_encoder: bool = False, recompute
     return {
         "encoder_patches": 2.0 if train_encoder else 1.0,
         "encoder_blocks": 3.0 if train_encoder else 1.0,
+        "encoder_attention": 3.5 if train_encoder else 1.0,
         "projector_in": 3.0 if train_encoder else 2.0,
+        "resampler_linear": 3.0,
+        "resampler_attention": 3.5,
         "projector_out": 3.0,
         "merge": 1.0,
         "summaries": 3.0,

@@ -1,4 +1,5 @@
-"""`llava-sv flops`: how much work a setting saves, as the paper counts it and exactly. Plain arithmetic, no torch.
+"""`llava-sv flops`: how much work a setting saves, as the paper counts it and exactly. Plain arithmetic; torch is
+imported for a checkpoint only.
 
 Sizes and token counts arrive; ratios (skipping over dense) and every term leave. Also called by the report and tests.
 """
@@ -6,6 +7,7 @@ Sizes and token counts arrive; ratios (skipping over dense) and every term leave
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -23,22 +25,19 @@ from llava_sv.bench.exact import (
 from llava_sv.bench.presets import (
     FAMILIES,
     LLMS,
-    EncoderSize,
+    Budget,
     LlmSize,
     Setting,
-    encoder_of,
     find_setting,
-    llm_of,
-    projector_depth_of,
     read_llm,
-    read_model_config,
 )
 from llava_sv.errors import UserError, exit_on_user_error
 from llava_sv.files import write_json
 
 EXAMPLE = """example:
   llava-sv flops --family llava --num-retained 100 --num-skipped 156 --text-tokens 200 --json flops.json
-  llava-sv flops --model-path checkpoints/llava-skip"""
+  llava-sv flops --model-path checkpoints/llava-skip
+  llava-sv flops --model-path checkpoints/llava-hd-skip --image-size 1024x768"""
 
 
 def paper_flops(n1: int, n2: int, hidden: int, ffn: int) -> int:
@@ -55,15 +54,15 @@ def paper_ratio(retained: int, skipped: int, dense: int, hidden: int = 4096, ffn
 
 
 def exact_flops(
-    llm: LlmSize, encoder: EncoderSize, setting: Setting, tokens: Tokens, head_tokens: int, skipping: int | None = None
+    llm: LlmSize, setting: Setting, tokens: Tokens, head_tokens: int, skipping: int | None = None
 ) -> dict[str, float]:
     """Every part of one sample's forward, in FLOPs, with the sums `llm` and `total`; `exact` says what is counted."""
+    encoder = setting.encoder
     if setting.windows:
-        projector = resampler_flops(encoder, setting.windows, llm.hidden_size)
+        projector = resampler_flops(encoder, setting.windows, setting.levels, llm.hidden_size)
     else:
-        projector = mlp_projector_flops(
-            setting.views * encoder.patches, encoder.hidden_size, llm.hidden_size, setting.projector_depth
-        )
+        rows = setting.views * (encoder.patches + int(setting.projects_cls))
+        projector = mlp_projector_flops(rows, encoder.hidden_size, llm.hidden_size, setting.projector_depth)
     return with_total(
         {
             **encoder_flops(encoder, setting.views),
@@ -88,39 +87,37 @@ class Question:
     preset: str | None
     setting: Setting
     llm: LlmSize
-    retained: int
-    skipped: int
-    summaries: int
-    merge: bool
+    budget: Budget
     text_tokens: int
     supervised_tokens: int
-    skipping_layers: int | None = None
-    """Decoder layers that skip; None: all of them."""
-    last_visual_ffn: bool = False
 
     @property
     def tokens(self) -> dict[str, Tokens]:
         """The sequence of one sample, dense and skipping."""
-        rest = self.setting.dense_tokens - self.retained
-        merged = rest if self.merge and self.skipped < rest else 0
-        last = int(self.last_visual_ffn)  # the last skipped token passes the FFN as a retained one does
-        return {
-            "dense": Tokens(self.text_tokens, self.setting.dense_tokens),
-            "skip": Tokens(self.text_tokens, self.retained + last, self.skipped - last, self.summaries, merged),
-        }
+        budget = self.budget
+        last = int(budget.last_visual_ffn)  # the last skipped token passes the FFN as a retained one does
+        retained, skipped = budget.retained + last, budget.skipped - last
+        skip = Tokens(self.text_tokens, retained, skipped, budget.summaries, budget.merged_from, budget.pooled)
+        return {"dense": Tokens(self.text_tokens, self.setting.dense_tokens), "skip": skip}
+
+    def forward(self, name: str, head_tokens: int) -> dict[str, float]:
+        """`exact_flops` of the side `name`, `dense` or `skip`."""
+        layers = self.budget.skipping_layers
+        return exact_flops(self.llm, self.setting, self.tokens[name], head_tokens, layers)
+
+    def training(self, name: str) -> dict[str, float]:
+        """FLOPs of a training step; CoS trains its encoder, the others do not."""
+        return train_flops(self.forward(name, self.supervised_tokens), train_encoder=self.family == "cos")
 
 
 def compare(question: Question) -> dict[str, Any]:
     """The JSON report: `paper_ratio`, `exact_ratio` (prefill), `train_ratio`, and every term under `dense`, `skip`."""
-    llm, setting = question.llm, question.setting
+    llm, setting, budget = question.llm, question.setting, question.budget
     sides: dict[str, dict[str, Any]] = {}
     for name, tokens in question.tokens.items():
-        skipping = question.skipping_layers
-        parts = exact_flops(llm, setting.encoder, setting, tokens, head_tokens=1, skipping=skipping)
-        step = exact_flops(llm, setting.encoder, setting, tokens, question.supervised_tokens, skipping=skipping)
         attending = tokens.retained + tokens.skipped
         layers = llm.num_hidden_layers
-        skip_layers = layers if skipping is None else skipping
+        skip_layers = layers if budget.skipping_layers is None else budget.skipping_layers
         skip_layer = paper_flops(attending, tokens.retained, llm.hidden_size, llm.intermediate_size)
         full_layer = paper_flops(attending, attending, llm.hidden_size, llm.intermediate_size)
         sides[name] = {
@@ -128,8 +125,8 @@ def compare(question: Question) -> dict[str, Any]:
             "sequence": tokens.sequence,
             "ffn_rows": tokens.ffn_rows,
             "paper_multiply_adds": skip_layers * skip_layer + (layers - skip_layers) * full_layer,
-            "prefill": parts,
-            "train": train_flops(step, train_encoder=question.family == "cos"),
+            "prefill": question.forward(name, head_tokens=1),
+            "train": question.training(name),
         }
 
     def ratio(stage: str, part: str) -> float:
@@ -138,13 +135,14 @@ def compare(question: Question) -> dict[str, Any]:
     return {
         "family": question.family,
         "preset": question.preset,
-        "num_retained": question.retained,
-        "num_skipped": question.skipped,
+        "num_retained": budget.retained,
+        "num_skipped": budget.skipped,
+        "views": setting.views,
         "dense_tokens": setting.dense_tokens,
         "text_tokens": question.text_tokens,
         "supervised_tokens": question.supervised_tokens,
         "paper_ratio": paper_ratio(
-            question.retained, question.skipped, setting.dense_tokens, llm.hidden_size, llm.intermediate_size
+            budget.retained, budget.skipped, setting.dense_tokens, llm.hidden_size, llm.intermediate_size
         ),
         "exact_ratio": ratio("prefill", "total"),
         "exact_llm_ratio": ratio("prefill", "llm"),
@@ -159,8 +157,9 @@ def compare(question: Question) -> dict[str, Any]:
 
 def render(report: dict[str, Any]) -> str:
     """The report for a terminal."""
+    name = " ".join(filter(None, (report["family"], report["preset"])))
     lines = [
-        f"{report['family']} {report['preset'] or ''}: {report['dense_tokens']} dense tokens against "
+        f"{name}: {report['dense_tokens']} dense tokens against "
         f"{report['num_retained']} retained + {report['num_skipped']} skipped, {report['text_tokens']} text tokens",
         f"  the paper's formula (visual tokens, one layer)  {report['paper_ratio']:7.1%}",
         f"  exact, prefill: language model                  {report['exact_llm_ratio']:7.1%}",
@@ -196,83 +195,84 @@ def _parser() -> argparse.ArgumentParser:
         default="llama-3-8b",
         help=f"language model: {', '.join(LLMS)}, or hidden_size=N,intermediate_size=N,... (default llama-3-8b)",
     )
+    parser.add_argument(
+        "--image-size", metavar="WxH", help="with --model-path: pixels of the image (default: the most tokens of any)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the report here")
     return parser
 
 
 def _question(args: argparse.Namespace) -> Question:
     """The arguments, defaults filled in and checked."""
-    block: dict[str, Any] = {}
-    skipping: int | None = None
-    if args.model_path:
-        config = read_model_config(args.model_path)
-        family = args.family or config.get("mm_family", "llava")
-        _, preset = find_setting(family, args.preset)
-        encoder = encoder_of(config)
-        block = config.get("skip_vision") or {}
-        skipping = _skipping_layers(block, config)
-        dense = preset.dense_tokens if preset.windows else preset.views * encoder.patches
-        retained, skipped = block.get("num_retained"), block.get("num_skipped")
-        if retained is not None and not block.get("merge", True):
-            skipped = dense - retained
-        setting = Setting(encoder, preset.views, dense, retained, skipped, preset.windows, projector_depth_of(config))
-        name, llm = args.preset, llm_of(config)
-    else:
-        if not args.family:
-            raise UserError(f"--family is missing; known: {', '.join(FAMILIES)}; or give --model-path")
-        family = args.family
-        name, setting = find_setting(family, args.preset)
-        llm = read_llm(args.llm_config)
+    question = _of_checkpoint(args) if args.model_path else _of_preset(args)
     if args.dense_tokens is not None:
-        setting = replace(setting, dense_tokens=args.dense_tokens)
+        question = replace(question, setting=replace(question.setting, dense_tokens=args.dense_tokens))
+    _check(question)
+    return question
+
+
+def _of_checkpoint(args: argparse.Namespace) -> Question:
+    """Everything from a checkpoint's own config."""
+    if args.preset:
+        raise UserError("--preset does not go with --model-path: the checkpoint says what its images take")
+    size = _image_size(args.image_size) if args.image_size else None
+    from llava_sv.bench.checkpoint import budget_of, llm_of, read_checkpoint, setting_of
+
+    config = read_checkpoint(args.model_path, args.num_retained, args.num_skipped)
+    if args.family not in (None, config.mm_family):
+        raise UserError(f"--family {args.family}: {args.model_path} is of family {config.mm_family}; leave it out")
+    setting, budget = setting_of(config, size), budget_of(config, size)
+    return Question(config.mm_family, None, setting, llm_of(config), budget, args.text_tokens, _supervised(args))
+
+
+def _of_preset(args: argparse.Namespace) -> Question:
+    """A preset of `FAMILIES`, with both summaries, merging where it makes fewer tokens."""
+    if not args.family:
+        raise UserError(f"--family is missing; known: {', '.join(FAMILIES)}; or give --model-path")
+    name, setting = find_setting(args.family, args.preset)
+    if args.image_size:
+        raise UserError("--image-size goes with --model-path: a preset is for one size; say --dense-tokens")
     retained = setting.num_retained if args.num_retained is None else args.num_retained
     skipped = setting.num_skipped if args.num_skipped is None else args.num_skipped
     if retained is None or skipped is None:
-        raise UserError("--num-retained and --num-skipped are needed here: neither preset nor checkpoint gives them")
-    _check(setting, retained, skipped, args.text_tokens, args.supervised_tokens)
-    return Question(
-        family,
-        name,
-        setting,
-        llm,
-        retained,
-        skipped,
-        summaries=int(block.get("former_summary", True)) + int(block.get("latter_summary", True)),
-        merge=block.get("merge", True),
-        text_tokens=args.text_tokens,
-        supervised_tokens=args.text_tokens if args.supervised_tokens is None else args.supervised_tokens,
-        skipping_layers=skipping,
-        last_visual_ffn=block.get("last_visual_ffn", False),
-    )
+        raise UserError("--num-retained and --num-skipped are needed here: the preset gives none")
+    rest = (args.dense_tokens or setting.dense_tokens) - retained
+    merged = rest if skipped < rest else 0
+    budget = Budget(retained, skipped, summaries=2, pooled=retained + skipped, merged_from=merged)
+    return Question(args.family, name, setting, read_llm(args.llm_config), budget, args.text_tokens, _supervised(args))
 
 
-def _skipping_layers(block: dict[str, Any], config: dict[str, Any]) -> int | None:
-    """How many of a checkpoint's decoder layers skip, as its `skip_ffn` and `skip_layers` say."""
-    if not block:
-        return None
-    from llava_sv.model.config import SkipVisionConfig
-
-    return len(SkipVisionConfig.from_dict(block).layers_that_skip(config["num_hidden_layers"]))
+def _supervised(args: argparse.Namespace) -> int:
+    return args.text_tokens if args.supervised_tokens is None else args.supervised_tokens
 
 
-def _check(setting: Setting, retained: int, skipped: int, text: int, supervised: int | None) -> None:
+def _image_size(text: str) -> tuple[int, int]:
+    """`"1024x768"` -> (1024, 768)."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise UserError(f"--image-size: cannot read {text!r}; write width x height in pixels, such as 1024x768")
+    return int(match[1]), int(match[2])
+
+
+def _check(question: Question) -> None:
+    setting, budget = question.setting, question.budget
     wrong = [
         name
         for name, value, least in (
             ("--dense-tokens", setting.dense_tokens, 1),
-            ("--num-retained", retained, 1),
-            ("--num-skipped", skipped, 0),
-            ("--text-tokens", text, 0),
-            ("--supervised-tokens", supervised or 0, 0),
+            ("--num-retained", budget.retained, 1),
+            ("--num-skipped", budget.skipped, 0),
+            ("--text-tokens", question.text_tokens, 0),
+            ("--supervised-tokens", question.supervised_tokens, 0),
         )
         if value < least
     ]
     if wrong:
         raise UserError(f"{', '.join(wrong)}: too small; token counts are whole numbers, --num-retained at least 1")
-    if retained + skipped > setting.dense_tokens:
+    if budget.retained + budget.skipped > setting.dense_tokens:
         raise UserError(
-            f"--num-retained {retained} + --num-skipped {skipped} is more than the {setting.dense_tokens} dense "
-            "tokens; lower one of them, or raise --dense-tokens"
+            f"--num-retained {budget.retained} + --num-skipped {budget.skipped} is more than the "
+            f"{setting.dense_tokens} dense tokens; lower one of them, or raise --dense-tokens"
         )
 
 

@@ -1,7 +1,7 @@
 """`llava-sv bench infer`: answers, dense against skipping, on the same weights: prefill, decode, end to end, apart.
 
 A size arrives; times, FLOPs and KV-cache bytes leave. Contenders: dense; skip (skipped keys removed after prefill);
-skip that keeps its whole cache; transformers' own LLaVA. Greedy, exactly `new_tokens` tokens an answer.
+skip that keeps its whole cache; transformers' own LLaVA (family llava). Greedy, exactly `new_tokens` tokens an answer.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from transformers import StoppingCriteria
 
 from llava_sv.bench import clock
 from llava_sv.bench.models import BenchBatch, make_batch, make_pair
-from llava_sv.bench.peers import make_stock_llava, stock_inputs
+from llava_sv.bench.peers import PEER, has_peer, make_stock_llava, stock_inputs
 from llava_sv.bench.sizes import BenchSize
-from llava_sv.bench.train import PEER, finish, make_parser, read_args
+from llava_sv.bench.train import finish, make_parser, read_args
 from llava_sv.errors import UserError, exit_on_user_error
 from llava_sv.model.language_model.skip_cache import cache_bytes
 
 EXAMPLE = """example:
-  llava-sv bench infer --size cpu --json infer.json"""
+  llava-sv bench infer --size cpu --json infer.json
+  llava-sv bench infer --size cpu --family cos"""
 
 WARMUP = 1
 KEPT = "skip_keeping_cache"
@@ -122,7 +123,6 @@ def savings(region: str, measured: dict[str, Any], weights: dict[str, Any], name
 @torch.inference_mode()
 def run(
     size: BenchSize,
-    family: str,
     device: torch.device,
     dtype: torch.dtype,
     repeats: int,
@@ -133,16 +133,16 @@ def run(
     count = new_tokens or size.new_tokens
     clock.keep_freed_memory(device)
     with torch.inference_mode(False):
-        dense, skip = make_pair(size, family, device, dtype)
+        dense, skip = make_pair(size, device, dtype)
         batch = make_batch(size, device, dtype)
-        stock = make_stock_llava(dense).eval() if with_peers else None
+        stock = make_stock_llava(dense).eval() if with_peers and has_peer(size) else None
     contenders = {
         "dense": our_generate(dense.eval(), batch, None),
         "skip": our_generate(skip.eval(), batch, None),
         KEPT: our_generate(skip, batch, "none"),
     }
     if stock is not None:
-        contenders[PEER] = stock_generate(stock, stock_inputs(batch, size.dense_tokens, size.llm.vocab_size))
+        contenders[PEER] = stock_generate(stock, stock_inputs(batch, dense))
     weights = {name: weigh(generate, count, device) for name, generate in contenders.items()}
     steps = {name: timed_answer(generate, count, device) for name, generate in contenders.items()}
     measured = clock.rounds(steps, repeats, WARMUP, "infer")

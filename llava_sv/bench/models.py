@@ -1,6 +1,6 @@
 """The models that are timed: one set of random weights, held by a dense LLaVA and a skipping one, and their batch.
 
-Called by `bench train` and `bench infer`. B batch, T0 prompt length, T spliced length, C width.
+Called by `bench train` and `bench infer`. B batch, T0 prompt length, T spliced length, C width; views: of one image.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig
 
+from llava_sv.bench.checkpoint import views_of
 from llava_sv.bench.sizes import BenchSize
 from llava_sv.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_sv.model import LlavaConfig, LlavaLlamaForCausalLM
@@ -20,15 +21,15 @@ from llava_sv.model import LlavaConfig, LlavaLlamaForCausalLM
 
 @dataclass
 class BenchBatch:
-    """input_ids, labels [B, T0] with one image mark a row, no padding; images [B, 3, H, W]."""
+    """input_ids, labels [B, T0] with one image mark a row, no padding; images [B, 3, H, W] or [B, views, 3, H, W]."""
 
     input_ids: Tensor
     labels: Tensor
     images: Tensor
 
 
-def make_config(size: BenchSize, skip_vision: dict[str, Any] | None, family: str = "llava") -> LlavaConfig:
-    """The config of a model of this size; dense where `skip_vision` is None."""
+def make_config(size: BenchSize, skip_vision: dict[str, Any] | None) -> LlavaConfig:
+    """The config of a model of this size and family; dense where `skip_vision` is None."""
     settings: dict[str, Any] = dict(
         **asdict(size.llm),
         max_position_embeddings=4096,
@@ -36,12 +37,13 @@ def make_config(size: BenchSize, skip_vision: dict[str, Any] | None, family: str
         pad_token_id=0,
         eos_token_id=None,
         bos_token_id=None,
-        mm_family=family,
+        mm_family=size.family,
         mm_vision_tower="random",
         vision_config=CLIPVisionConfig(**size.vision).to_dict(),
         mm_hidden_size=size.vision["hidden_size"],
         skip_vision=skip_vision,
         attn_implementation="sdpa",
+        **size.settings,
     )
     return LlavaConfig(**settings)
 
@@ -54,7 +56,7 @@ def make_model(config: LlavaConfig, device: torch.device, dtype: torch.dtype, se
 
 
 def share_weights(target: torch.nn.Module, weights: Mapping[str, Tensor]) -> torch.nn.Module:
-    """Let `target` hold the very tensors of `weights` (gradients stay its own); others keep their values."""
+    """Let `target` hold the very parameters of `weights`, gradients too: drop those between uses."""
     own = {name for name, _ in target.named_parameters()}
     absent = own - set(weights)
     target.load_state_dict({k: v for k, v in weights.items() if k in own}, strict=False, assign=True)
@@ -64,15 +66,22 @@ def share_weights(target: torch.nn.Module, weights: Mapping[str, Tensor]) -> tor
 
 
 def make_pair(
-    size: BenchSize, family: str, device: torch.device, dtype: torch.dtype
+    size: BenchSize, device: torch.device, dtype: torch.dtype
 ) -> tuple[LlavaLlamaForCausalLM, LlavaLlamaForCausalLM]:
-    """(dense, skip): the same weights in both, the skipping one with its summaries beside them. Encoders are frozen."""
+    """(dense, skip): the same weights in both, the skipping one with its summaries beside them.
+
+    Encoders are frozen, but for CoS', whose recipe trains what features depend on.
+    """
     skip_vision = {"num_retained": size.num_retained, "num_skipped": size.num_skipped}
-    dense = make_model(make_config(size, None, family), device, dtype)
-    skip = make_model(make_config(size, skip_vision, family), device, dtype)
+    dense = make_model(make_config(size, None), device, dtype)
+    skip = make_model(make_config(size, skip_vision), device, dtype)
     share_weights(skip, dict(dense.named_parameters()))
     for model in (dense, skip):
-        model.get_model().vision_tower.requires_grad_(False)
+        tower = model.get_model().vision_tower
+        tower.requires_grad_(False)
+        if size.family == "cos":
+            for parameter, _ in tower.used_parameters().values():
+                parameter.requires_grad_(True)
     return dense, skip
 
 
@@ -84,6 +93,7 @@ def make_batch(size: BenchSize, device: torch.device, dtype: torch.dtype, seed: 
     input_ids = torch.cat([text[:, : size.text_before], mark, text[:, size.text_before :]], dim=1)
     labels = input_ids.clone()
     labels[:, : 1 + size.text_tokens // 2] = IGNORE_INDEX
-    side = size.vision["image_size"]
-    images = torch.randn(size.batch, 3, side, side, generator=generator)
+    side, views = size.vision["image_size"], views_of(make_config(size, None))
+    shape = (size.batch, views, 3, side, side) if views > 1 else (size.batch, 3, side, side)
+    images = torch.randn(shape, generator=generator)
     return BenchBatch(input_ids.to(device), labels.to(device), images.to(device, dtype))

@@ -10,11 +10,20 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGener
 from transformers import LlavaConfig as StockConfig
 
 from llava_sv.bench.models import BenchBatch, share_weights
+from llava_sv.bench.sizes import BenchSize
 from llava_sv.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_sv.model import LlavaLlamaForCausalLM
 
+PEER = "transformers_llava"
+"""What reports call it. Other families have no peer of the same sequence: LLaVA-NeXT's has a newline a row."""
+
 IMAGE_ID_FROM_END = 1
 """transformers marks an image's places by an id of the vocabulary: here its last, which no batch uses in text."""
+
+
+def has_peer(size: BenchSize) -> bool:
+    """Whether transformers has the model of this family."""
+    return size.family == "llava"
 
 
 def make_stock_llava(dense: LlavaLlamaForCausalLM) -> LlavaForConditionalGeneration:
@@ -56,9 +65,10 @@ def stock_name(key: str, wanted: set[str]) -> str:
     return key
 
 
-def stock_inputs(batch: BenchBatch, dense_tokens: int, vocab_size: int) -> dict[str, Any]:
+def stock_inputs(batch: BenchBatch, dense: LlavaLlamaForCausalLM) -> dict[str, Any]:
     """The batch as transformers' LLaVA wants it: each image mark becomes as many placeholder ids as it has tokens."""
-    place = vocab_size - IMAGE_ID_FROM_END
+    place = dense.config.vocab_size - IMAGE_ID_FROM_END
+    dense_tokens = dense.config.dense_tokens_per_image()
 
     def spread(row: Tensor, marks: Tensor, fill: int) -> Tensor:
         return torch.cat(

@@ -1,14 +1,12 @@
 """Sizes of known language models, encoders and settings, as plain numbers. Read by `flops`; imports no torch.
 
-A setting is one family at one resolution: how many visual tokens an image takes, dense and skipping.
+A setting is one family at one resolution: how many visual tokens an image takes, dense and skipping. `checkpoint` reads
+the same from a checkpoint's own config.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import MISSING, dataclass, fields
 
 from llava_sv.errors import UserError
 
@@ -26,25 +24,33 @@ class LlmSize:
     num_attention_heads: int
     num_key_value_heads: int
     vocab_size: int
+    head_dim: int = 0
+    """Width of one attention head; 0 stands for C over the heads."""
 
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+    def __post_init__(self) -> None:
+        if not self.head_dim:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
 
 
 @dataclass(frozen=True)
 class EncoderSize:
-    """A CLIP-shaped vision transformer, up to the block whose output is used."""
+    """A vision transformer of CLIP's shape, up to the block whose output is used."""
 
     hidden_size: int
     """E."""
     intermediate_size: int
     num_blocks: int
-    """Blocks that run: hidden state -2 of 24 layers needs 23."""
+    """Blocks that run: hidden state -2 of 24 layers needs 23, and so does the output of block 22 (counted from 0)."""
     patch_size: int
     patches: int
     """N of one view."""
+    has_cls: bool = True
+    """Whether a CLS row runs beside the patches."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of one view in each block."""
+        return self.patches + int(self.has_cls)
 
 
 @dataclass(frozen=True)
@@ -60,9 +66,29 @@ class Setting:
     """The paper's setting, or None where it gives none."""
     num_skipped: int | None
     windows: tuple[tuple[int, int], ...] = ()
-    """CoS: (window in cells, queries) a scale of the resampler. Empty: an MLP on every patch."""
+    """CoS: (window in cells, queries) a scale of the resampler. Empty: an MLP on every row."""
     projector_depth: int = 2
     """Linear layers of that MLP."""
+    projects_cls: bool = False
+    """Whether that MLP works on the CLS row too."""
+    levels: int = 2
+    """CoS: the encoder's feature levels that the resampler reads in sequence."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What skipping makes of one image's dense tokens."""
+
+    retained: int
+    skipped: int
+    summaries: int
+    pooled: int
+    """Tokens that the summaries pool."""
+    merged_from: int
+    """Tokens that were merged down to `skipped`; 0 without merging."""
+    skipping_layers: int | None = None
+    """Decoder layers that skip; None: all of them."""
+    last_visual_ffn: bool = False
 
 
 LLMS: dict[str, LlmSize] = {
@@ -71,8 +97,8 @@ LLMS: dict[str, LlmSize] = {
 }
 
 CLIP_L_336 = EncoderSize(1024, 4096, 23, 14, 576)
-CLIP_L_224 = EncoderSize(1024, 4096, 22, 14, 256)
-CLIP_L_448 = EncoderSize(1024, 4096, 22, 14, 1024)
+CLIP_L_224 = EncoderSize(1024, 4096, 23, 14, 256)
+CLIP_L_448 = EncoderSize(1024, 4096, 23, 14, 1024)
 
 FAMILIES: dict[str, dict[str, Setting]] = {
     "llava": {
@@ -103,7 +129,7 @@ def find_setting(family: str, preset: str | None) -> tuple[str, Setting]:
 
 
 def read_llm(text: str) -> LlmSize:
-    """A name of `LLMS`, or all of `LlmSize`'s fields as `name=number,...`; `UserError` lists what is known."""
+    """A name of `LLMS`, or `LlmSize`'s fields as `name=number,...`; `UserError` lists what is known."""
     if text in LLMS:
         return LLMS[text]
     known = [field.name for field in fields(LlmSize)]
@@ -117,49 +143,8 @@ def read_llm(text: str) -> LlmSize:
         if name not in known or not value.isdigit() or int(value) < 1:
             raise UserError(f"--llm-config: cannot read {part.strip()!r}; write name=number of: {', '.join(known)}")
         values[name] = int(value)
-    absent = [name for name in known if name not in values]
+    needed = [field.name for field in fields(LlmSize) if field.default is MISSING]
+    absent = [name for name in needed if name not in values]
     if absent:
-        raise UserError(f"--llm-config: {', '.join(absent)} missing; give all of: {', '.join(known)}")
+        raise UserError(f"--llm-config: {', '.join(absent)} missing; give all of: {', '.join(needed)}")
     return LlmSize(**values)
-
-
-def read_model_config(folder: str) -> dict[str, Any]:
-    """config.json of a LLaVA checkpoint; `UserError` where it is absent or describes no encoder."""
-    path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--model-path {folder}: no readable config.json there; name a checkpoint's folder") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from error
-    absent = [name for name in (*asdict(LLMS["llama-3-8b"]), "vision_config") if not config.get(name)]
-    if absent:
-        raise UserError(f"--model-path {folder}: config.json has no {', '.join(absent)}; is it a LLaVA checkpoint?")
-    return config
-
-
-def llm_of(config: dict[str, Any]) -> LlmSize:
-    """Sizes of the language model that a config.json describes."""
-    return LlmSize(**{field.name: config[field.name] for field in fields(LlmSize)})
-
-
-def encoder_of(config: dict[str, Any]) -> EncoderSize:
-    """Sizes of the encoder that a config.json describes, up to its selected hidden state."""
-    vision = config["vision_config"]
-    layer = config.get("mm_vision_select_layer", -2)
-    return EncoderSize(
-        hidden_size=vision["hidden_size"],
-        intermediate_size=vision["intermediate_size"],
-        num_blocks=layer if layer >= 0 else vision["num_hidden_layers"] + 1 + layer,
-        patch_size=vision["patch_size"],
-        patches=(vision["image_size"] // vision["patch_size"]) ** 2,
-    )
-
-
-def projector_depth_of(config: dict[str, Any]) -> int:
-    """Linear layers of the projector that a config.json names: `identity`, `linear` or `mlp{k}x_gelu`."""
-    name = config.get("mm_projector_type", "mlp2x_gelu")
-    depths = {"identity": 0, "linear": 1, **{f"mlp{k}x_gelu": k for k in range(1, 10)}}
-    if name not in depths:
-        raise UserError(f"config.json: mm_projector_type {name!r} has no FLOPs count; known: {', '.join(depths)}")
-    return depths[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llava_sv.bench.presets import LLMS, LlmSize
@@ -14,7 +14,7 @@ DTYPE_NAMES: dict[str, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "f
 
 @dataclass(frozen=True)
 class BenchSize:
-    """A LLaVA of random weights, and the batch it is given."""
+    """A model of one family, of random weights, and the batch it is given."""
 
     llm: LlmSize
     vision: dict[str, Any]
@@ -29,16 +29,14 @@ class BenchSize:
     """`bench infer`: tokens generated."""
     repeats: int
     """Rounds that are measured, by default."""
+    family: str = "llava"
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Further fields of `LlavaConfig`."""
 
     @property
     def text_before(self) -> int:
         """Text tokens before the image."""
         return self.text_tokens // 4
-
-    @property
-    def dense_tokens(self) -> int:
-        """Visual tokens of an image without skipping."""
-        return (self.vision["image_size"] // self.vision["patch_size"]) ** 2
 
 
 def _vision(width: int, layers: int, side: int, patch: int) -> dict[str, Any]:
@@ -53,29 +51,62 @@ def _vision(width: int, layers: int, side: int, patch: int) -> dict[str, Any]:
     }
 
 
-SIZES: dict[str, BenchSize] = {
-    "tiny": BenchSize(
-        LlmSize(128, 256, 2, 4, 2, 512), _vision(64, 2, 32, 4), 2, 16, 8, 12, new_tokens=6, repeats=3
-    ),
-    # LLaMA-3-8B with every width divided by four. Four of its 32 layers: the vocabulary is cut so that lm_head keeps
-    # its share of the whole (7%), and the encoder is in proportion too
-    "cpu": BenchSize(
-        LlmSize(1024, 3584, 4, 8, 2, 4008), _vision(256, 6, 336, 14), 2, 128, 100, 156, new_tokens=32, repeats=15
-    ),
-    "gpu-8b": BenchSize(
-        LLMS["llama-3-8b"], _vision(1024, 24, 336, 14), 4, 200, 100, 156, new_tokens=64, repeats=15
-    ),
-    "gpu-8b-4layers": BenchSize(
-        LlmSize(4096, 14336, 4, 32, 8, 128256), _vision(1024, 24, 336, 14), 4, 200, 100, 156, new_tokens=64, repeats=15
-    ),
-}  # fmt: skip
+HD: dict[str, Any] = {"family": "llava_hd", "settings": {"hd_fixed_grid": "2x2"}}
+"""LLaVA-HD: an overview and 2x2 tiles, five views an image; as many tokens are retained as the overview has."""
 
 
-def find_size(name: str) -> BenchSize:
-    """Look a size up by its exact name; `UserError` lists the known ones."""
+def _cos(levels: list[int], **settings: Any) -> dict[str, Any]:
+    """CoS with `cos_1296`, or the windows that `settings` give, on two feature levels."""
+    settings = {"mm_projector_type": "cos_1296", **settings, "mm_vision_feature_levels": levels}
+    return {"family": "cos", "settings": settings}
+
+
+def _families(llava: BenchSize, hd: dict[str, Any], cos: dict[str, Any]) -> dict[str, BenchSize]:
+    """One size of all families: the same language model; what differs from the LLaVA is given."""
+    return {"llava": llava, "llava_hd": replace(llava, **HD, **hd), "cos": replace(llava, **cos)}
+
+
+TINY = BenchSize(LlmSize(128, 256, 2, 4, 2, 512), _vision(64, 2, 32, 4), 2, 16, 8, 12, new_tokens=6, repeats=3)
+
+CPU = BenchSize(
+    LlmSize(1024, 3584, 4, 8, 2, 4008), _vision(256, 6, 336, 14), 2, 128, 100, 156, new_tokens=32, repeats=15
+)
+"""LLaMA-3-8B with every width divided by four. Four of its 32 layers: the vocabulary is cut so that lm_head keeps its
+share of the whole (7%), and the encoder is in proportion too."""
+
+GPU_8B = BenchSize(LLMS["llama-3-8b"], _vision(1024, 24, 336, 14), 4, 200, 100, 156, new_tokens=64, repeats=15)
+
+PAPERS_HD: dict[str, Any] = {"batch": 1, "num_retained": 576, "num_skipped": 576}
+PAPERS_COS: dict[str, Any] = {"num_retained": 272, "num_skipped": 256}
+GPU_COS: dict[str, Any] = {**PAPERS_COS, **_cos([15, 22]), "batch": 2, "vision": _vision(1024, 24, 448, 14)}
+
+SIZES: dict[str, dict[str, BenchSize]] = {
+    "tiny": _families(
+        TINY,
+        {"num_retained": 64, "num_skipped": 64},
+        {
+            **_cos([0, 1], mm_projector_type="cos", cos_windows=[16, 4, 2], cos_queries=[4, 16, 64]),
+            **{"vision": _vision(64, 3, 64, 4), "num_retained": 20, "num_skipped": 16},
+        },
+    ),
+    "cpu": _families(
+        CPU,
+        {**PAPERS_HD, "repeats": 9},
+        {**PAPERS_COS, **_cos([3, 4]), "vision": _vision(256, 6, 448, 14), "repeats": 9},
+    ),
+    "gpu-8b": _families(GPU_8B, PAPERS_HD, GPU_COS),
+    "gpu-8b-4layers": _families(replace(GPU_8B, llm=LlmSize(4096, 14336, 4, 32, 8, 128256)), PAPERS_HD, GPU_COS),
+}
+"""Size -> family -> what is run."""
+
+
+def find_size(name: str, family: str) -> BenchSize:
+    """Look a size and a family up by their exact names; `UserError` lists the known ones."""
     if name not in SIZES:
         raise UserError(f"--size: unknown size {name!r}; known: {', '.join(SIZES)}")
-    return SIZES[name]
+    if family not in SIZES[name]:
+        raise UserError(f"--family: unknown family {family!r}; known: {', '.join(SIZES[name])}")
+    return SIZES[name][family]
 
 
 def find_dtype(name: str) -> Any:

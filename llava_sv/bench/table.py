@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llava_sv.bench.train import PEER
+from llava_sv.bench.peers import PEER
 from llava_sv.errors import UserError, exit_on_user_error
 
 SHARED = ["size", "region", "dense ms", "skip ms", "time saved", "FLOPs saved"]
@@ -20,6 +20,11 @@ FIGURES = {
 }
 
 
+def size_of(report: dict[str, Any]) -> str:
+    """The report's size, and its family where that is not LLaVA."""
+    return report["size"] if report["family"] == "llava" else f"{report['size']}, {report['family']}"
+
+
 def train_rows(report: dict[str, Any]) -> list[list[str]]:
     """One row a region of a training report."""
     rows = []
@@ -27,7 +32,7 @@ def train_rows(report: dict[str, Any]) -> list[list[str]]:
         peer = region["peers"].get(PEER)
         rows.append(
             [
-                report["size"],
+                size_of(report),
                 name,
                 f"{region['dense']['step_ms']:.1f}",
                 f"{region['skip']['step_ms']:.1f}",
@@ -48,7 +53,7 @@ def infer_rows(report: dict[str, Any]) -> list[list[str]]:
         peer = report["peers"].get(PEER)
         rows.append(
             [
-                report["size"],
+                size_of(report),
                 name,
                 f"{report['dense'][FIGURES[name]]:.2f}",
                 f"{report['skip'][FIGURES[name]]:.2f}",

@@ -15,16 +15,16 @@ import torch
 
 from llava_sv.bench import clock
 from llava_sv.bench.models import BenchBatch, make_batch, make_pair
-from llava_sv.bench.peers import make_stock_llava, stock_inputs
+from llava_sv.bench.peers import PEER, has_peer, make_stock_llava, stock_inputs
+from llava_sv.bench.presets import FAMILIES
 from llava_sv.bench.sizes import DTYPE_NAMES, SIZES, BenchSize, find_dtype, find_size
 from llava_sv.errors import UserError, exit_on_user_error
 from llava_sv.files import write_json
-from llava_sv.model.builders import BUILDERS, get_builder
 
 EXAMPLE = """example:
-  llava-sv bench train --size cpu --json train.json"""
+  llava-sv bench train --size cpu --json train.json
+  llava-sv bench train --size cpu --family llava_hd"""
 
-PEER = "transformers_llava"
 REGIONS = ("llm", "model")
 WARMUP = 2
 
@@ -124,19 +124,18 @@ def bench_region(
 
 
 def run(
-    size: BenchSize, family: str, device: torch.device, dtype: torch.dtype, repeats: int, with_peers: bool = True
+    size: BenchSize, device: torch.device, dtype: torch.dtype, repeats: int, with_peers: bool = True
 ) -> dict[str, Any]:
     """The whole report; its top level is the `llm` region, both regions are under `regions`."""
     clock.keep_freed_memory(device)
-    dense, skip = make_pair(size, family, device, dtype)
+    dense, skip = make_pair(size, device, dtype)
     batch = make_batch(size, device, dtype)
     contenders: dict[str, tuple[torch.nn.Module, dict[str, Forward]]] = {}
     for name, model in (("dense", dense), ("skip", skip)):
         contenders[name] = (model.train(), our_forwards(model, batch))
-    if with_peers:
+    if with_peers and has_peer(size):
         stock = make_stock_llava(dense).train()
-        inputs = stock_inputs(batch, size.dense_tokens, size.llm.vocab_size)
-        contenders[PEER] = (stock, stock_forwards(stock, inputs))
+        contenders[PEER] = (stock, stock_forwards(stock, stock_inputs(batch, dense)))
     regions = {region: bench_region(region, contenders, device, repeats) for region in REGIONS}
     return {**regions["llm"], "region": "llm", "regions": regions, "environment": clock.environment(device, dtype)}
 
@@ -172,24 +171,22 @@ def make_parser(command: str, description: str, epilog: str) -> argparse.Argumen
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--size", default="cpu", help=f"{', '.join(SIZES)} (default cpu)")
-    parser.add_argument("--family", default="llava", help=f"{', '.join(BUILDERS)} (default llava)")
+    parser.add_argument("--family", default="llava", help=f"{', '.join(FAMILIES)} (default llava)")
     parser.add_argument("--repeats", type=int, help="rounds that are measured (default: the size's)")
     parser.add_argument("--dtype", default="bf16", help=f"{', '.join(DTYPE_NAMES)} (default bf16)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--no-peers", action="store_true", help="leave transformers' own LLaVA out")
+    parser.add_argument("--no-peers", action="store_true", help="leave transformers' own LLaVA out (family llava)")
     parser.add_argument("--json", metavar="FILE", help="write the report here")
     return parser
 
 
 def read_args(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `run`, checked."""
-    size = find_size(args.size)
-    get_builder(args.family)
+    size = find_size(args.size, args.family)
     if args.repeats is not None and args.repeats < 1:
         raise UserError(f"--repeats {args.repeats}: at least one round is needed")
     return {
         "size": size,
-        "family": args.family,
         "device": clock.pick_device(args.device),
         "dtype": find_dtype(args.dtype),
         "repeats": args.repeats or size.repeats,

@@ -13,19 +13,21 @@ import torch
 
 from llava_sv import cli
 from llava_sv.bench import clock, table
-from llava_sv.bench.models import make_batch, make_pair
-from llava_sv.bench.peers import make_stock_llava, stock_inputs
+from llava_sv.bench.models import make_batch, make_config, make_pair
+from llava_sv.bench.peers import PEER, make_stock_llava, stock_inputs
+from llava_sv.bench.presets import FAMILIES
 from llava_sv.bench.sizes import SIZES
-from llava_sv.bench.train import PEER
+from llava_sv.model.loading import check_config
 
-SIZE = SIZES["tiny"]
+SIZE = SIZES["tiny"]["llava"]
+DENSE_TOKENS = 64
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def report_of(command: str, tmp_path_factory, *more: str) -> dict:
+def report_of(command: str, tmp_path_factory, *more: str, family: str = "llava") -> dict:
     target = tmp_path_factory.mktemp(command) / "report.json"
-    argv = ["bench", command, "--size", "tiny", "--family", "llava", "--dtype", "fp32", "--repeats", "2"]
+    argv = ["bench", command, "--size", "tiny", "--family", family, "--dtype", "fp32", "--repeats", "2"]
     assert cli.main([*argv, "--device", "cpu", "--json", str(target), *more]) == 0
     return json.loads(target.read_text())
 
@@ -69,7 +71,7 @@ def test_infer_report_counts_the_caches_bytes(infer):
     llm = SIZE.llm
     a_token = 2 * llm.num_hidden_layers * SIZE.batch * llm.num_key_value_heads * llm.head_dim * 4
     tokens = {
-        "dense": SIZE.text_tokens + SIZE.dense_tokens,
+        "dense": SIZE.text_tokens + DENSE_TOKENS,
         "skip": SIZE.text_tokens + SIZE.num_retained + 2,
         "skip_keeping_cache": SIZE.text_tokens + SIZE.num_retained + SIZE.num_skipped + 2,
     }
@@ -91,11 +93,11 @@ def test_infer_report_keeps_prefill_and_decode_apart(infer):
 
 def test_the_peer_is_the_same_model():
     """transformers' LLaVA with our weights gives our dense model's loss and gradients: the race is fair."""
-    dense, _ = make_pair(SIZE, "llava", CPU, torch.float32)
+    dense, _ = make_pair(SIZE, CPU, torch.float32)
     batch = make_batch(SIZE, CPU, torch.float32)
     stock = make_stock_llava(dense).train()
     ours = dense.train()(input_ids=batch.input_ids, labels=batch.labels, images=batch.images).loss
-    theirs = stock(**stock_inputs(batch, SIZE.dense_tokens, SIZE.llm.vocab_size)).loss
+    theirs = stock(**stock_inputs(batch, dense)).loss
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     ours.backward()
     theirs.backward()
@@ -119,6 +121,47 @@ def test_table_has_a_cell_under_every_heading(train, infer):
 def test_no_peers(tmp_path_factory):
     assert report_of("train", tmp_path_factory, "--no-peers")["peers"] == {}
     assert report_of("infer", tmp_path_factory, "--no-peers", "--new-tokens", "3")["peers"] == {}
+
+
+OTHERS = {"llava_hd": (320, 64, 64), "cos": (84, 20, 16)}
+"""Family -> dense, retained and skipped tokens of its tiny size."""
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_train_report_of_other_families(family, tmp_path_factory):
+    """Dense is the dense control of the same family; encoder and projector cost the same on both sides."""
+    report = report_of("train", tmp_path_factory, "--repeats", "1", family=family)
+    assert (report["family"], report["peers"]) == (family, {})
+    for region in report["regions"].values():
+        assert 0 < region["flops_saved"] < 1
+        assert region["skip"]["activation_bytes"] < region["dense"]["activation_bytes"]
+    assert report["regions"]["model"]["flops_saved"] < report["flops_saved"]
+    assert table.render([report]).count(f"| tiny, {family} |") == 2
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_infer_report_of_other_families(family, tmp_path_factory):
+    report = report_of("infer", tmp_path_factory, "--repeats", "1", "--new-tokens", "3", family=family)
+    dense, retained, skipped = OTHERS[family]
+    tokens = {"dense": dense, "skip": retained + 2, "skip_keeping_cache": retained + skipped + 2}
+    assert {name: report[name]["kv_tokens"] - SIZE.text_tokens for name in tokens} == tokens
+    assert report["peers"] == {}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_is_of_every_family(size):
+    """Each is a model that can be built; all but the tiny ones have the paper's token counts."""
+    assert set(SIZES[size]) == set(FAMILIES)
+    for family, chosen in SIZES[size].items():
+        skip = {"num_retained": chosen.num_retained, "num_skipped": chosen.num_skipped}
+        config = make_config(chosen, skip)
+        check_config(config, config.vision_config)
+        assert config.mm_family == chosen.family == family
+        assert config.visual_tokens_per_image() == chosen.num_retained + chosen.num_skipped + 2
+        if size != "tiny":
+            setting = next(iter(FAMILIES[family].values()))
+            assert config.dense_tokens_per_image() == setting.dense_tokens
+            assert (chosen.num_retained, chosen.num_skipped) == (setting.num_retained, setting.num_skipped)
 
 
 def test_rounds_run_everyone_once_a_round_in_turning_order():
