@@ -103,6 +103,19 @@ def test_what_cos_asks_for():
     assert model.family_settings() == {"mm_projector_type": "cos_1296", "mm_vision_image_size": 448}
 
 
+def test_cos_336_has_its_own_budget():
+    model = parse(on_cpu(flags_of("cos/finetune_skip.sh", PROJECTOR="cos_336")[1]))[0]
+    assert model.skip_vision() == {"merge": True}, "the family fills in Nr and Ns"
+    model = parse(on_cpu(flags_of("cos/finetune_skip.sh", PROJECTOR="cos_336", NUM_SKIPPED="32")[1]))[0]
+    assert model.skip_vision() == {"merge": True, "num_skipped": 32}
+
+
+@pytest.mark.parametrize("script", ["pretrain", "finetune", "finetune_skip"])
+def test_anyres_takes_no_number_of_tiles(script):
+    assert "--hd_max_tiles" in flags_of(f"v1_5_hd/{script}.sh")[1]
+    assert "--hd_max_tiles" not in flags_of(f"v1_5_hd/{script}.sh", ASPECT_RATIO="anyres")[1]
+
+
 @pytest.mark.parametrize(
     ("script", "retained", "skipped"), [("v1_5_hd/finetune_skip.sh", 576, 576), ("cos/finetune_skip.sh", 272, 256)]
 )
@@ -152,6 +165,7 @@ def test_missing_defaults_are_said_all_at_once(script):
         assert what in done.stderr
     if not script.endswith("pretrain.sh"):
         assert "pretrained projector (ADAPTER" in done.stderr
+        assert f"made by: bash scripts/{script.split('/')[0]}/pretrain.sh" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -23,6 +23,9 @@ WHERE = {
 NEEDED = ("model_name_or_path", "vision_tower", "data_path", "image_folder", "pretrain_mm_mlp_adapter", "deepspeed")
 """Flags that name something on disk, in the order they are reported."""
 
+SCRIPTS = {"llava": "scripts/v1_5", "llava_hd": "scripts/v1_5_hd", "cos": "scripts/cos"}
+"""Where each family's scripts are."""
+
 VARIABLE = {
     "model_name_or_path": "LLM",
     "vision_tower": "VISION_TOWER",
@@ -136,18 +139,18 @@ def _missing_images(name: str) -> str | None:
     return f"images (IMAGE_FOLDER, --image_folder): no folder {name}; {hint}"
 
 
-def _missing_adapter(name: str) -> str | None:
+def _missing_adapter(name: str, family: str) -> str | None:
     if Path(name).expanduser().exists():
         return None
     return (
         f"pretrained projector (ADAPTER, --pretrain_mm_mlp_adapter): no file {name}; "
-        "made by: bash scripts/v1_5/pretrain.sh (with the same PRESET)"
+        f"made by: bash {SCRIPTS.get(family, SCRIPTS['llava'])}/pretrain.sh (with the same PRESET)"
     )
 
 
 def missing_inputs(argv: list[str]) -> list[str]:
     """One line for each input that `argv` names and that is not there; empty when all is well."""
-    flags = read_flags(argv)
+    flags = read_flags(argv, (*NEEDED, "mm_family"))
     problems: list[str | None] = []
     model = flags.get("model_name_or_path", "")
     if not model:
@@ -161,7 +164,7 @@ def missing_inputs(argv: list[str]) -> list[str]:
     if flags.get("image_folder"):
         problems.append(_missing_images(flags["image_folder"]))
     if flags.get("pretrain_mm_mlp_adapter"):
-        problems.append(_missing_adapter(flags["pretrain_mm_mlp_adapter"]))
+        problems.append(_missing_adapter(flags["pretrain_mm_mlp_adapter"], flags.get("mm_family", "")))
     config = flags.get("deepspeed", "")
     if config and not config.startswith("{") and not Path(config).expanduser().is_file():
         problems.append(f"DeepSpeed configuration (DEEPSPEED, --deepspeed): no file {config}; see scripts/zero2.json")

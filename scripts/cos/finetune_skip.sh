@@ -5,6 +5,7 @@
 #   bash scripts/cos/finetune_skip.sh                          the real run
 #   PRESET=tiny bash scripts/cos/finetune_skip.sh              the embedded tiny models, on CPU
 #   DATA=playground/data/sv_1m.json bash scripts/cos/finetune_skip.sh      another mixture
+#   PROJECTOR=cos_336 bash scripts/cos/finetune_skip.sh            16 + 64 retained, 256 merged to 64 and skipped
 # Starts from the projector that pretrain.sh left (ADAPTER), scaled up. The same command resumes an interrupted run.
 MM_FAMILY=cos
 source "$(dirname "$0")/../common.sh"
@@ -19,10 +20,13 @@ source "$(dirname "$0")/../common.sh"
 : "${BATCH:=128}" "${PER_DEVICE_BATCH:=16}" "${EPOCHS:=1}" "${LR:=1e-5}" "${MAX_LENGTH:=2048}"
 : "${DEEPSPEED=scripts/zero3.json}"
 : "${PROJECTOR:=cos_1296}" "${IMAGE_SIZE:=448}" "${TOWER_LR:=$LR}" "${TOWER_LR_DECAY:=1.0}"
-: "${NUM_RETAINED:=272}" "${NUM_SKIPPED:=256}"
+if [[ "$PROJECTOR" == cos_1296 ]]; then : "${NUM_RETAINED:=272}" "${NUM_SKIPPED:=256}"; fi
 
 common_flags
 FLAGS+=(--pretrain_mm_mlp_adapter "$ADAPTER" --group_by_modality_length True --mm_vision_image_size "$IMAGE_SIZE")
 FLAGS+=(--unfreeze_mm_vision_tower True --mm_vision_tower_lr "$TOWER_LR" --mm_vision_tower_lr_decay "$TOWER_LR_DECAY")
-FLAGS+=(--sv_num_retained "$NUM_RETAINED" --sv_num_skipped "$NUM_SKIPPED" --sv_merge True)
+FLAGS+=(--sv_merge True)
+# without them: all scales but the finest are retained, which is merged to a quarter
+if [[ -n "${NUM_RETAINED:-}" ]]; then FLAGS+=(--sv_num_retained "$NUM_RETAINED"); fi
+if [[ -n "${NUM_SKIPPED:-}" ]]; then FLAGS+=(--sv_num_skipped "$NUM_SKIPPED"); fi
 launch "$@"

@@ -20,5 +20,7 @@ source "$(dirname "$0")/../common.sh"
 : "${HD_MAX_TILES:=4}"
 
 common_flags
-FLAGS+=(--pretrain_mm_mlp_adapter "$ADAPTER" --group_by_modality_length True --hd_max_tiles "$HD_MAX_TILES")
+FLAGS+=(--pretrain_mm_mlp_adapter "$ADAPTER" --group_by_modality_length True)
+# anyres chooses among resolutions instead
+if [[ "$ASPECT_RATIO" != anyres ]]; then FLAGS+=(--hd_max_tiles "$HD_MAX_TILES"); fi
 launch "$@"

@@ -21,6 +21,8 @@ source "$(dirname "$0")/../common.sh"
 : "${NUM_RETAINED:=576}" "${NUM_SKIPPED:=576}"
 
 common_flags
-FLAGS+=(--pretrain_mm_mlp_adapter "$ADAPTER" --group_by_modality_length True --hd_max_tiles "$HD_MAX_TILES")
+FLAGS+=(--pretrain_mm_mlp_adapter "$ADAPTER" --group_by_modality_length True)
 FLAGS+=(--sv_num_retained "$NUM_RETAINED" --sv_num_skipped "$NUM_SKIPPED" --sv_merge True)
+# anyres chooses among resolutions instead
+if [[ "$ASPECT_RATIO" != anyres ]]; then FLAGS+=(--hd_max_tiles "$HD_MAX_TILES"); fi
 launch "$@"

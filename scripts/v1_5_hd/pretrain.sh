@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # LLaVA-HD, pretraining: the projector alone learns to speak to the language model, from captions; dense, nothing skips.
-# The recipe of the LLaVA family, on overviews only; HD_MAX_TILES=4 pretrains on tiles too, for five times the tokens.
+# The recipe of the LLaVA family, on overviews only; HD_MAX_TILES=4 MAX_LENGTH=3500 pretrains on tiles too, for up to five
+# times the tokens, and so does ASPECT_RATIO=anyres MAX_LENGTH=3500, as LLaVA-NeXT cuts them.
 #   bash scripts/v1_5_hd/pretrain.sh                          the real run
 #   PRESET=tiny bash scripts/v1_5_hd/pretrain.sh              the embedded tiny models, on CPU
 # Leaves OUTPUT/mm_projector.bin, which fine-tuning starts from; the LLaVA family's projector will do as well.
@@ -19,5 +20,7 @@ source "$(dirname "$0")/../common.sh"
 : "${HD_MAX_TILES:=1}"
 
 common_flags
-FLAGS+=(--tune_mm_mlp_adapter True --hd_max_tiles "$HD_MAX_TILES")
+FLAGS+=(--tune_mm_mlp_adapter True)
+# anyres chooses among resolutions instead
+if [[ "$ASPECT_RATIO" != anyres ]]; then FLAGS+=(--hd_max_tiles "$HD_MAX_TILES"); fi
 launch "$@"
