@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call: the GPU tests, then both benchmarks on LLaMA-3-8B's shapes; ends with a table.
 #   bash scripts/bench_gpu.sh
-# Environment: OUT (default runs/bench_gpu), SIZES (default "gpu-8b-4layers gpu-8b"), REPEATS, PYTHON,
-# DEVICE (default cuda), TESTS=0 to leave the tests out.
+# Environment: OUT (default runs/bench_gpu), SIZES (default "gpu-8b-4layers gpu-8b"), FAMILIES (default: all three),
+# REPEATS, PYTHON, DEVICE (default cuda), TESTS=0 to leave the tests out.
 # gpu-8b needs one GPU of 80 GB; for less, SIZES=gpu-8b-4layers.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 case "${1:-}" in
     "") ;;
-    -h|--help) sed -n '2,6s/^# \{0,1\}//p' scripts/bench_gpu.sh; exit 0 ;;
+    -h|--help) sed -n '2,7s/^# \{0,1\}//p' scripts/bench_gpu.sh; exit 0 ;;
     *) echo "bench_gpu: unknown option '$1'; known: --help" >&2; exit 2 ;;
 esac
 
 python=${PYTHON:-python3}
 out=${OUT:-runs/bench_gpu}
 sizes=${SIZES:-gpu-8b-4layers gpu-8b}
+families=${FAMILIES:-llava llava_hd cos}
 device=${DEVICE:-cuda}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false
 mkdir -p "$out"
@@ -32,10 +33,13 @@ if [ "${TESTS:-1}" = 1 ]; then
 fi
 
 for size in $sizes; do
-    for what in train infer; do
-        echo "== bench $what, $size =="
-        "$python" -m "llava_sv.bench.$what" --size "$size" --device "$device" --dtype bf16 ${REPEATS:+--repeats "$REPEATS"} \
-            --json "$out/$what-$size.json" 2>"$out/$what-$size.err" || { tail -n 5 "$out/$what-$size.err"; failed=1; }
+    for family in $families; do
+        for what in train infer; do
+            echo "== bench $what, $size, $family =="
+            result="$out/$what-$size-$family"
+            "$python" -m "llava_sv.bench.$what" --size "$size" --family "$family" --device "$device" --dtype bf16 \
+                ${REPEATS:+--repeats "$REPEATS"} --json "$result.json" 2>"$result.err" || { tail -n 5 "$result.err"; failed=1; }
+        done
     done
 done
 

@@ -239,8 +239,10 @@ def test_gpu_script_says_that_there_is_no_gpu(tmp_path):
 def test_gpu_script_runs_both_benchmarks_and_ends_with_the_tables(tmp_path):
     done = run_script(OUT=str(tmp_path), DEVICE="cpu", SIZES="tiny", TESTS="0", REPEATS="1")
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.glob("*.json")} == {"train-tiny.json", "infer-tiny.json"}
-    assert (tmp_path / "table.md").read_text().count("| tiny |") == 5
+    names = {f"{what}-tiny-{family}.json" for what in ("train", "infer") for family in ("llava", "llava_hd", "cos")}
+    assert {path.name for path in tmp_path.glob("*.json")} == names
+    table = (tmp_path / "table.md").read_text()
+    assert [table.count(f"| {label} |") for label in ("tiny", "tiny, llava_hd", "tiny, cos")] == [5, 5, 5]
 
 
 @pytest.mark.gpu
