@@ -124,7 +124,11 @@ class LlavaCausalLM(LlavaMetaForCausalLM, Stock):
                 attention_mask = position_ids = None
         if self.training:
             self._last_roles = token_roles
-        ffn_rows = rows_through_ffn(token_roles) if token_roles is not None and self.config.skip_vision else None
+        ffn_rows = (
+            rows_through_ffn(token_roles, self.training)
+            if token_roles is not None and self.config.skip_vision
+            else None
+        )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

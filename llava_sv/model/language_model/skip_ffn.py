@@ -47,8 +47,12 @@ def enable_skip_ffn(layers: Iterable[nn.Module], kind: type[nn.Module], skip_lay
         layer.skips = index in chosen  # type: ignore[assignment]
 
 
-def rows_through_ffn(token_roles: Tensor) -> Tensor | None:
-    """Flat indices [R] of the rows of [B, T] whose FFN runs; None where every row's does (no gather is needed)."""
+def rows_through_ffn(token_roles: Tensor, always: bool = False) -> Tensor | None:
+    """Flat indices [R] of the rows of [B, T] whose FFN runs; None where every row's does (no gather is needed).
+
+    always: give them even then. Training does: under ZeRO-3 with gradient checkpointing every rank must compute the
+    same graph, whether its own batch has skipped rows and padding or not; else ranks wait for each other for ever.
+    """
     mask = passes_ffn(token_roles).flatten()
     rows = mask.nonzero().flatten()
-    return None if rows.numel() == mask.numel() else rows
+    return None if rows.numel() == mask.numel() and not always else rows
