@@ -1,6 +1,6 @@
 """A command line to the three argument objects: old flag names are translated, mistakes become one line.
 
-Called by `train.train`. Nothing is read from disk here.
+Called by `train.train`. Nothing is read from disk here. `python -m llava_sv.train.flags FLAGS` only looks for mistakes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NoReturn
 from transformers import HfArgumentParser
 
 from llava_sv.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava_sv.errors import UserError
+from llava_sv.errors import UserError, exit_on_user_error
 
 EXAMPLE = """example (scripts/v1_5/*.sh write such commands for you):
   llava-sv train --model_name_or_path playground/tiny/llm --vision_tower playground/tiny/clip --version plain \\
@@ -151,3 +151,15 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArgum
     except ValueError as error:
         raise UserError(str(error).strip().replace("\n", " ")) from error
     return model, data, training
+
+
+def check(argv: list[str]) -> None:
+    """`UserError` for flags and words that `parse` would refuse, as far as they show apart from the others: some flags
+    of a command line are enough, and no device is looked for."""
+    argv, _ = translate(argv)
+    _check_known(argv)
+    Parser().parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_on_user_error(check, sys.argv[1:]))

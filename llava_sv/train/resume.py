@@ -30,14 +30,23 @@ def settings_of(model_args: Any, data_args: Any, args: Any) -> dict[str, Any]:
         "mm_family": model_args.mm_family,
         "family": model_args.family_settings(),
         "image_aspect_ratio": data_args.image_aspect_ratio,
+        "mm_vision_select_layer": model_args.mm_vision_select_layer,
+        "mm_vision_select_feature": model_args.mm_vision_select_feature,
         "tune_mm_mlp_adapter": model_args.tune_mm_mlp_adapter,
+        "freeze_backbone": model_args.freeze_backbone,
+        "freeze_mm_mlp_adapter": model_args.freeze_mm_mlp_adapter,
         "unfreeze_mm_vision_tower": model_args.unfreeze_mm_vision_tower,
         "skip_vision": model_args.skip_vision(),
         "data_path": data_args.data_path,
+        "image_folder": data_args.image_folder,
+        "model_max_length": args.model_max_length,
         "learning_rate": args.learning_rate,
         "mm_projector_lr": args.mm_projector_lr,
         "mm_vision_tower_lr": args.mm_vision_tower_lr,
         "mm_vision_tower_lr_decay": args.mm_vision_tower_lr_decay,
+        "weight_decay": args.weight_decay,
+        "warmup_steps": args.warmup_steps,
+        "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "num_train_epochs": args.num_train_epochs,
         "max_steps": args.max_steps,
         "batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -50,7 +59,8 @@ def plan(args: Any, asked: dict[str, Any]) -> Plan:
     """Read OUTPUT and `--resume_from_checkpoint`, `--overwrite_output_dir`. The same on every rank.
 
     Without either flag, training goes on from the last complete checkpoint in OUTPUT, if there is one. Raises
-    `UserError` for a checkpoint that is not complete, and for a finished run with other settings.
+    `UserError` for a checkpoint that is not complete or was trained with another batch, and for a finished run with
+    other settings.
     """
     output = Path(args.output_dir)
     wish = str(args.resume_from_checkpoint or "")
@@ -88,7 +98,7 @@ def check_agreement(found: Plan, args: Any) -> None:
 
 
 def what_changed(was: dict[str, Any], now: dict[str, Any]) -> str:
-    """The settings that differ, in words; empty when none does."""
+    """The settings that differ, in words; empty when none does. What `was` has no record of does not differ."""
     names = [name for name in now if name in was and was[name] != now[name]]
     return "; ".join(f"{name} was {was[name]}, now {now[name]}" for name in names)
 
@@ -119,11 +129,18 @@ def _go_on(args: Any, folder: Path, asked: dict[str, Any]) -> Plan:
             f"{folder} was saved by {marker['world_size']} processes, and {args.world_size} run now: DeepSpeed resumes "
             "with the same number; start as many, or convert it with `python -m deepspeed.checkpoint.ds_to_universal`"
         )
+    was = marker.get("settings", {})
+    if "batch" in was and asked.get("batch", was["batch"]) != was["batch"]:
+        # steps would count other samples, and those passed over would not be those that were seen
+        raise UserError(
+            f"{folder} was trained with a batch of {was['batch']} (per device x accumulated x processes), now "
+            f"{asked['batch']}: set it as it was, or start over with --overwrite_output_dir True"
+        )
     torn = [other.name for step, other in checkpoint.checkpoints(folder.parent) if step > marker["step"]]
     note = f"going on from {folder}, step {marker['step']:,}"
     if torn:
         note += f" ({', '.join(torn)}: incomplete, ignored)"
-    changed = what_changed(marker.get("settings", {}), asked)
+    changed = what_changed(was, asked)
     return Plan(checkpoint=folder, note=note + (f"\nnote: settings have changed since: {changed}" if changed else ""))
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from llava_sv.errors import UserError
-from llava_sv.train import checkpoint, resume
+from llava_sv.train import checkpoint, flags, resume
 
 
 def write(output, step, complete=True, size=100):
@@ -124,6 +124,53 @@ def test_changed_settings_are_said_on_resumption(tmp_path):
     assert "have changed" not in resume.plan(args_for(tmp_path), {"learning_rate": 1e-3, "seed": 1}).note
     note = resume.plan(args_for(tmp_path), {"learning_rate": 2e-3, "seed": 1}).note
     assert note.endswith("note: settings have changed since: learning_rate was 0.001, now 0.002")
+
+
+def test_another_batch_is_not_gone_on_with(tmp_path):
+    folder = write(tmp_path, 10)
+    checkpoint.mark_complete(folder, 10, 1, {"batch": 32})
+    for wish in (None, str(folder)):
+        with pytest.raises(
+            UserError, match=r"checkpoint-10 was trained with a batch of 32 \(.*\), now 64: .*overwrite"
+        ):
+            resume.plan(args_for(tmp_path, resume_from_checkpoint=wish), {"batch": 64})
+    assert resume.plan(args_for(tmp_path), {"batch": 32}).checkpoint == folder
+    checkpoint.mark_complete(folder, 10, 1, {"seed": 1})
+    assert resume.plan(args_for(tmp_path), {"batch": 64}).checkpoint == folder, "an older marker has no batch"
+
+
+PLAIN = ["--output_dir", "x", "--use_cpu", "True", "--report_to", "none"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model_max_length", "99"),
+        ("mm_vision_select_layer", "-3"),
+        ("mm_vision_select_feature", "cls_patch"),
+        ("freeze_backbone", "True"),
+        ("freeze_mm_mlp_adapter", "True"),
+        ("image_folder", "elsewhere"),
+        ("unfreeze_mm_vision_tower", "True"),
+        ("mm_vision_tower_lr", "1e-6"),
+        ("mm_vision_tower_lr_decay", "0.5"),
+        ("weight_decay", "0.1"),
+        ("warmup_steps", "7"),
+        ("lr_scheduler_type", "linear"),
+        ("per_device_train_batch_size", "3"),
+    ],
+)
+def test_a_finished_run_is_not_the_one_with_another(name, value, tmp_path):
+    common = [*PLAIN, "--lr_scheduler_type", "cosine"]
+    was, now = (resume.settings_of(*flags.parse([*common, *more])) for more in ([], [f"--{name}", value]))
+    finished(tmp_path, **was)
+    assert resume.plan(args_for(tmp_path), json.loads(json.dumps(was))).finished
+    key = "batch" if name.startswith("per_device") else name
+    with pytest.raises(UserError, match=rf"other settings \({key} was "):
+        resume.plan(args_for(tmp_path), now)
+    del was[key]
+    finished(tmp_path, **was)
+    assert resume.plan(args_for(tmp_path), now).finished, "an older summary that lacks the name"
 
 
 def test_overwriting_removes_what_would_be_taken_up(tmp_path):
