@@ -1,4 +1,5 @@
-"""Atomic writes: a reader sees the old file or the whole new one. Called by every room that leaves a file behind."""
+"""Atomic writes: a reader sees the old file or the whole new one; and JSON read back. Called by every room that leaves
+a file behind."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from llava_sv.errors import UserError
 
 
 @contextmanager
@@ -38,3 +41,13 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path, made_by: str) -> Any:
+    """The value in `path`; `UserError` names a file that is absent or broken, and `made_by`, the command to run."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"no such file: {path}; run {made_by}, which makes it") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from error

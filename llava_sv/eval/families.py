@@ -13,8 +13,7 @@ from typing import Any
 
 from llava_sv.data.toy_questions import FINE_DETAIL
 from llava_sv.errors import UserError, exit_on_user_error
-from llava_sv.eval.report import read_json
-from llava_sv.files import replacing, write_json, write_text
+from llava_sv.files import read_json, replacing, write_json, write_text
 from llava_sv.model.loading import read_config
 from llava_sv.model.token_counts import count_tokens
 

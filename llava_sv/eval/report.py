@@ -7,7 +7,6 @@ training left behind, and measures nothing itself.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 from dataclasses import dataclass
@@ -16,9 +15,11 @@ from typing import Any
 
 import torch
 
-from llava_sv.errors import UserError, exit_on_user_error
-from llava_sv.files import replacing, write_json, write_text
+from llava_sv.errors import exit_on_user_error
+from llava_sv.files import read_json, replacing, write_json, write_text
 from llava_sv.model.loading import read_config
+
+MADE_BY = "bash scripts/quickstart.sh"
 
 
 @dataclass(frozen=True)
@@ -37,27 +38,17 @@ class Sources:
     seed: int
 
 
-def read_json(path: Path, made_by: str = "bash scripts/quickstart.sh") -> dict[str, Any]:
-    """A JSON object; `UserError` names a file that is absent or broken, and the command that writes it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"no such file: {path}; run {made_by}, which makes it") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from error
-
-
 def build(sources: Sources) -> dict[str, Any]:
     """report.json as a dict."""
-    results = {name: read_json(getattr(sources, name)) for name in ("dense", "skip", "blind")}
-    timing, flops = read_json(sources.timing), read_json(sources.flops)
+    results = {name: read_json(getattr(sources, name), MADE_BY) for name in ("dense", "skip", "blind")}
+    timing, flops = read_json(sources.timing, MADE_BY), read_json(sources.flops, MADE_BY)
     models = {}
     for name in ("dense", "skip"):
         checkpoint = results[name]["model_path"]
         models[name] = {
             "accuracy": results[name]["accuracy"],
             "per_category": results[name]["per_category"],
-            "train_seconds": read_json(Path(checkpoint) / "train_summary.json")["train_seconds"],
+            "train_seconds": read_json(Path(checkpoint) / "train_summary.json", MADE_BY)["train_seconds"],
             "checkpoint": checkpoint,
             "timing": timing[name],
             "peak_memory_bytes": results[name]["peak_memory_bytes"],
