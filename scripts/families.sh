@@ -13,14 +13,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec </dev/null
 
 source scripts/steps.sh
+options "$@"
 check_seed
-fresh=0
-case "${1:-}" in
-    "") ;;
-    --fresh) fresh=1 ;;
-    -h|--help) sed -n '2,11s/^# \{0,1\}//p' scripts/families.sh; exit 0 ;;
-    *) echo "families: unknown option '$1'; known: --fresh, --help" >&2; exit 2 ;;
-esac
 case "${DENSE:=0}" in 0|1) ;; *) echo "families: DENSE must be 0 or 1, got '$DENSE'" >&2; exit 2 ;; esac
 
 data="playground/data/toy-fine-seed$SEED"

@@ -11,14 +11,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec </dev/null
 
 source scripts/steps.sh
+options "$@"
 check_seed
-fresh=0
-case "${1:-}" in
-    "") ;;
-    --fresh) fresh=1 ;;
-    -h|--help) sed -n '2,8s/^# \{0,1\}//p' scripts/quickstart.sh; exit 0 ;;
-    *) echo "quickstart: unknown option '$1'; known: --fresh, --help" >&2; exit 2 ;;
-esac
 
 suffix=""
 [ "$SEED" = 1 ] || suffix="-seed$SEED"

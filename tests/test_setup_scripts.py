@@ -50,7 +50,7 @@ def test_script_parses_and_names_no_machine(script):
     assert not re.search(r"https?://", text)
 
 
-@pytest.mark.parametrize("script", ["setup.sh", "check.sh", "quickstart.sh"])
+@pytest.mark.parametrize("script", ["setup.sh", "check.sh", "quickstart.sh", "families.sh"])
 def test_unknown_option_is_exit_code_2_and_lists_the_known(script):
     done = run(f"scripts/{script}", "--bogus")
     assert done.returncode == 2
@@ -83,6 +83,89 @@ def test_ci_runs_the_tests_and_nothing_else():
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     commands = [line for line in lines if line and not line.startswith("#")]
     assert commands == ["set -euo pipefail", 'cd "$(dirname "${BASH_SOURCE[0]}")/.."', "bash scripts/test.sh"]
+
+
+# --- steps.sh --------------------------------------------------------------------------------------------------------
+
+STEPS = """#!/usr/bin/env bash
+# What this does.
+#   bash scripts/made_up.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/steps.sh
+options "$@"
+check_seed
+work=work started=$SECONDS
+[ "$fresh" = 0 ] || rm -rf "$work"
+mkdir -p "$work"
+make() { echo "$*" >"$work/data"; }
+step data "" "$work/data" make data ${TOY_TRAIN:+--train "$TOY_TRAIN"}
+step sft "$work/data" "$work/model" env OUTPUT="$work/model" bash -c 'echo "${EPOCHS:-1}" >"$OUTPUT"'
+"""
+
+
+@pytest.fixture
+def made_up(tmp_path):
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts/steps.sh", tmp_path / "scripts")
+    (tmp_path / "scripts/made_up.sh").write_text(STEPS)
+
+    def call(*arguments, **env):
+        return run("scripts/made_up.sh", *arguments, cwd=tmp_path, **env)
+
+    call.work = tmp_path / "work"
+    return call
+
+
+def test_a_step_is_done_once_and_its_mark_begins_with_its_seconds(made_up):
+    assert made_up().returncode == 0
+    assert int((made_up.work / "data.done").read_text().splitlines()[0]) < 60
+    again = made_up(NPROC="2", OMP_NUM_THREADS="1")
+    assert again.returncode == 0
+    assert again.stdout.count("done before, in ") == 2
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ({}, {"TOY_TRAIN": "200"}, "data was done by another command (then: nothing more; now: --train 200); set that"),
+        ({"TOY_TRAIN": "300"}, {"TOY_TRAIN": "200"}, "data was done by another command (then: 300; now: 200); set"),
+        ({"EPOCHS": "3"}, {}, "sft was done by another command (then: EPOCHS=3; now: nothing more); set that back"),
+    ],
+)
+def test_a_step_done_by_another_command_is_not_passed_over(before, after, message, made_up):
+    assert made_up(**before).returncode == 0
+    made = (made_up.work / "data").read_text()
+    done = made_up(**after)
+    assert done.returncode == 2
+    assert f"made_up: {message}" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "--fresh" in done.stderr
+    assert (made_up.work / "data").read_text() == made
+    assert made_up("--fresh", **after).returncode == 0
+
+
+def test_a_mark_of_seconds_alone_is_not_refused(made_up):
+    assert made_up().returncode == 0
+    for mark in made_up.work.glob("*.done"):
+        mark.write_text("3\n")
+    done = made_up(TOY_TRAIN="200")
+    assert done.returncode == 0
+    assert "data: done before, in 3 s" in done.stdout
+
+
+def test_a_newer_input_has_its_step_done_anew(made_up):
+    assert made_up().returncode == 0
+    later = (made_up.work / "sft.done").stat().st_mtime + 5
+    os.utime(made_up.work / "data", (later, later))
+    assert made_up(EPOCHS="4").returncode == 0
+    assert (made_up.work / "model").read_text() == "4\n"
+
+
+def test_options_of_scripts_with_steps(made_up):
+    assert made_up("--help").stdout == "What this does.\n  bash scripts/made_up.sh\n"
+    done = made_up("--fresh", "10")
+    assert (done.returncode, done.stderr) == (2, "made_up: unknown option '10'; known: --fresh, --help\n")
 
 
 # --- constraints.txt -------------------------------------------------------------------------------------------------
