@@ -44,7 +44,9 @@ def test_every_command_of_a_dry_run_can_be_parsed(family, tmp_path):
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "out").exists()
     data, pretrain, *lines = done.stdout.splitlines()
-    assert toy.__name__.split(".")[-1] in shlex.split(data)
+    words = shlex.split(data)
+    assert words[words.index("data") : words.index("--output")] == ["data", "toy"]
+    assert toy._parser().parse_args(words[words.index("--output") :]).seed == 1
     model, training = training_of(pretrain)
     assert (model.tune_mm_mlp_adapter, training.seed, training.max_steps) == (True, 4, 5)
     levels, blocks = [], []
@@ -77,6 +79,8 @@ def test_every_command_of_a_dry_run_can_be_parsed(family, tmp_path):
         ({"SEEDS": "one"}, "SEEDS: expected whole numbers"),
         ({"PRESET": "huge", "TASK": "toy"}, "PRESET=huge: unknown preset"),
         ({"BATCH": "33"}, "is no multiple of"),
+        ({"MAX_STEPS": "0"}, "MAX_STEPS: expected a whole number of 1 or more, got '0'"),
+        ({"EVAL_FLAGS": "--blnd"}, "EVAL_FLAGS: llava-sv eval has no '--blnd'"),
     ],
 )
 def test_mistakes_end_in_one_line_before_anything_runs(environment, message, tmp_path):
@@ -88,9 +92,53 @@ def test_mistakes_end_in_one_line_before_anything_runs(environment, message, tmp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message", "dry_run"),
+    [
+        (["10"], "unexpected '10'", "0"),
+        (["10"], "unexpected '10'", "1"),
+        (["--max_stesp", "5"], "unknown flag --max_stesp; did you mean --max_steps", "0"),
+        (["--max_stesp", "5"], "unknown flag --max_stesp; did you mean --max_steps", "1"),
+        (["--weight_decay", "0", "10"], "unrecognized arguments: 10", "0"),
+        (["--max_steps", "many"], "invalid int value: 'many'", "0"),
+    ],
+)
+def test_stray_words_and_misspelt_flags_run_nothing(words, message, dry_run, tmp_path):
+    chosen = {"FAMILY": "llava", "PRESET": "tiny", "OUTPUT": str(tmp_path / "out"), "DRY_RUN": dry_run}
+    done = ablate(*words, **chosen)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+    assert not (tmp_path / "out").exists()
+
+
+def limits_of(line):
+    """(longest sequence, batch a device, the whole batch) of a printed line that trains."""
+    _, training = training_of(line)
+    each = training.per_device_train_batch_size
+    return training.model_max_length, each, each * training.gradient_accumulation_steps
+
+
+def test_rows_that_keep_all_tiles_have_the_dense_models_room(tmp_path):
+    chosen = {"FAMILY": "llava_hd", "ROWS": "0,2,11", "SEEDS": "1", "ADAPTER": "a.bin", "OUTPUT": str(tmp_path / "out")}
+    chosen |= {"DRY_RUN": "1", "TASK": "toy", "USE_CPU": "1", "DEEPSPEED": "", "NPROC": "1"}
+    done = ablate(**chosen)
+    assert done.returncode == 0, done.stderr
+    dense, unmerged, merged = (line for line in done.stdout.splitlines() if "finetune" in line)
+    with_devices = "NPROC=1 USE_CPU=1 DEEPSPEED= CHECKPOINTING=False "
+    dense, unmerged, merged = (limits_of(with_devices + line) for line in (dense, unmerged, merged))
+    assert unmerged == dense == (3500, 4, 128)
+    assert merged == (2048, 8, 128)
+    line = next(line for line in ablate(**chosen, MAX_LENGTH="3000").stdout.splitlines() if "finetune_skip" in line)
+    assert "MAX_LENGTH" not in line, "the environment's stays"
+    assert "PER_DEVICE_BATCH=4" in line
+
+
 def test_help_shows_the_page():
     done = ablate("--help")
     assert done.returncode == 0
     assert "PRESET=tiny FAMILY=llava bash scripts/ablation.sh" in done.stdout
-    assert "TOY_TRAIN" in done.stdout
+    for word in ("TOY_TRAIN", "PROJECTOR", "IMAGE_SIZE", "HD_MAX_TILES", "middle+small", "no-sk", "sk"):
+        assert word in done.stdout
     assert "set -euo" not in done.stdout

@@ -9,17 +9,18 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from llava_sv.data.toy_questions import FINE_DETAIL
+from llava_sv.errors import UserError
 from llava_sv.eval.ablation_rows import Row
-from llava_sv.eval.report import read_json
-from llava_sv.files import replacing, write_json, write_text
+from llava_sv.files import read_json, replacing, write_json, write_text
 from llava_sv.model.loading import read_config
 from llava_sv.model.token_counts import count_tokens
 
-FINE = "fine_detail"
-"""The benchmark's category of what only small tokens can show; it has a column of its own where there is one."""
-
 LEAST_SPAN = 8
 """Points that an axis of the chart spans at least, so that small differences look small."""
+
+AGAIN = "bash scripts/ablation.sh again without {}"
+"""The command that makes a lost file; `{}` is what to remove first, so that its step counts as not done."""
 
 Sources = dict[tuple[str, int], tuple[Path, Path]]
 """(key of a row, seed) -> (JSON of `llava-sv eval`, checkpoint folder)."""
@@ -38,13 +39,14 @@ def mean_and_spread(by_seed: dict[int, float]) -> dict[str, Any]:
 def build_row(row: Row, results: dict[int, dict[str, Any]], checkpoints: dict[int, Path]) -> dict[str, Any]:
     """One row of ablation.json. results: seed -> evaluation; checkpoints: seed -> folder."""
     first = next(iter(results.values()))
-    summaries = [read_json(folder / "train_summary.json") for folder in checkpoints.values()]
+    summaries = [read_json(folder / "train_summary.json", AGAIN.format(folder)) for folder in checkpoints.values()]
     tokens = count_tokens(read_config(str(next(iter(checkpoints.values())))))
     timing = first.get("timing") or {}
     return {
         "row": row.key,
         "switches": row.switches,
         "settings": row.settings,
+        "extras": row.extras,
         "kv": row.kv,
         "training": row.training,
         "checkpoints": {str(seed): str(folder) for seed, folder in checkpoints.items()},
@@ -64,15 +66,26 @@ def build_row(row: Row, results: dict[int, dict[str, Any]], checkpoints: dict[in
 
 def build(rows: list[Row], sources: Sources, about: dict[str, Any]) -> dict[str, Any]:
     """ablation.json as a dict. about: family, preset, task, seeds and data_seed of the run."""
-    made, questions, chance = [], 0, None
-    for row in rows:
-        results = {seed: read_json(sources[row.key, seed][0]) for seed in about["seeds"]}
-        made.append(build_row(row, results, {seed: sources[row.key, seed][1] for seed in about["seeds"]}))
-        questions, chance = results[about["seeds"][0]]["questions"], results[about["seeds"][0]]["chance"]["accuracy"]
+    files = {key: sources[key][0] for key in ((row.key, seed) for row in rows for seed in about["seeds"])}
+    read = {key: read_json(path, AGAIN.format(path)) for key, path in files.items()}
+    first = next(iter(read))
+    for key, result in read.items():
+        if (result["questions"], result["chance"]) != (read[first]["questions"], read[first]["chance"]):
+            raise UserError(
+                f"{files[key]}: other questions than {files[first]}; remove the one of other data, and run this again"
+            )
+    made = [
+        build_row(
+            row,
+            {seed: read[row.key, seed] for seed in about["seeds"]},
+            {seed: sources[row.key, seed][1] for seed in about["seeds"]},
+        )
+        for row in rows
+    ]
     return {
         **about,
-        "questions": questions,
-        "chance": chance,
+        "questions": read[first]["questions"],
+        "chance": read[first]["chance"]["accuracy"],
         "spread": "standard deviation over seeds (n - 1); null with one seed",
         "paper_overall": "mean of the seven benchmarks besides MME",
         "rows": made,
@@ -81,8 +94,8 @@ def build(rows: list[Row], sources: Sources, about: dict[str, Any]) -> dict[str,
 
 def groups(report: dict[str, Any]) -> dict[str, str]:
     """Heading -> category (empty for all) of the columns of accuracies."""
-    has_fine = all(FINE in row["per_category"] for row in report["rows"])
-    return {"all": "", **({"fine detail": FINE} if has_fine else {})}
+    has_fine = all(FINE_DETAIL in row["per_category"] for row in report["rows"])
+    return {"all": "", **({"fine detail": FINE_DETAIL} if has_fine else {})}
 
 
 def figure_of(row: dict[str, Any], category: str) -> dict[str, Any]:
@@ -97,9 +110,8 @@ def _share(figure: dict[str, Any]) -> str:
 
 def label(row: dict[str, Any]) -> str:
     """A row's name, and its settings beside the switches."""
-    known = (*row["switches"], "skip_ffn", "former_summary", "latter_summary", "merge", "last_visual_ffn")
-    extras = [f"{name}={value}" for name, value in (row["settings"] or {}).items() if name not in known]
-    return f"{row['row']} ({', '.join(extras)})" if extras else row["row"]
+    extras = ", ".join(f"{name}={value}" for name, value in row["extras"].items())
+    return f"{row['row']} ({extras})" if extras else row["row"]
 
 
 def render_markdown(report: dict[str, Any]) -> str:
@@ -107,8 +119,7 @@ def render_markdown(report: dict[str, Any]) -> str:
     shown = groups(report)
     seeds = report["seeds"]
     switches = list(report["rows"][0]["switches"])
-    heads = ["row", *switches, "visual tokens", "KV, KiB", *(f"toy: {name}, %" for name in shown)]
-    heads = [head.replace("toy", report["task"]) for head in heads]
+    heads = ["row", *switches, "visual tokens", "KV, KiB", *(f"{report['task']}: {name}, %" for name in shown)]
     heads += ["paper: overall", "paper: TextVQA", "paper: OCRB", "paper's setting"]
     lines = [
         f"# Ablation: {report['family']}",

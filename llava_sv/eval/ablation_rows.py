@@ -176,8 +176,8 @@ def choose_rows(family: str, wanted: str | None, own: list[str]) -> list[Row]:
     for row in chosen.values():
         if row.kv == "fine+skipped" and family != "cos":
             raise UserError(
-                f"row {row.key!r}: KV level 'fine+skipped' drops a middle scale, and family {family!r} has none; "
-                "leave the row out (only 'cos' has a middle scale)"
+                f"row {row.key!r}: skip_kv 'fine+skipped' drops a middle scale, and family {family!r} has none; "
+                "use 'skipped' or 'none' (only 'cos' has a middle scale)"
             )
     return list(chosen.values())
 

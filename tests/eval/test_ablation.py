@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 
 import pytest
 from PIL import Image
 
 from llava_sv.errors import UserError, exit_on_user_error
-from llava_sv.eval import ablation, ablation_report, ablation_rows, ablation_steps
+from llava_sv.eval import ablation, ablation_report, ablation_rows
 from llava_sv.eval.ablation_rows import BENCHMARKS, SWITCHES, TABLES, choose_rows, known_rows, own_row
-from llava_sv.eval.ablation_steps import Marks, Step
 from llava_sv.train.flags import parse
 
 KNOWN = known_rows("cos")
@@ -114,7 +112,12 @@ def test_rows_of_ones_own():
         ("pixtral", None, [], "FAMILY=pixtral: unknown family; known: llava, llava_hd, cos"),
         ("cos", "0,12", [], "unknown row '12'; known: table4, table6, table7, 0, 1"),
         ("cos", " , ", [], "names no rows"),
-        ("llava", "table7", [], "drops a middle scale, and family 'llava' has none"),
+        (
+            "llava",
+            "table7",
+            [],
+            "row 'middle+small': skip_kv 'fine+skipped' drops a middle scale, and family 'llava' has none",
+        ),
         ("llava_hd", "0", ["a: kv=fine+skipped"], "family 'llava_hd' has none"),
         ("cos", "0", ["a"], "begin with a name"),
         ("cos", "0", ["11: dense"], "begin with a name"),
@@ -146,6 +149,8 @@ def test_bad_rows(family, rows, own, message):
         (["--output-dir=here"], "--output-dir=here: the ablation sets this flag itself"),
         (["--task", "vqa"], "TASK=vqa: name the benchmark"),
         (["--preset", ""], "TASK=: name the benchmark"),
+        (["10"], "unexpected '10'"),
+        (["--eval-flags=--blnd"], "EVAL_FLAGS: llava-sv eval has no '--blnd'"),
     ],
 )
 def test_bad_arguments_run_nothing(argv, message, tmp_path, capsys):
@@ -175,10 +180,12 @@ def test_the_plan_does_each_thing_once(tmp_path):
 
 
 def test_an_adapter_spares_the_pretraining(tmp_path):
-    request = request_of(tmp_path, "--rows", "0", "--seeds", "1", "--adapter", "a.bin", "--max-steps", "3", "--lr", "1")
+    request = request_of(
+        tmp_path, "--rows", "0", "--seeds", "1", "--adapter", "a.bin", "--max-steps", "3", "--tf32", "0"
+    )
     _, train, _ = ablation.plan(request)
     assert train.env["ADAPTER"] == "a.bin"
-    assert train.command == ["bash", "scripts/v1_5/finetune.sh", "--max_steps", "3", "--lr", "1"]
+    assert train.command == ["bash", "scripts/v1_5/finetune.sh", "--max_steps", "3", "--tf32", "0"]
 
 
 def test_pretraining_has_variables_of_its_own(tmp_path, monkeypatch):
@@ -186,49 +193,26 @@ def test_pretraining_has_variables_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("LR", "5")
     monkeypatch.setenv("PRETRAIN_DATA", "captions.json")
     monkeypatch.setenv("PER_DEVICE_BATCH", "2")
+    monkeypatch.setenv("HD_MAX_TILES", "9")
     pretrain, train, _ = ablation.plan(request_of(tmp_path, "--rows", "0", "--seeds", "1"))
     assert pretrain.environment()["DATA"] == "captions.json"
     assert "LR" not in pretrain.environment()
     assert (train.environment()["DATA"], train.environment()["LR"]) == ("sft.json", "5")
     assert pretrain.environment()["PER_DEVICE_BATCH"] == "2"
+    assert (pretrain.environment().get("HD_MAX_TILES"), train.environment()["HD_MAX_TILES"]) == (None, "9")
+    monkeypatch.setenv("PRETRAIN_HD_MAX_TILES", "4")
+    pretrain, *_ = ablation.plan(request_of(tmp_path, "--rows", "0", "--seeds", "1"))
+    assert pretrain.environment()["HD_MAX_TILES"] == "4"
 
 
 # ---- stopping and going on
 
 
-def python_step(tmp_path, code, **rest):
-    return Step("seed1/train/x", [sys.executable, "-c", code], tmp_path / "made", **rest)
-
-
-def test_marks(tmp_path):
-    step, marks = python_step(tmp_path, "", needs=tmp_path / "input"), Marks(tmp_path)
-    assert marks.seconds(step) is None
-    marks.begin(step, ["a", "1"])
-    assert marks.seconds(step) is None
-    step.product.write_text("")
-    marks.end(step, ["a", "1"], 2.04)
-    assert marks.seconds(step) == 2.0
-    marks.check(step, ["a", "1"])
-    with pytest.raises(UserError, match="was made with 1 where it is now 2"):
-        marks.check(step, ["a", "2"])
-    (tmp_path / "input").write_text("newer")
-    later = marks.path(step).stat().st_mtime + 5
-    ablation_steps.os.utime(tmp_path / "input", (later, later))
-    assert marks.seconds(step) is None, "its input is newer"
-    marks.begin(step, ["a", "1"])
-    assert not step.product.exists(), "done anew"
-
-
-def test_a_failing_step_ends_in_one_line_with_its_log(tmp_path, capsys):
-    step = python_step(tmp_path, "import sys; print('what went wrong'); sys.exit(3)")
-    with pytest.raises(UserError, match=r"seed1/train/x failed \(exit code 3; whole output in .*log\)"):
-        ablation_steps.execute(step, tmp_path / "log")
-    assert "what went wrong" in capsys.readouterr().err
-
-
-def test_a_missing_family_script_is_named():
-    with pytest.raises(UserError, match=r"scripts/none/finetune\.sh is not there"):
-        ablation_steps.resolve(Step("seed1/train/x", ["bash", "scripts/none/finetune.sh"], ablation_steps.Path("x")))
+def test_an_output_that_is_no_folder_ends_in_one_line(tmp_path, capsys):
+    (tmp_path / "out").write_text("")
+    given = ["--family", "llava", "--preset", "tiny", "--rows", "0", "--output", str(tmp_path / "out")]
+    assert exit_on_user_error(ablation.main, given) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_runs_end_in_a_report_and_are_not_run_twice(tmp_path, monkeypatch, skip_checkpoint, dense_checkpoint, capsys):
@@ -317,6 +301,26 @@ def test_means_and_spreads_by_hand(made):
     assert "Rows lie 10.0 points apart; a row's own spread is 17.3 points at most over seeds, and 100 questions" in page
     with Image.open(folder / "ablation.png") as chart:
         assert chart.width > 1000
+
+
+def test_results_of_other_questions_or_lost_ones_are_refused(made):
+    folder, rows, sources, about = made
+    path = sources["11", 2][0]
+    text = path.read_text()
+    for other in ({"questions": 99}, {"chance": {"accuracy": 0.25}}):
+        path.write_text(json.dumps({**json.loads(text), **other}))
+        with pytest.raises(UserError, match=r"11-2\.json: other questions than .*0-1\.json"):
+            ablation_report.build(rows, sources, about)
+    path.unlink()
+    with pytest.raises(UserError, match=r"no such file: .*11-2\.json; run bash scripts/ablation\.sh"):
+        ablation_report.build(rows, sources, about)
+    path.write_text(text)
+    lost = folder / "lost"
+    sources["11", 1] = (sources["11", 1][0], lost)
+    with pytest.raises(UserError) as caught:
+        ablation_report.build(rows, sources, about)
+    assert "quickstart" not in str(caught.value)
+    assert f"run bash scripts/ablation.sh again without {lost}" in str(caught.value)
 
 
 def test_one_seed_and_no_fine_detail(made):
