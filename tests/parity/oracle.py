@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llava_sv.constants import IMAGE_TOKEN_INDEX
 from llava_sv.model.token_groups import TokenRole
 
 
@@ -112,3 +113,13 @@ def summary_by_loop(tokens_NC: Tensor, weight_C: Tensor) -> Tensor:
     for score, token in zip(scores, tokens_NC):
         pooled = pooled + torch.tensor(score, dtype=torch.float64).exp() / total * token
     return pooled
+
+
+def single_samples(ids: Tensor, mask: Tensor, images):
+    """Each sample of a batch alone: its unpadded ids [1, T] and its own images."""
+    used = 0
+    for row in range(ids.shape[0]):
+        own = ids[row][mask[row]]
+        count = int((own == IMAGE_TOKEN_INDEX).sum())
+        yield own.unsqueeze(0), images[used : used + count]
+        used += count

@@ -17,6 +17,7 @@ from llava_sv.model.compression.select import (
 )
 from llava_sv.model.multimodal_encoder.builder import VISION_TOWERS, at_image_size
 from llava_sv.model.multimodal_encoder.siglip_encoder import SiglipVisionTower
+from tests.parity.largest import LargestTensor
 from tests.parity.oracle import merge_by_loops, summary_by_loop
 from tests.parity.tiny import SKIP, ragged_batch, tiny_images, tiny_model
 
@@ -117,9 +118,12 @@ def test_distinctiveness_equals_loops():
 
 
 def test_distinctiveness_makes_no_map_of_all_pairs():
-    """16,384 patches: a map would be a gigabyte; linear work takes no time."""
-    scores = distinctiveness(VisionFeatures(torch.randn(1, 2**14, 4)))
-    assert scores.shape == (1, 2**14)
+    """The largest tensor is as large as the patches themselves."""
+    patches = torch.randn(2, 2**10, 4)
+    with LargestTensor() as largest:
+        scores = distinctiveness(VisionFeatures(patches))
+    assert scores.shape == (2, 2**10)
+    assert largest.size <= patches.numel()
     assert distinctiveness(VisionFeatures(torch.ones(1, 1, 4))).tolist() == [[0.0]]
 
 

@@ -10,20 +10,10 @@ from transformers.generation.streamers import BaseStreamer
 from llava_sv.errors import UserError
 from llava_sv.model.language_model.skip_cache import cache_bytes, kept_after_prefill, shrink_cache
 from llava_sv.model.token_groups import KV_LEVELS, TokenRole
-from tests.parity.oracle import decode_one, greedy_recompute
+from tests.parity.oracle import decode_one, greedy_recompute, single_samples
 from tests.parity.tiny import SKIP, ragged_batch, tiny_images, tiny_model
 
 STEPS = 8
-
-
-def single_samples(model, ids, mask, images):
-    """Each sample of a batch alone: its unpadded ids [1, T] and its own images."""
-    used = 0
-    for row in range(ids.shape[0]):
-        own = ids[row][mask[row]]
-        count = int((own == -200).sum())
-        yield own.unsqueeze(0), images[used : used + count]
-        used += count
 
 
 @pytest.mark.parametrize("level", ["none", "skipped"])
@@ -35,7 +25,7 @@ def test_cached_decoding_equals_recomputation(level, switches):
     together = model.generate(
         ids, attention_mask=mask, images=images, skip_kv=level, max_new_tokens=STEPS, do_sample=False
     )
-    for row, (own, pixels) in enumerate(single_samples(model, ids, mask, images)):
+    for row, (own, pixels) in enumerate(single_samples(ids, mask, images)):
         batch = model.prepare_inputs_labels_for_multimodal(own, images=pixels)
         expected = greedy_recompute(model, batch.inputs_embeds[0], batch.token_roles[0], KV_LEVELS[level], STEPS)
         assert together[row].tolist() == expected
@@ -93,7 +83,7 @@ def test_batch_equals_single_with_unequal_images_and_text():
     images = tiny_images(count)
     options = dict(max_new_tokens=STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True)
     together = model.generate(ids, attention_mask=mask, images=images, **options)
-    for row, (own, pixels) in enumerate(single_samples(model, ids, mask, images)):
+    for row, (own, pixels) in enumerate(single_samples(ids, mask, images)):
         alone = model.generate(own, images=pixels if len(pixels) else None, **options)
         assert together.sequences[row].tolist() == alone.sequences[0].tolist()
         for step in range(STEPS):
@@ -156,7 +146,7 @@ def test_beams_equal_beams_alone(level):
     images = tiny_images(count)
     options = dict(num_beams=3, max_new_tokens=5, do_sample=False, skip_kv=level)
     together = model.generate(ids, attention_mask=mask, images=images, **options)
-    for row, (own, pixels) in enumerate(single_samples(model, ids, mask, images)):
+    for row, (own, pixels) in enumerate(single_samples(ids, mask, images)):
         alone = model.generate(own, images=pixels if len(pixels) else None, **options)
         assert together[row].tolist() == alone[0].tolist()
 

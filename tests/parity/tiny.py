@@ -8,6 +8,7 @@ import torch
 from transformers import CLIPVisionConfig
 
 from llava_sv.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava_sv.model.compression.select import VisionFeatures
 from llava_sv.model.language_model.decoders import DECODERS, model_class
 
 SKIP = {"num_retained": 4, "num_skipped": 5}
@@ -100,3 +101,10 @@ def ragged_batch(marks: tuple[tuple[int, int, int], ...] = ((3, 1, 5), (2, 2, 4)
     labels = ids.masked_fill(~mask | (ids == IMAGE_TOKEN_INDEX), IGNORE_INDEX)
     labels[:, :2] = IGNORE_INDEX
     return ids, mask, labels, sum(images for _, images, _ in marks)
+
+
+def features_of(grid: int, views: int = 2, levels: int = 2, seed: int = 1, width: int = 128) -> VisionFeatures:
+    """Random features of a grid of `grid` x `grid`, at each of `levels`."""
+    generator = torch.Generator().manual_seed(seed)
+    maps = [torch.randn(views, grid**2, width, generator=generator, dtype=torch.float64) for _ in range(levels)]
+    return VisionFeatures(maps[-1], levels=maps)

@@ -60,11 +60,11 @@ def scale_weights(weights: Weights, where: str, wanted: Wanted) -> Weights:
         raise UserError(f"{mismatch}, which starts from a resampler's file only")
     _check_made_for(weights, mismatch, wanted)
     sources = [min(index, len(sides) - 1) for index in range(len(wanted.scales))]
-    repeats = [_repeats(sides[source], scale) for source, scale in zip(sources, wanted.scales)]
+    repeats = _repeats(sides, sources, wanted.scales)
     if len(sides) > len(wanted.scales) or 0 in repeats:
         raise UserError(
             f"{mismatch} of {_counts(scale.queries for scale in wanted.scales)} queries; compound scaling goes to as "
-            "many or more scales, each with as many queries or 4, 9, 16, ... times as many"
+            "many or more scales, each with as many queries or 4, 9, 16, ... times as many, and as many in each window"
         )
     scaled = {key: value for key, value in weights.items() if not key.startswith("scales.")}
     for index, (source, scale, times) in enumerate(zip(sources, wanted.scales, repeats)):
@@ -114,23 +114,35 @@ def kind_of(weights: Weights) -> str:
     """Which `mm_projector_type` a file is of, in words: by its queries, or by the layers of an MLP."""
     sides = query_sides(weights)
     if sides:
-        counts = [side**2 for side in sides]
-        named = [name for name, scales in PRESETS.items() if [queries for _, queries in scales] == counts]
-        return " or ".join(named) or f"a resampler of {_counts(counts)} queries"
+        return " or ".join(_presets_of(sides)) or f"a resampler of {_counts(side**2 for side in sides)} queries"
     layers = [key for key in weights if re.fullmatch(r"\d+\.weight", key)]
     if layers:
         return f"mlp{len(layers)}x_gelu"
     return "linear" if "weight" in weights else "an unknown projector"
 
 
-def _repeats(side: int, scale: Scale) -> int:
-    """How often queries of a map of `side` are repeated per axis; 0 where its windows do not divide the scale's.
+def _presets_of(sides: list[int]) -> list[str]:
+    """Presets whose scales have maps of queries of these sides."""
+    counts = [side**2 for side in sides]
+    return [name for name, scales in PRESETS.items() if [queries for _, queries in scales] == counts]
 
-    Windows of the file are taken to hold as many queries as the wanted scale's.
+
+def _repeats(sides: list[int], sources: list[int], scales: list[Scale]) -> list[int]:
+    """How often the queries of each scale's source are repeated per axis; 0 where they cannot be.
+
+    sides: of the file's maps of queries; sources: which of them each scale takes. Maps of equal sides are taken as they
+    are. A preset's windows are known; those of another file are taken to hold as many queries as the wanted scale's.
     """
-    wanted = math.isqrt(scale.queries)
-    fits = side % scale.queries_per_side == 0 and wanted % side == 0
-    return wanted // side if fits else 0
+    if sides == [math.isqrt(scale.queries) for scale in scales]:
+        return [1] * len(scales)
+    known = _presets_of(sides)
+    repeats = []
+    for source, scale in zip(sources, scales):
+        side, own = sides[source], scale.queries_per_side
+        windows = PRESETS[known[0]][source][0] if known else side // own
+        fits = side == windows * own and scale.windows_per_side % windows == 0
+        repeats.append(scale.windows_per_side // windows if fits else 0)
+    return repeats
 
 
 def _mismatch(weights: Weights, where: str, wanted: str) -> str:
