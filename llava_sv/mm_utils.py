@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llava_sv.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_sv.errors import UserError
-from llava_sv.tiling import choose_grid, choose_resolution, cut, default_pinpoints, fit, num_tiles, parse_grid
+from llava_sv.tiling import ANYRES, NO_TILES, cut, fit, grid_of
 
 
 class ImageError(UserError):
@@ -127,51 +127,48 @@ square; `square` leaves it to the processor, which crops its middle (CLIP's) or 
 
 def one_view(image: Image.Image, image_processor: Any, model_cfg: Any) -> Tensor:
     """LLaVA and CoS: the whole picture as one view, [3, H, W]."""
-    return _pixels(ASPECT_RATIOS[_aspect_ratio(model_cfg, ASPECT_RATIOS)](image, image_processor), image_processor)
+    return _pixels(ASPECT_RATIOS[_aspect_ratio(model_cfg)](image, image_processor), image_processor)
 
 
 def _letterboxed_views(image: Image.Image, image_processor: Any, model_cfg: Any) -> list[Image.Image]:
-    tile, grid = image_side(image_processor), _hd_grid(image, image_processor, model_cfg)
-    canvas = (grid[0] * tile, grid[1] * tile)
-    fitted = fit(image, canvas, mean_color(image_processor), image_processor.resample) if num_tiles(grid) else image
-    return [_pad(image, image_processor), *(cut(fitted, tile) if num_tiles(grid) else ())]
+    overview, canvas = _pad(image, image_processor), _canvas(image, image_processor, model_cfg)
+    if canvas == NO_TILES:
+        return [overview]
+    fitted = fit(image, canvas, mean_color(image_processor), image_processor.resample)
+    return [overview, *cut(fitted, image_side(image_processor))]
 
 
 def _resized_views(image: Image.Image, image_processor: Any, model_cfg: Any) -> list[Image.Image]:
-    tile, grid = image_side(image_processor), _hd_grid(image, image_processor, model_cfg)
-    overview = _squashed(image, image_processor)
-    if not num_tiles(grid):
+    overview, canvas = _squashed(image, image_processor), _canvas(image, image_processor, model_cfg)
+    if canvas == NO_TILES:
         return [overview]
-    return [overview, *cut(_squashed(image, image_processor, (grid[0] * tile, grid[1] * tile)), tile)]
+    return [overview, *cut(_squashed(image, image_processor, canvas), image_side(image_processor))]
 
 
 def _anyres_views(image: Image.Image, image_processor: Any, model_cfg: Any) -> list[Image.Image]:
+    fitted = fit(image, _canvas(image, image_processor, model_cfg), (0, 0, 0), image_processor.resample)
+    return [_squashed(image, image_processor), *cut(fitted, image_side(image_processor))]
+
+
+def _canvas(image: Image.Image, image_processor: Any, model_cfg: Any) -> tuple[int, int]:
+    """Width and height of all of an image's tiles together."""
     tile = image_side(image_processor)
-    resolution = choose_resolution(
-        image.size, getattr(model_cfg, "image_grid_pinpoints", None) or default_pinpoints(tile)
-    )
-    fitted = fit(image, resolution, (0, 0, 0), image_processor.resample)
-    return [_squashed(image, image_processor), *cut(fitted, tile)]
-
-
-def _hd_grid(image: Image.Image, image_processor: Any, model_cfg: Any) -> tuple[int, int]:
-    fixed = getattr(model_cfg, "hd_fixed_grid", None)
-    most = model_cfg.hd_max_tiles
-    return choose_grid(image.size, image_side(image_processor), most, parse_grid(fixed, most) if fixed else None)
+    columns, rows = grid_of(model_cfg, tile, image.size)
+    return columns * tile, rows * tile
 
 
 HD_ASPECT_RATIOS: dict[str, Callable[[Image.Image, Any, Any], list[Image.Image]]] = {
     "pad": _letterboxed_views,
     "square": _resized_views,
-    "anyres": _anyres_views,
+    ANYRES: _anyres_views,
 }
 """LLaVA-HD: `image_aspect_ratio` -> (picture, processor, model config) -> overview and tiles. `pad` fits the picture
-into overview and grid, `square` stretches it to them, `anyres` is LLaVA-NeXT's way."""
+into overview and grid, `square` stretches it to them (it crops nothing), `anyres` is LLaVA-NeXT's way."""
 
 
 def overview_and_tiles(image: Image.Image, image_processor: Any, model_cfg: Any) -> Tensor:
     """LLaVA-HD: the overview and the tiles, row by row, [1 + tiles, 3, H, W]."""
-    views = HD_ASPECT_RATIOS[_aspect_ratio(model_cfg, HD_ASPECT_RATIOS)](image, image_processor, model_cfg)
+    views = HD_ASPECT_RATIOS[_aspect_ratio(model_cfg)](image, image_processor, model_cfg)
     return torch.stack([_pixels(view, image_processor) for view in views])
 
 
@@ -183,19 +180,23 @@ VIEWS: dict[str, Callable[[Image.Image, Any, Any], Tensor]] = {
 """Family -> (picture, processor, model config) -> pixels: one view [3, H, W], or several [views, 3, H, W]."""
 
 
-def _aspect_ratio(model_cfg: Any, known: dict[str, Any]) -> str:
+def _family(model_cfg: Any) -> str:
+    return getattr(model_cfg, "mm_family", "llava")
+
+
+def _aspect_ratio(model_cfg: Any) -> str:
     name = getattr(model_cfg, "image_aspect_ratio", None) or "square"
-    if name not in known:
-        raise UserError(f"unknown image_aspect_ratio {name!r}; known: {', '.join(known)}")
+    check_aspect_ratio(name, _family(model_cfg))
     return name
 
 
-def check_aspect_ratio(family: str, name: str | None) -> None:
-    """`UserError` for an `image_aspect_ratio` that this family does not know."""
-    known = HD_ASPECT_RATIOS if family == "llava_hd" else ASPECT_RATIOS
+def check_aspect_ratio(name: str | None, family: str | None = None) -> None:
+    """`UserError` for an `image_aspect_ratio` that this family, or without one none, knows."""
+    known: dict[str, Any] = HD_ASPECT_RATIOS if family in ("llava_hd", None) else ASPECT_RATIOS
     if name and name not in known:
-        hint = " (anyres is for --mm_family llava_hd)" if name == "anyres" else ""
-        raise UserError(f"image_aspect_ratio: unknown {name!r} for family {family}{hint}; known: {', '.join(known)}")
+        where = "" if family is None else f" for family {family}"
+        hint = f" ({name} is for --mm_family llava_hd)" if name in HD_ASPECT_RATIOS else ""
+        raise UserError(f"image_aspect_ratio: unknown {name!r}{where}{hint}; known: {', '.join(known)}")
 
 
 def process_images(images: Sequence[Image.Image], image_processor: Any, model_cfg: Any) -> Tensor | list[Tensor]:
@@ -205,7 +206,7 @@ def process_images(images: Sequence[Image.Image], image_processor: Any, model_cf
     model_cfg: whatever has `image_aspect_ratio` (none or empty means `square`), and for tiling families the fields of
     `LlavaConfig` (`mm_family`, `hd_max_tiles`, ...). Raises `UserError` for an unknown `image_aspect_ratio`.
     """
-    views = VIEWS[getattr(model_cfg, "mm_family", "llava")]
+    views = VIEWS[_family(model_cfg)]
     pixels = [views(image, image_processor, model_cfg) for image in images]
     if pixels and all(pixel.dim() == 3 and pixel.shape == pixels[0].shape for pixel in pixels):
         return torch.stack(pixels)

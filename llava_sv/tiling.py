@@ -1,7 +1,7 @@
 """Cutting a large picture into views of the encoder's size: which grid it needs, and the views themselves.
 
-`mm_utils` makes pixels of the views; `model.token_counts` and `model.multimodal_projector` ask for the same grid. Sizes
-are (width, height) in pixels; a grid is (columns, rows); a tile is square, `tile` pixels a side.
+`mm_utils` makes pixels of the views, `model.token_counts` counts their tokens: both ask `grid_of`. Sizes are (width,
+height) in pixels; a grid is (columns, rows); a tile is square, `tile` pixels a side.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from PIL import Image
 
@@ -17,8 +18,39 @@ from llava_sv.errors import UserError
 Size = tuple[int, int]
 Grid = tuple[int, int]
 
-NO_TILES: Grid = (1, 1)
+NO_TILES: Grid = (0, 0)
 """An image that one tile holds: its overview shows it all."""
+
+ANYRES = "anyres"
+"""The `image_aspect_ratio` that cuts and orders an image as LLaVA-NeXT does."""
+
+
+def grid_of(config: Any, tile: int, size: Size) -> Grid:
+    """Tiles besides the overview of an image of `size`, as the config of a model that tiles says."""
+    if config.image_aspect_ratio == ANYRES:
+        width, height = choose_resolution(size, _pinpoints(config, tile))
+        return width // tile, height // tile
+    return choose_grid(size, tile, config.hd_max_tiles, _fixed_grid(config))
+
+
+def sizes_of_grids(config: Any, tile: int) -> list[Size]:
+    """Sizes of images that between them are cut by every grid that `grid_of` gives."""
+    if config.image_aspect_ratio == ANYRES:
+        return [(width, height) for width, height in _pinpoints(config, tile)]
+    fixed = _fixed_grid(config)
+    return [(columns * tile, rows * tile) for columns, rows in ([fixed] if fixed else _grids(config.hd_max_tiles))]
+
+
+def _fixed_grid(config: Any) -> Grid | None:
+    return parse_grid(config.hd_fixed_grid, config.hd_max_tiles) if config.hd_fixed_grid else None
+
+
+def _pinpoints(config: Any, tile: int) -> Sequence[Sequence[int]]:
+    return config.image_grid_pinpoints or default_pinpoints(tile)
+
+
+def _grids(max_tiles: int) -> list[Grid]:
+    return [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles // c + 1)]
 
 
 def choose_grid(size: Size, tile: int, max_tiles: int, fixed: Grid | None = None) -> Grid:
@@ -28,23 +60,16 @@ def choose_grid(size: Size, tile: int, max_tiles: int, fixed: Grid | None = None
     tiles whose aspect ratio is closest (as a factor, so that a picture on its side gets the grid on its side); of
     equally close ones the largest.
     """
-    if fixed is not None:
-        return fixed
     width, height = size
-    if max(width, height) <= tile:
+    if fixed is None and max(width, height) <= tile:
         return NO_TILES
-    grids = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles // c + 1)]
 
     def distance(grid: Grid) -> float:
         # rounded, so that 1x1 and 2x2 tie whatever the last bit says
         return round(abs(math.log(grid[0] * height / (grid[1] * width))), 9)
 
-    return min(grids, key=lambda grid: (distance(grid), -grid[0] * grid[1]))
-
-
-def num_tiles(grid: Grid) -> int:
-    """Tiles of a grid, the overview not counted."""
-    return 0 if grid == NO_TILES else grid[0] * grid[1]
+    grid = fixed or min(_grids(max_tiles), key=lambda grid: (distance(grid), -grid[0] * grid[1]))
+    return NO_TILES if grid == (1, 1) else grid
 
 
 def parse_grid(text: str, max_tiles: int) -> Grid:
@@ -81,7 +106,7 @@ def fit(image: Image.Image, size: Size, color: tuple[int, int, int], resample: i
     return canvas
 
 
-# -- LLaVA-NeXT's `anyres` ----------------------------------------------------------------------------------------------
+# -- LLaVA-NeXT's `anyres` ---------------------------------------------------------------------------------------------
 
 
 def default_pinpoints(tile: int) -> list[Size]:

@@ -115,7 +115,7 @@ def test_a_config_without_the_field_means_square():
 
 
 def test_unknown_aspect_ratio_lists_the_known():
-    with pytest.raises(UserError, match="unknown image_aspect_ratio 'wide'; known: pad, square"):
+    with pytest.raises(UserError, match="image_aspect_ratio: unknown 'wide' for family llava; known: pad, square"):
         process_images([Image.new("RGB", (4, 4))], _processor(), _config("wide"))
 
 

@@ -14,7 +14,18 @@ from transformers.models.llava_next.modeling_llava_next import unpad_image
 from llava_sv.errors import UserError
 from llava_sv.mm_utils import process_images
 from llava_sv.model.token_counts import count_tokens
-from llava_sv.tiling import choose_grid, choose_resolution, cut, default_pinpoints, fit, num_tiles, parse_grid, unpadded
+from llava_sv.tiling import (
+    NO_TILES,
+    choose_grid,
+    choose_resolution,
+    cut,
+    default_pinpoints,
+    fit,
+    grid_of,
+    parse_grid,
+    sizes_of_grids,
+    unpadded,
+)
 from tests.data.samples import image_processor
 
 SIZES = [(336, 336), (100, 50), (672, 672), (1000, 300), (300, 1000), (640, 480), (480, 640), (337, 336), (1920, 700)]
@@ -23,8 +34,8 @@ SIZES = [(336, 336), (100, 50), (672, 672), (1000, 300), (300, 1000), (640, 480)
 @pytest.mark.parametrize(
     ("size", "grid"),
     [
-        ((336, 336), (1, 1)),
-        ((20, 300), (1, 1)),
+        ((336, 336), NO_TILES),
+        ((20, 300), NO_TILES),
         ((337, 336), (2, 2)),
         ((672, 672), (2, 2)),
         ((3000, 3000), (2, 2)),
@@ -51,6 +62,7 @@ def test_the_closest_ratio_of_all_grids():
                 grid = choose_grid((width, height), 336, most)
                 assert grid[0] * grid[1] <= most
                 assert choose_grid((height, width), 336, most) == grid[::-1] or grid[0] == grid[1]
+                grid = (1, 1) if grid == NO_TILES else grid
                 off = max(grid[0] / grid[1] / (width / height), width / height / (grid[0] / grid[1]))
                 for c in range(1, most + 1):
                     for r in range(1, most // c + 1):
@@ -61,7 +73,7 @@ def test_the_closest_ratio_of_all_grids():
 def test_a_fixed_grid_wins():
     assert choose_grid((10, 10), 336, 4, parse_grid("2x2", 4)) == (2, 2)
     assert parse_grid("3x1", 4) == (3, 1)
-    assert num_tiles((1, 1)) == 0
+    assert choose_grid((900, 900), 336, 4, parse_grid("1x1", 4)) == NO_TILES
 
 
 @pytest.mark.parametrize(
@@ -129,8 +141,32 @@ def test_views_are_as_many_as_the_config_counts(aspect, size):
     config = settings(image_aspect_ratio=aspect)
     (views,) = process_images([Image.new("RGB", size)], image_processor(32), config)
     assert views.shape[1:] == (3, 32, 32)
+    columns, rows = grid_of(config, 32, size)
+    assert len(views) == 1 + columns * rows
     if aspect != "anyres":
         assert count_tokens(config, size).total == 16 * len(views)
+        return
+    # one number a cell, padding cut off by transformers' own function; a newline ends each row
+    real = unpad_image(torch.zeros(1, rows * 4, columns * 4), size[::-1])[0]
+    assert count_tokens(config, size).total == 16 + real.numel() + len(real)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hd_max_tiles": 1},
+        {},
+        {"hd_max_tiles": 6},
+        {"hd_fixed_grid": "1x3"},
+        {"image_aspect_ratio": "anyres"},
+        {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[32, 32], [96, 32]]},
+    ],
+)
+def test_sizes_of_grids_reach_every_grid(changes):
+    config = settings(**changes)
+    reached = {grid_of(config, 32, size) for size in sizes_of_grids(config, 32)}
+    every = {grid_of(config, 32, (width, height)) for width in range(8, 400, 9) for height in range(8, 400, 9)}
+    assert reached == every
 
 
 def test_square_tiles_are_the_stretched_picture_and_pad_tiles_the_fitted_one():

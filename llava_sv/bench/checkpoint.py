@@ -17,8 +17,8 @@ from llava_sv.model.config import SkipVisionConfig
 from llava_sv.model.cos_presets import is_resampler, scales_of
 from llava_sv.model.loading import check_config, read_config
 from llava_sv.model.multimodal_encoder.builder import read_vision_config
-from llava_sv.model.token_counts import ANYRES, count_tokens, grid_side, hd_grid, local_cells
-from llava_sv.tiling import Size, num_tiles
+from llava_sv.model.token_counts import count_tokens, grid_side, hd_grid, local_cells
+from llava_sv.tiling import Size
 
 ENCODERS_WITH_CLS = ("clip_vision_model",)
 """`model_type`s of encoders that run a CLS row beside the patches."""
@@ -82,7 +82,7 @@ def views_of(config: Any, size: Size | None = None) -> int:
     if config.mm_family != "llava_hd":
         return 1
     columns, rows = hd_grid(config, size)
-    return 1 + (columns * rows if config.image_aspect_ratio == ANYRES else num_tiles((columns, rows)))
+    return 1 + columns * rows
 
 
 def setting_of(config: Any, size: Size | None = None) -> Setting:

@@ -14,7 +14,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
 from llava_sv.errors import UserError
-from llava_sv.model.token_counts import count_tokens
+from llava_sv.model.token_counts import count_tokens, most_tokens
 from llava_sv.model.token_groups import KV_LEVELS
 
 SUMMARY_NORMS = ("none", "layernorm")
@@ -108,16 +108,23 @@ class SkipVisionConfig:
         """Summary tokens an image."""
         return int(self.former_summary) + int(self.latter_summary)
 
-    def skipped_of(self, num_patches: int) -> int:
-        """Skipped tokens of an image of `num_patches` patches; `UserError` where Nr + Ns exceeds them."""
-        rest = num_patches - self.num_retained
-        wanted = self.num_skipped if self.merge and self.num_skipped is not None else 1
-        if rest < wanted:
+    def skipped_of(self, num_tokens: int) -> int:
+        """Skipped tokens of an image of `num_tokens`: those that are not retained, after merging at most Ns of them."""
+        rest = num_tokens - self.num_retained
+        return min(int(self.num_skipped or rest), rest) if self.merge else rest
+
+    def check_budget(self, num_tokens: int, what: str) -> None:
+        """`UserError` where an image's `num_tokens` (`what` names them) do not hold Nr and Ns, or none is skipped."""
+        if self.merge and self.num_retained + int(self.num_skipped or 0) > num_tokens:
             raise UserError(
-                f"skip_vision: num_retained {self.num_retained} + num_skipped {wanted} is more than the "
-                f"{num_patches} patches of an image; lower one of them"
+                f"skip_vision: num_retained {self.num_retained} + num_skipped {self.num_skipped} is more than the "
+                f"{num_tokens} {what}; lower one of them"
             )
-        return wanted if self.merge else rest
+        if self.num_retained >= num_tokens:
+            raise UserError(
+                f"skip_vision: num_retained {self.num_retained} leaves nothing to skip of the {num_tokens} {what}; "
+                "lower it"
+            )
 
 
 def _is_count(value: Any) -> bool:
@@ -213,12 +220,12 @@ class LlavaFields(Stock):
         """What `visual_tokens_per_image` would be without `skip_vision`."""
         dense = copy.copy(self)
         dense.skip_vision = None
-        return count_tokens(dense, image_size).total
+        return dense.visual_tokens_per_image(image_size)
 
     def visual_tokens_per_image(self, image_size: tuple[int, int] | None = None) -> int:
         """Tokens that an image of `image_size` (width, height in pixels) takes in the spliced sequence; without a size,
         the most that an image of any size takes."""
-        return count_tokens(self, image_size).total
+        return most_tokens(self) if image_size is None else count_tokens(self, image_size).total
 
 
 @strict

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -16,6 +17,7 @@ from llava_sv.mm_utils import check_aspect_ratio
 from llava_sv.model.checkpoint_io import load_strictly
 from llava_sv.model.compression.select import get_selector
 from llava_sv.model.config import LlavaFields
+from llava_sv.model.cos_presets import CUSTOM
 from llava_sv.model.language_model.causal_lm import LlavaCausalLM
 from llava_sv.model.language_model.decoders import BY_MODEL_TYPE, model_class
 from llava_sv.model.multimodal_encoder.builder import (
@@ -28,6 +30,23 @@ from llava_sv.model.multimodal_projector.builder import check_projector_type
 from llava_sv.model.multimodal_projector.families import get_grouping
 from llava_sv.model.splice import PADDING_SIDES
 from llava_sv.model.token_counts import check_counts, selects
+from llava_sv.tiling import ANYRES
+
+CUT_BY_GRID: dict[str, tuple[str, ...]] = {"mm_family": ("llava_hd",), "image_aspect_ratio": ("pad", "square")}
+CUT_BY_PINPOINTS: dict[str, tuple[str, ...]] = {"mm_family": ("llava_hd",), "image_aspect_ratio": (ANYRES,)}
+ONLY_WITH: dict[str, dict[str, tuple[str, ...]]] = {
+    "hd_max_tiles": CUT_BY_GRID,
+    "hd_fixed_grid": CUT_BY_GRID,
+    "image_grid_pinpoints": CUT_BY_PINPOINTS,
+    "cos_windows": {"mm_projector_type": (CUSTOM,)},
+    "cos_queries": {"mm_projector_type": (CUSTOM,)},
+    "mm_vision_feature_levels": {"mm_family": ("cos",)},
+    "mm_vision_select_layer": {"mm_family": ("llava", "llava_hd")},
+    "mm_vision_select_feature": {"mm_family": ("llava",)},
+}
+"""Field of the config -> other fields, with the values under which it is read. Elsewhere it must keep its default."""
+
+IN_WORDS = {"mm_family": "family"}
 
 
 def read_config(model_path: str) -> LlavaFields:
@@ -72,7 +91,9 @@ def check_config(config: LlavaFields, vision_config: dict[str, Any]) -> None:
     get_grouping(config.mm_family)
     check_projector_type(config)
     check_selected_state(config, vision_config)
-    check_aspect_ratio(config.mm_family, config.image_aspect_ratio)
+    check_aspect_ratio(config.image_aspect_ratio, config.mm_family)
+    for name, why in not_read(config):
+        raise UserError(f"{name} {why}; drop it")
     if config.tokenizer_padding_side not in PADDING_SIDES:
         known = ", ".join(PADDING_SIDES)
         raise UserError(f"tokenizer_padding_side: unknown {config.tokenizer_padding_side!r}; known: {known}")
@@ -86,6 +107,19 @@ def check_config(config: LlavaFields, vision_config: dict[str, Any]) -> None:
     skip.layers_that_skip(config.num_hidden_layers)
     if config.mm_vision_select_feature != "patch":
         raise UserError("skip_vision works on patches: set mm_vision_select_feature to 'patch'")
+
+
+def not_read(config: LlavaFields) -> Iterator[tuple[str, str]]:
+    """Fields that are set and that a model of this config would not read, each with what it is for."""
+    defaults = {field.name: field.default for field in fields(LlavaFields)}
+    for name, needs in ONLY_WITH.items():
+        if getattr(config, name) == defaults[name]:
+            continue
+        for other, known in needs.items():
+            value = getattr(config, other) or "square"  # an image_aspect_ratio of None; the others are never empty
+            if value not in known:
+                yield name, f"is for {IN_WORDS.get(other, other)} {' or '.join(known)}, not {value}"
+                break
 
 
 def described_by(config: LlavaFields, vision_config: dict[str, Any]) -> LlavaFields:

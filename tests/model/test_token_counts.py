@@ -114,8 +114,43 @@ def test_hd_counts_follow_the_tiles(size, dense, skip):
 
 
 @pytest.mark.parametrize(
+    ("skip", "settings", "most", "dense"),
+    [
+        (None, {}, 2880, 2880),
+        ({}, {}, 1154, 2880),
+        ({"num_retained": 64, "num_skipped": 64}, {}, 577, 2880),  # an image without tiles, whose overview stays
+        ({"num_retained": 64, "num_skipped": 64}, {"hd_fixed_grid": "2x2"}, 130, 2880),
+        (None, {"image_aspect_ratio": "anyres"}, 2880 + 48, 2928),
+        (None, {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[1344, 336], [336, 1344]]}, 2976, 2976),
+        ({}, {"image_aspect_ratio": "anyres"}, 1154, 2928),
+    ],
+)
+def test_the_most_tokens_of_any_image(skip, settings, most, dense):
+    """Over images of all shapes; newlines go by rows, so of equally large grids the tall one has more."""
+    config = real("llava_hd", 336, skip, **settings)
+    assert (config.visual_tokens_per_image(), config.dense_tokens_per_image()) == (most, dense)
+    sizes = [(width, height) for width in range(100, 2800, 84) for height in range(100, 2800, 84)]
+    assert max(config.visual_tokens_per_image(size) for size in sizes) <= most
+    assert max(config.dense_tokens_per_image(size) for size in sizes) <= dense
+
+
+@pytest.mark.parametrize(
     ("family", "size", "skip", "settings", "message"),
     [
+        (
+            "llava",
+            336,
+            {"num_retained": 576, "merge": False},
+            {},
+            "num_retained 576 leaves nothing to skip of the 576 patches of an image; lower it",
+        ),
+        (
+            "cos",
+            448,
+            {"num_retained": 1296, "merge": False},
+            {"mm_projector_type": "cos_1296"},
+            "num_retained 1296 leaves nothing to skip of the 1296 tokens of cos_1296; lower it",
+        ),
         ("llava_hd", 336, {"num_retained": 577}, {}, "num_retained 577 is more than the 576 patches of the overview"),
         ("llava_hd", 336, None, {"hd_fixed_grid": "3x2"}, "3x2 has 6 tiles, but hd_max_tiles is 4"),
         ("llava_hd", 336, None, {"hd_max_tiles": 0}, "hd_max_tiles: expected 1 or more, got 0"),

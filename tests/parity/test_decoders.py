@@ -8,14 +8,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from llava_sv.errors import UserError
 from llava_sv.model.language_model.decoders import BY_MODEL_TYPE, DECODERS
 from llava_sv.model.language_model.skip_cache import cache_bytes, sliding_window
 from llava_sv.model.token_groups import KV_LEVELS
-from tests.parity.oracle import decode_one, greedy_recompute
-from tests.parity.test_generate import single_samples
+from tests.parity.oracle import decode_one, greedy_recompute, single_samples
 from tests.parity.tiny import FAMILIES, SKIP, ragged_batch, tiny_images, tiny_model
 
 KINDS = {
@@ -131,7 +130,7 @@ def check_generation(model, level: str) -> None:
     images = tiny_images(count)
     options = dict(skip_kv=level, max_new_tokens=STEPS, do_sample=False)
     together = model.generate(ids, attention_mask=mask, images=images, **options)
-    for row, (own, pixels) in enumerate(single_samples(model, ids, mask, images)):
+    for row, (own, pixels) in enumerate(single_samples(ids, mask, images)):
         alone = model.generate(own, images=pixels if len(pixels) else None, **options)
         assert together[row].tolist() == alone[0].tolist()
         batch = model.prepare_inputs_labels_for_multimodal(own, images=pixels)
@@ -214,6 +213,11 @@ def test_a_window_that_may_be_outgrown_is_said_before_anything_runs(kind):
         model.generate(ids, max_length=LONGEST + STEPS, **options)
     model.generate(ids, max_new_tokens=STEPS - 1, **options)
     model.generate(ids, max_new_tokens=STEPS, skip_kv="none", **options)
+    with pytest.raises(UserError, match=f"may take {LONGEST + 20} positions"):
+        model.generate(ids, **options)  # transformers' own default: 20 new tokens
+    model.generation_config.max_new_tokens = STEPS
+    with pytest.raises(UserError, match=f"may take {LONGEST + STEPS} positions"):
+        model.generate(ids, generation_config=GenerationConfig(), **options)
     text = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=STEPS, do_sample=False)
     assert text.shape == (1, STEPS), "without an image nothing is dropped, and any length will do"
 

@@ -7,10 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from llava_sv.errors import UserError
+from llava_sv.mm_utils import VIEWS
+from llava_sv.model import token_counts
 from llava_sv.model.builders import BUILDERS
 from llava_sv.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava_sv.model.multimodal_projector.families import GROUPINGS
 from llava_sv.model.token_groups import KV_LEVELS, TokenRole
-from tests.parity.oracle import decode_one, greedy_recompute, merge_by_loops, summary_by_loop
+from llava_sv.train.preflight import SCRIPTS
+from tests.parity.oracle import decode_one, greedy_recompute, merge_by_loops, single_samples, summary_by_loop
 from tests.parity.tiny import FAMILIES, family_images, family_model, ragged_batch
 
 SWITCHES = {
@@ -32,17 +36,9 @@ def levels_of(family: str) -> list[str]:
 
 
 def test_every_family_is_here():
-    assert list(FAMILIES) == list(BUILDERS)
-
-
-def single_samples(family, ids, mask, images):
-    """Each sample of a batch alone: its unpadded ids [1, T] and its own images."""
-    used = 0
-    for row in range(ids.shape[0]):
-        own = ids[row][mask[row]]
-        count = int((own == -200).sum())
-        yield own.unsqueeze(0), images[used : used + count]
-        used += count
+    """In every table that docs/Extending.md asks a new family to be put in."""
+    for table in (FAMILIES, GROUPINGS, token_counts.FAMILIES, VIEWS, SCRIPTS):
+        assert list(table) == list(BUILDERS)
 
 
 def unfreeze(model):
@@ -89,7 +85,7 @@ def test_cached_decoding_equals_recomputation(family, switches):
     for level in levels_of(family):
         options = dict(skip_kv=level, max_new_tokens=STEPS, do_sample=False)
         together = model.generate(ids, attention_mask=mask, images=images, **options)
-        for row, (own, pixels) in enumerate(single_samples(family, ids, mask, images)):
+        for row, (own, pixels) in enumerate(single_samples(ids, mask, images)):
             batch = model.prepare_inputs_labels_for_multimodal(own, images=pixels)
             expected = greedy_recompute(model, batch.inputs_embeds[0], batch.token_roles[0], KV_LEVELS[level], STEPS)
             assert together[row].tolist() == expected, (level, row)
@@ -104,7 +100,7 @@ def test_batch_equals_single(family, dense):
     images = family_images(family, count)
     options = dict(max_new_tokens=STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True)
     together = model.generate(ids, attention_mask=mask, images=images, **options)
-    for row, (own, pixels) in enumerate(single_samples(family, ids, mask, images)):
+    for row, (own, pixels) in enumerate(single_samples(ids, mask, images)):
         alone = model.generate(own, images=pixels if len(pixels) else None, **options)
         assert together.sequences[row].tolist() == alone.sequences[0].tolist()
         for step in range(STEPS):
@@ -215,3 +211,13 @@ def test_the_fine_level_drops_the_middle_scale():
     assert lengths == [text + 20 + 1 + 6 + 1, text + 20 + 2, text + 4 + 2]
     roles = model.encode_images(images)[0].roles
     assert int((roles == TokenRole.FINE).sum()) == 16
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"hd_max_tiles": 3}, "hd_max_tiles 3 allows 3"), ({"hd_fixed_grid": "1x2"}, "hd_fixed_grid 1x2 allows 2")],
+)
+def test_too_many_tiles_name_the_setting_that_decides(settings, said):
+    model = family_model("llava_hd", **settings)
+    with pytest.raises(ValueError, match=f"image 0 comes in 4 tiles, but {said}"):
+        model.encode_images(family_images("llava_hd", 1))

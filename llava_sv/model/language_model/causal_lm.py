@@ -26,10 +26,13 @@ from llava_sv.model.language_model.skip_cache import cache_to_shrink, drops_any,
 from llava_sv.model.language_model.skip_ffn import enable_skip_ffn, rows_through_ffn
 from llava_sv.model.llava_arch import Images, LlavaMetaForCausalLM, LlavaMetaModel
 from llava_sv.model.multimodal_encoder.builder import VISION_TOWERS
-from llava_sv.model.multimodal_projector.mlp import LinearProjector
+from llava_sv.model.multimodal_projector.mlp import LinearProjector, Projector
 from llava_sv.model.multimodal_projector.resampler import ResamplerScale
 from llava_sv.model.token_counts import check_has_middle
 from llava_sv.model.token_groups import KV_LEVELS, is_visual
+
+DEFAULT_NEW_TOKENS = 20
+"""What transformers' `generate` makes where neither `max_new_tokens` nor `max_length` is given."""
 
 
 class LlavaDecoder(LlavaMetaModel, Stock):
@@ -55,6 +58,8 @@ class LlavaDecoder(LlavaMetaModel, Stock):
     @torch.no_grad()
     def _init_weights(self, module: torch.nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, Projector) and module.image_newline is not None:
+            init.normal_(module.image_newline, std=module.image_newline.shape[0] ** -0.5)
         if isinstance(module, SummaryToken):
             init.zeros_(module.weight)
         elif isinstance(module, LinearProjector):
@@ -195,8 +200,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, Stock):
             if kwargs.get("token_roles") is not None:
                 kwargs |= self._cache_for(kwargs["token_roles"], level, kwargs)
             return super().generate(skip_kv=level, **kwargs)
-        if level == "fine+skipped":
-            check_has_middle(self.config)
+        check_has_middle(self.config, level)
         inputs = inputs.unsqueeze(0) if inputs.dim() == 1 else inputs
         mask = kwargs.pop("attention_mask", None)
         mask = self._mask_of_padding(inputs, kwargs) if mask is None else mask
@@ -229,10 +233,22 @@ class LlavaCausalLM(LlavaMetaForCausalLM, Stock):
         uses_cache = kwargs.get("use_cache", settings.use_cache) is not False
         if not uses_cache or kwargs.get("past_key_values") is not None or not drops_any(roles, level):
             return {}
-        new, longest = (kwargs.get(name, getattr(settings, name, None)) for name in ("max_new_tokens", "max_length"))
-        total = roles.shape[1] + new if new is not None else max(longest or 0, roles.shape[1] + 1)
-        cache = cache_to_shrink(self.config, total, level)
+        cache = cache_to_shrink(self.config, roles.shape[1] + self._new_tokens(roles.shape[1], kwargs), level)
         return {} if cache is None else {"past_key_values": cache}
+
+    def _new_tokens(self, prompt: int, kwargs: dict[str, Any]) -> int:
+        """The most tokens that transformers' `generate` adds to `prompt` positions, as `_prepare_generated_length` has
+        it."""
+        configs = [config for config in (kwargs.get("generation_config"), self.generation_config) if config is not None]
+
+        def said(name: str) -> int | None:
+            values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+            return next((value for value in values if value is not None), None)
+
+        new, longest = said("max_new_tokens"), said("max_length")
+        if new is not None:
+            return new
+        return DEFAULT_NEW_TOKENS if longest is None else max(longest - prompt, 1)
 
     def _mask_of_padding(self, inputs: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """The mask of prompts that come without one, as transformers infers it: a pad token that ends nothing."""

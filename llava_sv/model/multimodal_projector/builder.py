@@ -35,8 +35,6 @@ def check_projector_type(config: Any) -> None:
     if (family == "cos") != is_resampler(name):
         fit = ", ".join(RESAMPLERS if family == "cos" else tokenwise)
         raise UserError(f"mm_projector_type: {name!r} does not go with family {family!r}, which takes {fit}")
-    if is_resampler(name) and config.mm_vision_select_feature != "patch":
-        raise UserError(f"mm_projector_type: {name!r} reads patches: set mm_vision_select_feature to 'patch'")
     if name == "identity" and config.mm_hidden_size != config.hidden_size:
         raise UserError(
             f"mm_projector_type: 'identity' needs equal widths, but the encoder has {config.mm_hidden_size} and the "

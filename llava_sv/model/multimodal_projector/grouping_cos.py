@@ -30,7 +30,7 @@ def group_cos(
     fine = fine_of(coarsest, skip.num_retained)
     retained, local = tokens[:, : skip.num_retained], tokens[:, skip.num_retained :]
     if skip.merge:
-        local, _ = merge_tokens(local, int(skip.num_skipped or 0))
+        local, _ = merge_tokens(local, skip.skipped_of(tokens.shape[1]))
     parts = [(TokenRole.RETAINED, retained[:, : skip.num_retained - fine])]
     if fine:
         parts.append((TokenRole.FINE, retained[:, skip.num_retained - fine :]))

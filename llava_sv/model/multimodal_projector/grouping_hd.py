@@ -12,9 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 from llava_sv.model.compression.merge import merge_tokens
 from llava_sv.model.compression.select import VisionFeatures, gather_tokens, get_selector, split_by_score
 from llava_sv.model.multimodal_projector.grouping import Parts, Projecting, Sizes, between
-from llava_sv.model.token_counts import ANYRES, grid_side, hd_grid
+from llava_sv.model.token_counts import grid_side, hd_grid
 from llava_sv.model.token_groups import TokenGroups, TokenRole, role_row
-from llava_sv.tiling import num_tiles, unpadded
+from llava_sv.tiling import ANYRES, unpadded
 
 
 def group_llava_hd(
@@ -39,10 +39,11 @@ def _check(owner: Projecting, views_per_image: list[int]) -> None:
     config = owner.config
     if config.image_aspect_ratio == ANYRES:
         return
-    most = num_tiles(hd_grid(config, None))
+    columns, rows = hd_grid(config, None)
+    which = f"hd_fixed_grid {config.hd_fixed_grid}" if config.hd_fixed_grid else f"hd_max_tiles {config.hd_max_tiles}"
     for index, views in enumerate(views_per_image):
-        if views - 1 > most:
-            raise ValueError(f"image {index} comes in {views - 1} tiles, but hd_max_tiles allows {most}")
+        if views - 1 > columns * rows:
+            raise ValueError(f"image {index} comes in {views - 1} tiles, but {which} allows {columns * rows}")
 
 
 def _local(owner: Projecting, views: Tensor, size: tuple[int, int] | None) -> Tensor:

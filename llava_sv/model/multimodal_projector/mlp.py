@@ -16,8 +16,8 @@ from llava_sv.model.compression.summary import SummaryTokens
 from llava_sv.model.multimodal_projector.families import get_grouping
 from llava_sv.model.multimodal_projector.grouping import Sizes
 from llava_sv.model.multimodal_projector.scaling import Weights, refuse_resampler
-from llava_sv.model.token_counts import ANYRES
 from llava_sv.model.token_groups import TokenGroups
+from llava_sv.tiling import ANYRES
 
 
 class Projector(nn.Module, ABC):
