@@ -15,8 +15,9 @@ import transformers
 
 from llava_sv.data.image_policy import POLICIES
 from llava_sv.errors import UserError
-from llava_sv.mm_utils import HD_ASPECT_RATIOS
+from llava_sv.mm_utils import check_aspect_ratio
 from llava_sv.model.config import SkipVisionConfig
+from llava_sv.model.cos_presets import CUSTOM, PRESETS
 from llava_sv.model.multimodal_encoder.vision_tower import FEATURES
 
 
@@ -38,17 +39,25 @@ class ModelArguments:
     mm_family: str | None = _flag(None, "Family of model to build: llava, llava_hd or cos [llava].")
     vision_tower: str | None = _flag(None, "Vision encoder (folder or Hugging Face id).")
     mm_projector_type: str | None = _flag(
-        None, "Projector: linear, identity, mlp{k}x_gelu; CoS: cos_80, cos_336, cos_1296 [mlp2x_gelu; CoS: cos_1296]."
+        None,
+        f"Projector: linear, identity, mlp{{k}}x_gelu; CoS: {', '.join([*PRESETS, CUSTOM])} "
+        "[mlp2x_gelu; CoS: cos_1296, or the largest that suits the encoder].",
     )
     pretrain_mm_mlp_adapter: str | None = _flag(None, "Pretrained projector to start from (mm_projector.bin).")
     tune_mm_mlp_adapter: bool = _flag(False, "Train the projector only (pretraining), and save it alone.")
     freeze_backbone: bool = _flag(False, "Do not train the language model.")
-    freeze_mm_mlp_adapter: bool = _flag(False, "Do not train the projector; its summary weights still train.")
-    unfreeze_mm_vision_tower: bool = _flag(False, "Train the vision encoder too, up to the blocks that are read.")
-    mm_vision_select_layer: int = _flag(
-        -2, "Hidden state of the encoder to read: 0 is the embedding, -1 the last layer."
+    freeze_mm_mlp_adapter: bool = _flag(
+        False, "Do not train the projector; its summary weights and image_newline still train."
     )
-    mm_vision_select_feature: str = _flag("patch", "patch, or cls_patch to keep the CLS token (dense models only).")
+    unfreeze_mm_vision_tower: bool = _flag(False, "Train the vision encoder too, up to the blocks that are read.")
+    mm_vision_select_layer: int | None = _flag(
+        None,
+        "Hidden state of the encoder to read: 0 is the embedding, -1 the last layer [-2]. "
+        "CoS reads --mm_vision_feature_levels instead, and takes no other value than -2.",
+    )
+    mm_vision_select_feature: str | None = _flag(
+        None, "patch, or cls_patch to keep the CLS token (dense models of family llava only) [patch]."
+    )
     mm_vision_image_size: int | None = _flag(
         None, "Side of the encoder's input in pixels; positions are interpolated [the encoder's own; CoS: twice that]."
     )
@@ -91,7 +100,7 @@ class ModelArguments:
         for name in ("mm_use_im_start_end", "mm_use_im_patch_token"):
             if getattr(self, name):
                 raise UserError(f"--{name} True is not supported: an image's place is marked without tokens; drop it")
-        if self.mm_vision_select_feature not in FEATURES:
+        if self.mm_vision_select_feature not in (*FEATURES, None):
             known = ", ".join(FEATURES)
             raise UserError(f"--mm_vision_select_feature: unknown {self.mm_vision_select_feature!r}; known: {known}")
         if self.tune_mm_mlp_adapter and self.freeze_mm_mlp_adapter:
@@ -113,6 +122,11 @@ class ModelArguments:
         block = {**(inherited or {}), **given}
         SkipVisionConfig.from_dict(block)
         return block
+
+    def selected_state(self) -> dict[str, Any]:
+        """Which hidden state and features of the encoder to read, as far as the command line says."""
+        names = ("mm_vision_select_layer", "mm_vision_select_feature")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def family_settings(self) -> dict[str, Any]:
         """The family's own config fields that the command line gave; `UserError` for a list that cannot be read."""
@@ -153,7 +167,10 @@ class DataArguments:
     data_path: str | None = _flag(None, "Training records: LLaVA JSON (an array) or JSONL.")
     image_folder: str | None = _flag(None, "Folder that the records' image paths start from.")
     image_aspect_ratio: str = _flag(
-        "pad", "How an image is made square: pad (grow it with the mean colour) or square; LLaVA-HD also: anyres."
+        "pad",
+        "How an image is made square: pad (grow it with the mean colour) or square (what the encoder's own processor "
+        "does: CLIP's crops the middle, SigLIP's stretches; LLaVA-HD: stretched to overview and grid); "
+        "LLaVA-HD also: anyres.",
     )
     is_multimodal: bool = _flag(True, "LLaVA's flag: records may hold images.")
     lazy_preprocess: bool = _flag(True, "LLaVA's flag; only True is supported: records are prepared as they are read.")
@@ -162,9 +179,9 @@ class DataArguments:
     def __post_init__(self) -> None:
         if not self.lazy_preprocess:
             raise UserError("--lazy_preprocess False is not supported: records are prepared as they are read; drop it")
-        for name, known in (("missing_images", POLICIES), ("image_aspect_ratio", tuple(HD_ASPECT_RATIOS))):
-            if getattr(self, name) not in known:
-                raise UserError(f"--{name}: unknown value {getattr(self, name)!r}; known: {', '.join(known)}")
+        check_aspect_ratio(self.image_aspect_ratio)
+        if self.missing_images not in POLICIES:
+            raise UserError(f"--missing_images: unknown value {self.missing_images!r}; known: {', '.join(POLICIES)}")
 
 
 @dataclass
@@ -180,7 +197,9 @@ class TrainingArguments(transformers.TrainingArguments):
         1.0, "Each encoder block trains at this share of the next one's rate; 1: all at the same."
     )
     group_by_modality_length: bool = _flag(
-        False, "Batches of like length, text-only ones apart; lengths count visual tokens after skipping."
+        False,
+        "Batches of like length, text-only ones apart; lengths count visual tokens after skipping (LLaVA-HD: of a "
+        "picture with all its tiles).",
     )
     attn_implementation: str | None = _flag(
         None,

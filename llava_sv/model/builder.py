@@ -6,6 +6,7 @@ What to build is read from config.json, never from a name.
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -26,21 +27,17 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-KEPT_ON_BASE = (
-    "mm_projector_type",
-    "mm_vision_select_layer",
-    "mm_vision_select_feature",
-    "mm_vision_feature_levels",
-    "mm_vision_image_size",
-    "cos_windows",
-    "cos_queries",
-    "hd_max_tiles",
-    "hd_fixed_grid",
-    "image_grid_pinpoints",
-    "image_aspect_ratio",
-    "conv_template",
-    "tokenizer_model_max_length",
+SET_BY_BUILDER = (
+    "mm_family",
+    "mm_vision_tower",
+    "vision_config",
+    "mm_hidden_size",
+    "skip_vision",
+    "tokenizer_padding_side",
 )
+"""Fields that building a model sets by itself, or that only training reads."""
+
+KEPT_ON_BASE = tuple(field.name for field in fields(LlavaFields) if field.name not in SET_BY_BUILDER)
 """Fields that a projector-only checkpoint brings to its language model."""
 
 

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from llava_sv.errors import UserError
 
 PROJECTOR_KEY = "mm_projector."
+COME_AND_GO = ("summary.", "image_newline")
+"""Projector weights that a file may lack (they start fresh) or leave over: skipping and dense `anyres` have them."""
 UNREADABLE = (OSError, SafetensorError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError)
 """What torch.load and safetensors raise for a file that is torn, or is something else."""
 
@@ -90,9 +92,9 @@ def refuse_key_mismatch(
 def load_projector(model: Any, path: str) -> None:
     """Load a pretrained projector (`mm_projector.bin` or `.safetensors`, or a folder with one) into `model`.
 
-    Keys may carry any prefix before `mm_projector.`. Summary weights may be absent (they are new at SFT) but
-    nothing else. A resampler takes the weights of a preset with fewer tokens too (compound scaling). Raises `UserError`
-    with the names of keys that do not fit.
+    Keys may carry any prefix before `mm_projector.`. Weights of `COME_AND_GO` may be absent or left over, but nothing
+    else. A resampler takes the weights of a preset with fewer tokens too (compound scaling). Raises `UserError` with
+    the names of keys that do not fit.
     """
     weights = {
         k.split(PROJECTOR_KEY, 1)[1]: v for k, v in read_weights(projector_file(path)).items() if PROJECTOR_KEY in k
@@ -100,8 +102,8 @@ def load_projector(model: Any, path: str) -> None:
     projector = model.get_model().mm_projector
     weights = projector.adapted(weights, path)
     wanted = dict(projector.named_parameters())
-    missing = sorted(key for key in wanted if key not in weights and not key.startswith("summary."))
-    unexpected = sorted(key for key in weights if key not in wanted and not key.startswith("summary."))
+    missing = sorted(key for key in wanted if key not in weights and not key.startswith(COME_AND_GO))
+    unexpected = sorted(key for key in weights if key not in wanted and not key.startswith(COME_AND_GO))
     if missing or unexpected:
         raise UserError(
             f"projector {path}: missing keys: {_some(missing)}; unexpected keys: {_some(unexpected)}; "

@@ -17,13 +17,19 @@ from llava_sv.data.index import open_index
 from llava_sv.errors import UserError
 from llava_sv.model.attention import check_attn_implementation
 from llava_sv.model.builders import build_model
+from llava_sv.model.checkpoint_io import COME_AND_GO, PROJECTOR_KEY
 from llava_sv.train.checkpoint import PROJECTOR
-from llava_sv.train.preflight import find_model, is_llava
+from llava_sv.train.preflight import find_model
+from llava_sv.train.preflight import read_config as read_json
 
 DEFAULT_FAMILY = "llava"
 
-NEW_AT_SFT = ("model.mm_projector.summary.",)
-"""Weights that a checkpoint may lack or leave over: summaries come in when skipping does, and go with it."""
+NEW_AT_SFT = tuple(f"model.{PROJECTOR_KEY}{key}" for key in COME_AND_GO)
+"""Weights that a checkpoint may lack or leave over: summaries come in when skipping does and go with it, the newline
+with dense `anyres`."""
+
+TILING = ("hd_max_tiles", "hd_fixed_grid", "image_grid_pinpoints")
+"""Settings of a family that may change when training goes on from a whole model: how images are cut."""
 
 
 def check_names(model_args: ModelArguments, training_args: TrainingArguments) -> None:
@@ -57,8 +63,10 @@ def compute_dtype(args: TrainingArguments) -> torch.dtype:
 
 def build(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> tuple[Any, Any, Any]:
     """(tokenizer, model, image_processor), from base checkpoints or from a checkpoint of this project."""
+    from llava_sv.model.loading import is_llava
+
     own = find_model(str(model_args.model_name_or_path))
-    if own is not None and is_llava(own):
+    if own is not None and is_llava(read_json(own)):
         tokenizer, model, image_processor = _continue(own, model_args, data_args, args)
     else:
         tokenizer, model, image_processor = build_model(
@@ -69,8 +77,7 @@ def build(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
             pretrain_mm_mlp_adapter=model_args.pretrain_mm_mlp_adapter,
             torch_dtype=compute_dtype(args),
             attn_implementation=args.attn_implementation,
-            mm_vision_select_layer=model_args.mm_vision_select_layer,
-            mm_vision_select_feature=model_args.mm_vision_select_feature,
+            **model_args.selected_state(),
             **model_args.family_settings(),
             **_settings(model_args, data_args, args),
         )
@@ -99,10 +106,10 @@ def _continue(own: Path, model_args: ModelArguments, data_args: DataArguments, a
     from llava_sv.model.token_counts import with_family_budget
 
     config = read_config(str(own))
-    for name, value in (_hd_settings(own, config, model_args) | _settings(model_args, data_args, args)).items():
-        setattr(config, name, value)
-    block = model_args.skip_vision(config.skip_vision.to_dict() if config.skip_vision else None)
     vision = config.vision_config or read_vision_config(config.mm_vision_tower, config.mm_vision_image_size).to_dict()
+    _refuse_other_weights(own, described_by(config, vision), model_args)
+    _set_anew(config, model_args, _settings(model_args, data_args, args))
+    block = model_args.skip_vision(config.skip_vision.to_dict() if config.skip_vision else None)
     config.skip_vision = with_family_budget(described_by(config, vision), block) if block else None
     check_config(config, vision)
     model = load_whole(
@@ -114,24 +121,40 @@ def _continue(own: Path, model_args: ModelArguments, data_args: DataArguments, a
     return load_tokenizer(str(own)), model, load_image_processor(str(processor), config.mm_vision_image_size)
 
 
-def _hd_settings(own: Path, config: Any, model_args: ModelArguments) -> dict[str, Any]:
-    """What may change of the family's settings when training goes on from a whole model: how images are tiled.
+def _refuse_other_weights(own: Path, config: Any, model_args: ModelArguments) -> None:
+    """`UserError` for a flag that asks for another family, projector or encoder than the weights of `own` are made for.
 
-    Raises `UserError` for another family, projector or encoder size, which its weights are not made for.
+    config: the checkpoint's, its encoder described.
     """
-    given = model_args.family_settings()
-    tiling: dict[str, Any] = {
-        name: given.pop(name) for name in ("hd_max_tiles", "hd_fixed_grid", "image_grid_pinpoints") if name in given
-    }
-    if model_args.mm_family is not None:
-        given["mm_family"] = model_args.mm_family
+    given = {"mm_family": model_args.mm_family, "vision_tower": model_args.vision_tower}
+    given |= model_args.selected_state() | model_args.family_settings()
+    has = {name: getattr(config, name, None) for name in given}
+    has |= {"vision_tower": config.mm_vision_tower, "mm_vision_image_size": config.vision_config["image_size"]}
     for name, value in given.items():
-        if getattr(config, name) != value:
+        if name not in TILING and value is not None and value != has[name] and not _same_place(value, has[name]):
             raise UserError(
-                f"--{name} {value}: the checkpoint {own} has {getattr(config, name)}; drop the flag, or start from a "
+                f"--{name} {value}: the checkpoint {own} has {has[name]}; drop the flag, or start from a "
                 "language model (--pretrain_mm_mlp_adapter takes a pretrained projector along)"
             )
-    return tiling
+
+
+def _same_place(a: Any, b: Any) -> bool:
+    """Whether two names are one folder, written differently."""
+    return isinstance(a, str) and isinstance(b, str) and Path(a).is_dir() and Path(a).resolve() == Path(b).resolve()
+
+
+def _set_anew(config: Any, model_args: ModelArguments, settings: dict[str, Any]) -> None:
+    """`settings` and the given tiling into the config of a checkpoint; what it says of another way of tiling, and no
+    flag asks for, goes back to its default."""
+    from llava_sv.model.config import LlavaFields
+    from llava_sv.model.loading import not_read
+
+    given = model_args.family_settings()
+    for name, value in (settings | {name: given[name] for name in TILING if name in given}).items():
+        setattr(config, name, value)
+    for name, _ in list(not_read(config)):
+        if name in TILING and name not in given:
+            setattr(config, name, getattr(LlavaFields, name))
 
 
 def choose_trainable(model: Any, model_args: ModelArguments) -> None:
@@ -146,8 +169,9 @@ def choose_trainable(model: Any, model_args: ModelArguments) -> None:
         for parameter, _ in tower.used_parameters().values():
             parameter.requires_grad_(True)
     projector.requires_grad_(not model_args.freeze_mm_mlp_adapter)
-    if projector.summary is not None:
-        projector.summary.requires_grad_(True)
+    for part in (projector.summary, projector.image_newline):  # a checkpoint may lack them: they may be fresh
+        if part is not None:
+            part.requires_grad_(True)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("nothing is left to train: --freeze_backbone and --freeze_mm_mlp_adapter freeze it all")
 
@@ -177,3 +201,17 @@ def build_dataset(
     """The training records, prepared as they are read; `image_config` (the model's) says how images are cut."""
     records = open_index(str(data_args.data_path))
     return LazySupervisedDataset(records, tokenizer, image_processor, data_args, get_template(version), image_config)
+
+
+def check_room(config: Any, dataset: LazySupervisedDataset, args: TrainingArguments) -> None:
+    """`UserError` where an image alone may fill the whole sequence: the cut would take it, and all that follows it."""
+    if not any(dataset.modalities()):
+        return
+    most = config.visual_tokens_per_image()
+    if most >= args.model_max_length:
+        tiles = "--hd_max_tiles, " if config.mm_family == "llava_hd" else ""
+        raise UserError(
+            f"an image takes up to {most} tokens, but --model_max_length is {args.model_max_length}: it would be cut "
+            f"away, and its answer with it; raise --model_max_length to more than {most} and a text's tokens, or let "
+            f"an image take fewer ({tiles}--sv_num_retained, --sv_num_skipped)"
+        )

@@ -78,6 +78,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     tokenizer, model, image_processor = build.build(model_args, data_args, args)
     build.choose_trainable(model, model_args)
     dataset = build.build_dataset(tokenizer, image_processor, data_args, str(model_args.version), model.config)
+    build.check_room(model.config, dataset, args)
     parts = {"processing_class": tokenizer, "model": model, "image_processor": image_processor}
     trainer = make_trainer(args, parts, dataset, model_args.tune_mm_mlp_adapter, asked)
     _introduce(trainer, dataset, tokenizer, plan.note)

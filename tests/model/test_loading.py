@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionModel, Llam
 
 from llava_sv.errors import UserError
 from llava_sv.model import LlavaLlamaForCausalLM, SkipVisionConfig
-from llava_sv.model.builder import load_pretrained_model
+from llava_sv.model.builder import KEPT_ON_BASE, load_pretrained_model
 from llava_sv.model.builders import BUILDERS, build_model
 from tests.model.checkpoints import make_clip, make_llm
 
@@ -232,7 +232,7 @@ def test_a_bare_language_model_is_not_a_llava(bases):
         ({"mm_projector_type": "identity"}, "needs equal widths, but the encoder has 32 and the language model 48"),
         (
             {"image_aspect_ratio": "anyres"},
-            "image_aspect_ratio: unknown 'anyres' for family llava .anyres is for --mm_family llava_hd.; known: pad, square",
+            "image_aspect_ratio: unknown 'anyres' for family llava .anyres is for --mm_family llava_hd.; known: pad",
         ),
         ({"tokenizer_padding_side": "middle"}, "tokenizer_padding_side: unknown 'middle'; known: left, right"),
         ({"hidden_size": 50}, "model config: .*hidden size"),
@@ -251,6 +251,56 @@ def test_wrong_settings_are_one_line_each(bases, saved, changes, message):
     overrides = {k: v for k, v in changes.items() if k not in ("mm_family", "skip_vision")}
     with pytest.raises(UserError, match=message):
         build_model(family, *bases, skip_vision=skip, **overrides)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        ("llava", {"hd_max_tiles": 2}, "hd_max_tiles is for family llava_hd, not llava; drop it"),
+        ("llava", {"hd_fixed_grid": "2x2"}, "hd_fixed_grid is for family llava_hd, not llava; drop it"),
+        ("cos", {"image_grid_pinpoints": [[64, 64]]}, "image_grid_pinpoints is for family llava_hd, not cos; drop it"),
+        (
+            "llava_hd",
+            {"image_aspect_ratio": "anyres", "hd_max_tiles": 2},
+            "hd_max_tiles is for image_aspect_ratio pad or square, not anyres; drop it",
+        ),
+        (
+            "llava_hd",
+            {"image_aspect_ratio": "anyres", "hd_fixed_grid": "2x2"},
+            "hd_fixed_grid is for image_aspect_ratio pad or square, not anyres; drop it",
+        ),
+        (
+            "llava_hd",
+            {"image_aspect_ratio": "square", "image_grid_pinpoints": [[64, 32]]},
+            "image_grid_pinpoints is for image_aspect_ratio anyres, not square; drop it",
+        ),
+        ("llava", {"cos_windows": [4, 2]}, "cos_windows is for mm_projector_type cos, not mlp2x_gelu; drop it"),
+        ("cos", {"cos_queries": [16]}, "cos_queries is for mm_projector_type cos, not cos_80_448; drop it"),
+        ("llava", {"mm_vision_feature_levels": [0]}, "mm_vision_feature_levels is for family cos, not llava; drop it"),
+        ("cos", {"mm_vision_select_layer": -1}, "mm_vision_select_layer is for family llava or llava_hd, not cos"),
+        ("cos", {"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is for family llava, not cos"),
+        ("llava_hd", {"mm_vision_select_feature": "cls_patch"}, "is for family llava, not llava_hd; drop it"),
+    ],
+)
+def test_a_setting_that_would_not_be_read_is_refused(bases, family, settings, message):
+    with pytest.raises(UserError, match=message) as caught:
+        build_model(family, *bases, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_with_their_default_are_fine_everywhere(bases):
+    build_model("llava", *bases, hd_max_tiles=4, hd_fixed_grid=None, cos_windows=None, mm_vision_feature_levels=None)
+    build_model("cos", *bases, mm_vision_select_layer=-2, mm_vision_select_feature="patch")
+    build_model("llava_hd", *bases, image_aspect_ratio=None, hd_max_tiles=2)
+
+
+def test_what_a_projector_brings_to_its_language_model():
+    """All that says how to read an image; not what building sets. A new field is one or the other: choose here too."""
+    assert set(KEPT_ON_BASE) == {
+        "mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature", "mm_vision_feature_levels",
+        "mm_vision_image_size", "cos_windows", "cos_queries", "hd_max_tiles", "hd_fixed_grid", "image_grid_pinpoints",
+        "image_aspect_ratio", "conv_template", "tokenizer_model_max_length",
+    }  # fmt: skip
 
 
 def test_an_unknown_option_is_refused(bases):

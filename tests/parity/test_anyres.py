@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNe
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from llava_sv.mm_utils import process_images
+from llava_sv.model.checkpoint_io import load_projector
 from llava_sv.tiling import default_pinpoints
 from tests.data.samples import image_processor
 from tests.parity.oracle import merge_by_loops
@@ -103,3 +106,32 @@ def test_sizes_are_needed():
         model.encode_images([torch.zeros(3, 3, SIDE, SIDE, dtype=torch.float64)])
     with pytest.raises(ValueError, match="makes 3 x 1 tiles, but 2 were given"):
         model.encode_images([torch.zeros(3, 3, SIDE, SIDE, dtype=torch.float64)], [(100, 40)])
+
+
+@pytest.mark.parametrize("skip", [None, {"num_retained": 16, "num_skipped": 6}])
+@pytest.mark.parametrize("aspect", ["pad", "anyres"])
+def test_projectors_cross_with_and_without_a_newline(tmp_path, skip, aspect):
+    """From dense `anyres` to the others and back; what the file lacks starts fresh, what it has too much is left."""
+    dense, other = tiny_model(None, **ANYRES), tiny_model(skip, 1, **{**ANYRES, "image_aspect_ratio": aspect})
+    for source, target in ((dense, other), (other, dense)):
+        weights = {f"model.mm_projector.{k}": v for k, v in source.get_model().mm_projector.state_dict().items()}
+        torch.save(weights, tmp_path / "mm_projector.bin")
+        load_projector(target, str(tmp_path))
+        found = dict(target.get_model().mm_projector.named_parameters())
+        for name, value in source.get_model().mm_projector.named_parameters():
+            assert name not in found or torch.equal(found[name], value)
+
+
+def test_a_checkpoint_without_a_newline_gets_a_fresh_one(tmp_path):
+    plain = tiny_model(None, mm_family="llava_hd", hidden_size=48)
+    plain.save_pretrained(tmp_path)
+    config = copy.deepcopy(plain.config)
+    config.image_aspect_ratio = "anyres"
+    torch.manual_seed(3)
+    model, info = type(plain).from_pretrained(tmp_path, config=config, output_loading_info=True)
+    assert set(info["missing_keys"]) == {"model.mm_projector.image_newline"}
+    newline = model.get_model().mm_projector.image_newline
+    assert newline.std().item() == pytest.approx(48**-0.5, rel=0.3)
+    tiny_model(None, **ANYRES).save_pretrained(tmp_path / "own")
+    again = type(plain).from_pretrained(tmp_path / "own").get_model().mm_projector.image_newline
+    assert torch.equal(again.double(), tiny_model(None, **ANYRES).get_model().mm_projector.image_newline)

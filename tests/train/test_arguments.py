@@ -1,6 +1,7 @@
 """Flags: LLaVA's own, transformers' old and new, `--sv_*`; every mistake is one line."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 from llava_sv.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava_sv.errors import UserError
 from llava_sv.model.config import SkipVisionConfig
+from llava_sv.model.multimodal_projector.builder import RESAMPLERS
 from llava_sv.train.flags import parse, translate
 
 BASE = ["--model_name_or_path", "llm", "--version", "plain", "--output_dir", "out", "--use_cpu", "True"]
@@ -96,6 +98,11 @@ def test_every_flag_of_ours_has_help():
             assert field.metadata.get("help"), f"{kind.__name__}.{field.name}"
 
 
+def test_help_names_every_resampler():
+    said = {field.name: field.metadata.get("help") for field in dataclasses.fields(ModelArguments)}["mm_projector_type"]
+    assert all(re.search(rf"\b{name}\b", said) for name in RESAMPLERS)
+
+
 def test_gradient_checkpointing_is_never_reentrant():
     training = parse([*BASE, "--gradient_checkpointing", "True"])[2]
     assert training.gradient_checkpointing_kwargs == {"use_reentrant": False}
@@ -114,7 +121,7 @@ def test_gradient_checkpointing_is_never_reentrant():
         (["--mm_use_im_start_end", "True"], "--mm_use_im_start_end True is not supported"),
         (["--lazy_preprocess", "False"], "--lazy_preprocess False is not supported"),
         (["--missing_images", "ignore"], "--missing_images: unknown value 'ignore'; known: error, skip, blank"),
-        (["--image_aspect_ratio", "grid"], "--image_aspect_ratio: unknown value 'grid'; known: pad, square, anyres"),
+        (["--image_aspect_ratio", "grid"], "image_aspect_ratio: unknown 'grid'; known: pad, square, anyres"),
         (["--mm_vision_select_feature", "cls"], "unknown 'cls'; known: patch, cls_patch"),
         (["--remove_unused_columns", "True"], "--remove_unused_columns True is not supported"),
         (["--tune_mm_mlp_adapter", "True", "--freeze_mm_mlp_adapter", "True"], "leave nothing to train"),
