@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "llava_sv"
 
 LEVELS: list[set[str]] = [
-    {"errors", "constants", "files"},
-    {"tiling"},
+    {"errors", "constants"},
+    {"files", "tiling"},
     {"conversation", "mm_utils"},
     {"data", "model.token_groups", "model.cos_presets"},
     {"model.token_counts"},
