@@ -250,6 +250,11 @@ def test_runs_end_in_a_report_and_are_not_run_twice(tmp_path, monkeypatch, skip_
     done.clear()
     ablation.run(request, steps)
     assert done == []
+    stop_at = "seed2/train/dense"
+    (tmp_path / stop_at).unlink()
+    with pytest.raises(UserError, match="stopped"):
+        ablation.run(request, steps)
+    assert json.loads((tmp_path / "ablation.json").read_text())["seeds"] == [1], "a checkpoint of seed 2 is lost"
 
 
 # ---- the table
