@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_sv.constants import IMAGE_TOKEN_INDEX
+from llava_sv.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_sv.model.token_groups import TokenRole
 
 
@@ -68,6 +68,35 @@ def decode_one(
             ffn = ffn * (roles_T != TokenRole.SKIPPED).to(ffn.dtype).unsqueeze(-1)
         hidden = hidden + ffn
     return model.model.norm(hidden) @ model.lm_head.weight.T
+
+
+def check_against_masked_loop(model, ids: Tensor, mask: Tensor, labels: Tensor, images) -> set[str]:
+    """Logits, loss and every gradient of a batch against `decode_one` on each sample; returns what got a gradient.
+
+    A training batch goes without a mask, its padding being on the right; logits are None then.
+    """
+    out = model(input_ids=ids, attention_mask=mask, labels=labels, images=images)
+    out.loss.backward()
+    fast = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    model.zero_grad()
+    batch = model.prepare_inputs_labels_for_multimodal(ids, mask, labels, images)
+    losses = []
+    for row in range(ids.shape[0]):
+        real = batch.attention_mask[row]
+        positions = torch.arange(int(real.sum()))
+        logits = decode_one(model, batch.inputs_embeds[row][real], positions, batch.token_roles[row][real])
+        if not model.training:
+            torch.testing.assert_close(out.logits[row][real], logits, rtol=1e-9, atol=1e-10)
+        losses.append(F.cross_entropy(logits[:-1], batch.labels[row][real][1:], reduction="sum"))
+    loss = torch.stack(losses).sum() / int((batch.labels[:, 1:] != IGNORE_INDEX).sum())
+    torch.testing.assert_close(out.loss, loss, rtol=1e-10, atol=1e-12)
+    loss.backward()
+    plain = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert fast.keys() == plain.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(fast[name], gradient, rtol=1e-8, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+    return set(fast)
 
 
 def greedy_recompute(

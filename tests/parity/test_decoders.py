@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from llava_sv.errors import UserError
 from llava_sv.model.language_model.decoders import BY_MODEL_TYPE, DECODERS
 from llava_sv.model.language_model.skip_cache import cache_bytes, sliding_window
 from llava_sv.model.token_groups import KV_LEVELS
-from tests.parity.oracle import decode_one, greedy_recompute, single_samples
+from tests.parity.oracle import check_against_masked_loop, greedy_recompute, single_samples
 from tests.parity.tiny import FAMILIES, SKIP, ragged_batch, tiny_images, tiny_model
 
 KINDS = {
@@ -90,28 +89,8 @@ def test_without_skipping_it_is_the_stock_model_bit_for_bit(kind, skip):
 def test_logits_and_gradients_equal_the_masked_loop(kind, switches, training):
     """In training the batch goes without a mask, its padding being on the right."""
     model = model_of(kind, {**SKIP, **switches}).train(training)
-    ids, mask, labels, images = ragged_batch()
-    out = model(input_ids=ids, attention_mask=mask, labels=labels, images=tiny_images(images))
-    out.loss.backward()
-    fast = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-    model.zero_grad()
-    batch = model.prepare_inputs_labels_for_multimodal(ids, mask, labels, tiny_images(images))
-    losses = []
-    for row in range(ids.shape[0]):
-        real = batch.attention_mask[row]
-        positions = torch.arange(int(real.sum()))
-        logits = decode_one(model, batch.inputs_embeds[row][real], positions, batch.token_roles[row][real])
-        if not training:
-            torch.testing.assert_close(out.logits[row][real], logits, rtol=1e-9, atol=1e-10)
-        losses.append(F.cross_entropy(logits[:-1], batch.labels[row][real][1:], reduction="sum"))
-    loss = torch.stack(losses).sum() / int((batch.labels[:, 1:] != -100).sum())
-    torch.testing.assert_close(out.loss, loss, rtol=1e-10, atol=1e-12)
-    loss.backward()
-    plain = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert fast.keys() == plain.keys()
-    for name, gradient in plain.items():
-        torch.testing.assert_close(fast[name], gradient, rtol=1e-8, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+    ids, mask, labels, count = ragged_batch()
+    check_against_masked_loop(model, ids, mask, labels, tiny_images(count))
 
 
 @pytest.mark.parametrize("kind", WINDOWED)

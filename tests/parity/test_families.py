@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from llava_sv.errors import UserError
 from llava_sv.mm_utils import VIEWS
@@ -14,7 +13,13 @@ from llava_sv.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava_sv.model.multimodal_projector.families import GROUPINGS
 from llava_sv.model.token_groups import KV_LEVELS, TokenRole
 from llava_sv.train.preflight import SCRIPTS
-from tests.parity.oracle import decode_one, greedy_recompute, merge_by_loops, single_samples, summary_by_loop
+from tests.parity.oracle import (
+    check_against_masked_loop,
+    greedy_recompute,
+    merge_by_loops,
+    single_samples,
+    summary_by_loop,
+)
 from tests.parity.tiny import FAMILIES, family_images, family_model, ragged_batch
 
 SWITCHES = {
@@ -53,27 +58,7 @@ def unfreeze(model):
 def test_logits_and_gradients_equal_the_masked_loop(family, variant):
     model = unfreeze(family_model(family, SWITCHES[variant]))
     ids, mask, labels, count = ragged_batch()
-    images = family_images(family, count)
-    out = model(input_ids=ids, attention_mask=mask, labels=labels, images=images)
-    out.loss.backward()
-    fast = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-    model.zero_grad()
-    batch = model.prepare_inputs_labels_for_multimodal(ids, mask, labels, images)
-    losses = []
-    for row in range(ids.shape[0]):
-        real = batch.attention_mask[row]
-        embeds, roles = batch.inputs_embeds[row][real], batch.token_roles[row][real]
-        logits = decode_one(model, embeds, torch.arange(int(real.sum())), roles)
-        torch.testing.assert_close(out.logits[row][real], logits, rtol=1e-9, atol=1e-10)
-        losses.append(F.cross_entropy(logits[:-1], batch.labels[row][real][1:], reduction="sum"))
-    loss = torch.stack(losses).sum() / int((batch.labels[:, 1:] != -100).sum())
-    torch.testing.assert_close(out.loss, loss, rtol=1e-10, atol=1e-12)
-    loss.backward()
-    plain = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert fast.keys() == plain.keys()
-    for name, gradient in plain.items():
-        torch.testing.assert_close(fast[name], gradient, rtol=1e-8, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+    check_against_masked_loop(model, ids, mask, labels, family_images(family, count))
 
 
 @pytest.mark.parametrize("family", BUILDERS)
