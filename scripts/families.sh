@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The three families side by side on the toy benchmark, fine detail included, on a CPU: LLaVA dense and skipping,
 # LLaVA-HD and CoS with skipping; trained by the families' own scripts, asked the same questions, set in one report.
-# About half an hour on two cores. Run again, it goes on where it stopped.
+# Up to an hour on two cores. Run again, it goes on where it stopped.
 #   bash scripts/families.sh                 everything, into playground/families/report.{md,json,png}
 #   SEED=2 bash scripts/families.sh          the same with another seed
 #   DENSE=1 bash scripts/families.sh         the dense controls of LLaVA-HD and CoS too: twice the time
