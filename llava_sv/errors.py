@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -11,9 +12,18 @@ class UserError(ValueError):
 
 
 def exit_on_user_error(main: Callable[..., int | None], *args, **kwargs) -> int:
-    """Run `main`; a `UserError` becomes one line on stderr and exit code 2. Other exceptions are bugs and travel on."""
+    """Run `main`; a `UserError` becomes one line on stderr and exit code 2. Other exceptions are bugs and travel on.
+
+    A reader that stops reading (`| head`) ends the program quietly, with exit code 1.
+    """
     try:
-        return main(*args, **kwargs) or 0
+        code = main(*args, **kwargs) or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except BrokenPipeError:
+        # the interpreter flushes once more on its way out: let that go nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
