@@ -289,9 +289,14 @@ def test_a_setting_that_would_not_be_read_is_refused(bases, family, settings, me
 
 
 def test_settings_with_their_default_are_fine_everywhere(bases):
-    build_model("llava", *bases, hd_max_tiles=4, hd_fixed_grid=None, cos_windows=None, mm_vision_feature_levels=None)
-    build_model("cos", *bases, mm_vision_select_layer=-2, mm_vision_select_feature="patch")
-    build_model("llava_hd", *bases, image_aspect_ratio=None, hd_max_tiles=2)
+    given = {
+        "llava": dict(hd_max_tiles=4, hd_fixed_grid=None, cos_windows=None, mm_vision_feature_levels=None),
+        "cos": dict(mm_vision_select_layer=-2, mm_vision_select_feature="patch"),
+        "llava_hd": dict(image_aspect_ratio=None, hd_max_tiles=2),
+    }
+    for family, settings in given.items():
+        config = build_model(family, *bases, **settings)[1].config
+        assert {name: getattr(config, name) for name in settings} == settings
 
 
 def test_what_a_projector_brings_to_its_language_model():

@@ -16,7 +16,7 @@ from llava_sv.model.checkpoint_io import load_projector
 from llava_sv.tiling import default_pinpoints
 from tests.data.samples import image_processor
 from tests.parity.oracle import merge_by_loops
-from tests.parity.test_stock import LLAMA_FIELDS
+from tests.parity.test_stock import LLAMA_FIELDS, give_weights
 from tests.parity.tiny import SIDE, tiny_model
 
 IMAGE_ID = 100
@@ -42,18 +42,7 @@ def next_twin(model) -> LlavaNextForConditionalGeneration:
     )
     config._attn_implementation = "sdpa"
     stock = LlavaNextForConditionalGeneration(config).double().eval()
-    renamed = {}
-    for key, value in model.state_dict().items():
-        key = key.replace("model.vision_tower.vision_tower.vision_model.", "model.vision_tower.")
-        key = key.replace("model.mm_projector.0.", "model.multi_modal_projector.linear_1.")
-        key = key.replace("model.mm_projector.2.", "model.multi_modal_projector.linear_2.")
-        key = key.replace("model.mm_projector.image_newline", "model.image_newline")
-        if key.startswith(("model.layers", "model.norm", "model.embed_tokens")):
-            key = key.replace("model.", "model.language_model.", 1)
-        renamed[key] = value
-    if "model.vision_tower.embeddings.class_embedding" not in set(stock.state_dict()):
-        renamed = {k.replace("model.vision_tower.", "model.vision_tower.vision_model."): v for k, v in renamed.items()}
-    stock.load_state_dict(renamed)
+    give_weights(model, stock)
     return stock
 
 

@@ -21,6 +21,24 @@ LLAMA_FIELDS = [
 ]
 
 
+def give_weights(model, stock) -> None:
+    """Load `model`'s weights into transformers' LLaVA or LLaVA-NeXT, whose names are others."""
+    renamed = {}
+    for key, value in model.state_dict().items():
+        key = key.replace("model.vision_tower.vision_tower.vision_model.", "model.vision_tower.")
+        key = key.replace("model.mm_projector.0.", "model.multi_modal_projector.linear_1.")
+        key = key.replace("model.mm_projector.2.", "model.multi_modal_projector.linear_2.")
+        key = key.replace("model.mm_projector.image_newline", "model.image_newline")
+        if key.startswith(("model.layers", "model.norm", "model.embed_tokens")):
+            key = key.replace("model.", "model.language_model.", 1)
+        renamed[key] = value
+    # transformers' CLIP inside LLaVA may hold its parts one level deeper
+    wanted = set(stock.state_dict())
+    if "model.vision_tower.embeddings.class_embedding" not in wanted:
+        renamed = {k.replace("model.vision_tower.", "model.vision_tower.vision_model."): v for k, v in renamed.items()}
+    stock.load_state_dict(renamed)
+
+
 def stock_twin(model) -> LlavaForConditionalGeneration:
     """transformers' LLaVA with this model's weights."""
     ours = model.config
@@ -36,19 +54,7 @@ def stock_twin(model) -> LlavaForConditionalGeneration:
     )
     config._attn_implementation = "sdpa"
     stock = LlavaForConditionalGeneration(config).double().eval()
-    renamed = {}
-    for key, value in model.state_dict().items():
-        key = key.replace("model.vision_tower.vision_tower.vision_model.", "model.vision_tower.")
-        key = key.replace("model.mm_projector.0.", "model.multi_modal_projector.linear_1.")
-        key = key.replace("model.mm_projector.2.", "model.multi_modal_projector.linear_2.")
-        if key.startswith(("model.layers", "model.norm", "model.embed_tokens")):
-            key = key.replace("model.", "model.language_model.", 1)
-        renamed[key] = value
-    # transformers' CLIP inside LLaVA may hold its parts one level deeper
-    wanted = set(stock.state_dict())
-    if "model.vision_tower.embeddings.class_embedding" not in wanted:
-        renamed = {k.replace("model.vision_tower.", "model.vision_tower.vision_model."): v for k, v in renamed.items()}
-    stock.load_state_dict(renamed)
+    give_weights(model, stock)
     return stock
 
 
