@@ -7,7 +7,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from llava_sv.errors import UserError
 
-ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flex_attention")
+ATTENTIONS = ("eager", "sdpa", "sdpa_varlen", "flash_attention_2", "flex_attention")
 
 
 def check_attn_implementation(name: str | None) -> None:

@@ -98,8 +98,11 @@ class LlavaMetaForCausalLM:
         images: Images = None,
         image_sizes: list[tuple[int, int]] | None = None,
         padding_side: str | None = None,
+        packs: list[int] | None = None,
     ) -> SplicedBatch:
         """Splice images into prompts. input_ids, attention_mask, labels: [B, T0] with `IMAGE_TOKEN_INDEX` marks.
+
+        packs: see `splice`: how many of the B samples share each row of the result.
 
         With labels, a sequence is cut to `config.tokenizer_model_max_length`; a prompt for generation never is.
         While training, encoder and projector run in a batch without images too, on a black one that weighs nothing:
@@ -118,6 +121,7 @@ class LlavaMetaForCausalLM:
             labels=labels,
             max_length=self.config.tokenizer_model_max_length if labels is not None else None,
             padding_side=padding_side or self.config.tokenizer_padding_side,
+            packs=packs,
         )
         if anchor is not None:
             batch.inputs_embeds = batch.inputs_embeds + anchor.to(batch.inputs_embeds)

@@ -24,13 +24,16 @@ PADDING_SIDES = ("left", "right")
 @dataclass
 class SplicedBatch:
     """What the decoder reads. inputs_embeds [B, T, C]; attention_mask bool [B, T]; position_ids [B, T] count each
-    sample's own sequence from 0; token_roles int8 [B, T]; labels [B, T] or None."""
+    sample's own sequence from 0; token_roles int8 [B, T]; labels [B, T] or None.
+
+    sample_lengths: positions of each sample of each row, where rows are packs of several samples; else None."""
 
     inputs_embeds: Tensor
     attention_mask: Tensor
     position_ids: Tensor
     token_roles: Tensor
     labels: Tensor | None = None
+    sample_lengths: list[list[int]] | None = None
 
 
 @dataclass
@@ -50,12 +53,16 @@ def splice(
     labels: Tensor | None = None,
     max_length: int | None = None,
     padding_side: str = "right",
+    packs: list[int] | None = None,
 ) -> SplicedBatch:
     """Replace each `IMAGE_TOKEN_INDEX` by its image's tokens, in order of appearance over the batch.
 
     input_ids [B, T0], padded on either side as `attention_mask` [B, T0] says; labels [B, T0]. A sample longer than
     `max_length` is cut; a cut that would fall inside an image falls before it. Raises `ValueError` where the number of
     image marks is not the number of images.
+
+    packs: how many samples, one after another, share each row of what comes out (B is their number then); their
+    positions restart, and no sample has to foretell the next one's first token.
     """
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     marks = (input_ids == IMAGE_TOKEN_INDEX) & real
@@ -67,9 +74,9 @@ def splice(
     is_text = real & ~marks
     text = embed_tokens(input_ids[is_text])
     labels = None if labels is None else labels.to(text.device)
-    lengths = [len(group) for group in groups]
-    whole = _segments(per_sample, lengths, first_visual_row=text.shape[0])
-    rows = [list(_rows(_cut(sample, max_length))) for sample in whole]
+    whole = _segments(per_sample, [len(group) for group in groups], first_visual_row=text.shape[0])
+    samples = [list(_rows(_cut(sample, max_length))) for sample in whole]
+    rows = samples if packs is None else _joined(samples, packs, padding_side)
     width = max(max(map(len, rows)), 1)
     flat = torch.cat([text, *(g.tokens.to(text) for g in groups), text.new_zeros(1, text.shape[-1])])
     index = _padded(rows, width, pad=flat.shape[0] - 1, side=padding_side).to(flat.device)
@@ -82,11 +89,34 @@ def splice(
     if labels is not None:
         flat_labels = labels.new_full((flat.shape[0],), IGNORE_INDEX)
         flat_labels[: text.shape[0]] = labels[is_text.to(labels.device)]
+        if any(len(kept) < sum(s.length for s in sample) for kept, sample in zip(samples, whole)):
+            before = labels.masked_fill(~real.to(labels.device), IGNORE_INDEX)
+            _say_lost_answers(before, [flat_labels[kept] for kept in samples], max_length)
+        if packs is not None:
+            flat_labels[[kept[0] for kept in samples if kept]] = IGNORE_INDEX
         spliced_labels = flat_labels[index]
-        if any(len(kept) < sum(s.length for s in sample) for kept, sample in zip(rows, whole)):
-            _say_lost_answers(labels.masked_fill(~real.to(labels.device), IGNORE_INDEX), spliced_labels, max_length)
-    position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    return SplicedBatch(flat[index], mask, position_ids, roles, spliced_labels)
+    if packs is None:
+        position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        return SplicedBatch(flat[index], mask, position_ids, roles, spliced_labels)
+    left = iter(samples)
+    lengths = [[len(next(left)) for _ in range(count)] for count in packs]
+    return SplicedBatch(flat[index], mask, _restarting(lengths, width).to(index.device), roles, spliced_labels, lengths)
+
+
+def _joined(samples: list[list[int]], packs: list[int], padding_side: str) -> list[list[int]]:
+    """The samples' rows, joined pack by pack."""
+    if padding_side != "right":
+        raise ValueError("packs are padded on the right")
+    if sum(packs) != len(samples):
+        raise ValueError(f"packs of {packs} samples, but {len(samples)} were given")
+    left = iter(samples)
+    return [[row for _ in range(count) for row in next(left)] for count in packs]
+
+
+def _restarting(lengths: list[list[int]], width: int) -> Tensor:
+    """[B, width] positions that count each sample, and the padding of each row, from 0."""
+    rows = [[*row, width - sum(row)] for row in lengths]
+    return torch.stack([torch.cat([torch.arange(length) for length in row]) for row in rows])
 
 
 def labels_after_cut(
@@ -156,8 +186,13 @@ def _padded(rows: list[list[int]], width: int, pad: int, side: str) -> Tensor:
     return torch.tensor([f + r if side == "left" else r + f for r, f in zip(rows, fill)], dtype=torch.long)
 
 
-def _say_lost_answers(before: Tensor, after: Tensor, max_length: int | None) -> None:
-    lost = ((before != IGNORE_INDEX).any(1) & ~(after != IGNORE_INDEX).any(1)).nonzero().flatten().tolist()
+def _say_lost_answers(before: Tensor, after: list[Tensor], max_length: int | None) -> None:
+    """before: labels [B, T0] of whole samples; after: what is left of each."""
+    lost = [
+        index
+        for index, (whole, left) in enumerate(zip(before, after))
+        if bool((whole != IGNORE_INDEX).any()) and not bool((left != IGNORE_INDEX).any())
+    ]
     if lost:
         logger.warning(
             "%d sample(s) of this batch (at %s) lost their whole answer when cut to %s tokens; raise model_max_length",

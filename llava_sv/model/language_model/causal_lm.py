@@ -22,6 +22,7 @@ from llava_sv.errors import UserError
 from llava_sv.model.compression.summary import SummaryToken
 from llava_sv.model.config import LlavaFields, Stock
 from llava_sv.model.language_model.loss import LMHead, supervised_positions
+from llava_sv.model.language_model.packed_attention import packed_inputs
 from llava_sv.model.language_model.skip_cache import cache_to_shrink, drops_any, kept_after_prefill, shrink_cache
 from llava_sv.model.language_model.skip_ffn import enable_skip_ffn, rows_through_ffn
 from llava_sv.model.llava_arch import Images, LlavaMetaForCausalLM, LlavaMetaModel
@@ -112,19 +113,30 @@ class LlavaCausalLM(LlavaMetaForCausalLM, Stock):
         token_roles: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        packs: list[int] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Loss and logits of prompts with images, or of the decoder alone.
 
         input_ids, labels [B, T0] with `IMAGE_TOKEN_INDEX` marks and `images`; or inputs_embeds [B, T, C] with
-        position_ids and token_roles [B, T]. The loss is the mean over supervised positions, or their sum over
+        position_ids and token_roles [B, T]. packs: how many of the samples, one after another, share each row that the
+        decoder reads, apart from each other; logits are the rows' then. The loss is the mean over supervised positions, or their sum over
         `num_items_in_batch` where given. Logits [B, T, K] are None while training with labels.
         """
-        if input_ids is not None and inputs_embeds is None and self._wants_splice(input_ids, past_key_values, images):
-            batch = self.prepare_inputs_labels_for_multimodal(input_ids, attention_mask, labels, images, image_sizes)
+        if input_ids is not None and inputs_embeds is None and self._wants_splice(
+            input_ids, past_key_values, images, packs
+        ):
+            batch = self.prepare_inputs_labels_for_multimodal(
+                input_ids, attention_mask, labels, images, image_sizes, packs=packs
+            )
             input_ids, inputs_embeds, labels = None, batch.inputs_embeds, batch.labels
             attention_mask, position_ids, token_roles = batch.attention_mask, batch.position_ids, batch.token_roles
-            if self.training and self.config.tokenizer_padding_side == "right":
+            if batch.sample_lengths is not None:
+                backend = str(self.config._attn_implementation)
+                kwargs |= packed_inputs(batch.position_ids, batch.sample_lengths, backend)
+                attention_mask, position_ids = kwargs.pop("attention_mask"), kwargs.pop("position_ids")
+                use_cache = False  # with one, transformers would not look for positions that restart
+            elif self.training and self.config.tokenizer_padding_side == "right":
                 # nothing real attends to padding on its right: without a mask, the plain causal kernels serve
                 attention_mask = position_ids = None
         if self.training:
@@ -160,10 +172,12 @@ class LlavaCausalLM(LlavaMetaForCausalLM, Stock):
             attentions=outputs.attentions,
         )
 
-    def _wants_splice(self, input_ids: Tensor, past: Cache | None, images: Images) -> bool:
+    def _wants_splice(
+        self, input_ids: Tensor, past: Cache | None, images: Images, packs: list[int] | None = None
+    ) -> bool:
         if past is not None and past.get_seq_length() > 0:
             return False
-        if images is not None or (self.training and self.get_vision_tower() is not None):
+        if images is not None or packs is not None or (self.training and self.get_vision_tower() is not None):
             return True
         return bool((input_ids == IMAGE_TOKEN_INDEX).any())
 
