@@ -174,6 +174,11 @@ class DataArguments:
     )
     is_multimodal: bool = _flag(True, "LLaVA's flag: records may hold images.")
     lazy_preprocess: bool = _flag(True, "LLaVA's flag; only True is supported: records are prepared as they are read.")
+    packing: bool = _flag(
+        False,
+        "Pack samples by their length after skipping into rows of up to --model_max_length tokens, which do not see "
+        "each other; a batch then counts rows. Replaces --group_by_modality_length.",
+    )
     missing_images: str = _flag("error", "A missing or corrupt image: error, skip (take another record), or blank.")
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Samples -> a batch, right-padded. The DataLoader calls it in its workers.
+"""Samples, or packs of them -> a batch, right-padded. The DataLoader calls it in its workers.
 
 B samples, T tokens of the longest, an image being one mark; H, W pixels of the encoder's input.
 """
@@ -31,9 +31,15 @@ class DataCollatorForSupervisedDataset:
                 f"never occurs in text"
             )
 
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
         """input_ids [B, T] padded with the pad token, labels [B, T], attention_mask bool [B, T]; images: tensors
-        [3, H, W] of all samples in order of their marks (an empty list without any); image_sizes: (width, height)s."""
+        [3, H, W] of all samples in order of their marks (an empty list without any); image_sizes: (width, height)s.
+
+        Of packs (lists of samples) B is the number of samples of all together, and `packs` says how many each has.
+        """
+        packs = [len(pack) for pack in samples] if isinstance(samples[0], list) else None
+        if packs is not None:
+            samples = [sample for pack in samples for sample in pack]
         pad = self.tokenizer.pad_token_id
         lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
         batch: dict[str, Any] = {
@@ -43,6 +49,8 @@ class DataCollatorForSupervisedDataset:
             "images": [image for sample in samples for image in sample["images"]],
             "image_sizes": [size for sample in samples for size in sample["image_sizes"]],
         }
+        if packs is not None:
+            batch["packs"] = packs
         if self.with_ids:
             batch["ids"] = [sample["id"] for sample in samples]
         return batch

@@ -14,10 +14,13 @@ from llava_sv.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava_sv.conversation import get_template
 from llava_sv.data.dataset import LazySupervisedDataset
 from llava_sv.data.index import open_index
+from llava_sv.data.lengths import exact_lengths
+from llava_sv.data.packing import PackedDataset
 from llava_sv.errors import UserError
 from llava_sv.model.attention import check_attn_implementation
 from llava_sv.model.builders import build_model
 from llava_sv.model.checkpoint_io import COME_AND_GO, PROJECTOR_KEY
+from llava_sv.model.language_model.packed_attention import check_keeps_apart, packing_implementation
 from llava_sv.train.checkpoint import PROJECTOR
 from llava_sv.train.preflight import find_model
 from llava_sv.train.preflight import read_config as read_json
@@ -43,6 +46,8 @@ def check_names(model_args: ModelArguments, training_args: TrainingArguments) ->
     family = model_args.mm_family or DEFAULT_FAMILY
     get_builder(family)
     check_attn_implementation(training_args.attn_implementation)
+    if training_args.attn_implementation == "flex_attention" and training_args.device.type == "cpu":
+        raise UserError("--attn_implementation flex_attention cannot train on a CPU; choose sdpa")
     of_tower = [flag for flag in training_args.own_rates() if "vision_tower" in flag]
     if of_tower and not model_args.unfreeze_mm_vision_tower:
         raise UserError(f"{of_tower[0]}: the vision encoder is frozen; add --unfreeze_mm_vision_tower True or drop it")
@@ -81,6 +86,9 @@ def build(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
             **model_args.family_settings(),
             **_settings(model_args, data_args, args),
         )
+    if data_args.packing:
+        name = packing_implementation(args.attn_implementation, model.config, args.model_max_length)
+        model.set_attn_implementation(name or model.config._attn_implementation)
     tokenizer.model_max_length = args.model_max_length
     tokenizer.padding_side = "right"
     return tokenizer, model, image_processor
@@ -201,6 +209,22 @@ def build_dataset(
     """The training records, prepared as they are read; `image_config` (the model's) says how images are cut."""
     records = open_index(str(data_args.data_path))
     return LazySupervisedDataset(records, tokenizer, image_processor, data_args, get_template(version), image_config)
+
+
+def pack(model: Any, dataset: LazySupervisedDataset, args: TrainingArguments) -> PackedDataset:
+    """The samples in packs of up to `--model_max_length` tokens. `UserError` where attention cannot keep them apart."""
+    check_keeps_apart(model.config._attn_implementation, args.device)
+    config = model.config
+    lengths = exact_lengths(
+        dataset.records,
+        dataset.tokenizer,
+        dataset.template,
+        config.visual_tokens_per_image,
+        dataset.data_args.image_folder,
+    )
+    return PackedDataset(
+        dataset, lengths, args.model_max_length, args.seed if args.data_seed is None else args.data_seed
+    )
 
 
 def check_room(config: Any, dataset: LazySupervisedDataset, args: TrainingArguments) -> None:

@@ -39,6 +39,7 @@ def settings_of(model_args: Any, data_args: Any, args: Any) -> dict[str, Any]:
         "skip_vision": model_args.skip_vision(),
         "data_path": data_args.data_path,
         "image_folder": data_args.image_folder,
+        "packing": data_args.packing,
         "model_max_length": args.model_max_length,
         "learning_rate": args.learning_rate,
         "mm_projector_lr": args.mm_projector_lr,

@@ -5,6 +5,7 @@ The walk: preflight, flags, model and data, what is printed before the first ste
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -77,8 +78,11 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     set_seed(args.seed)
     tokenizer, model, image_processor = build.build(model_args, data_args, args)
     build.choose_trainable(model, model_args)
-    dataset = build.build_dataset(tokenizer, image_processor, data_args, str(model_args.version), model.config)
+    dataset: Any = build.build_dataset(tokenizer, image_processor, data_args, str(model_args.version), model.config)
     build.check_room(model.config, dataset, args)
+    if data_args.packing:
+        dataset = build.pack(model, dataset, args)
+        say(f"packing: {dataset.describe()}")
     parts = {"processing_class": tokenizer, "model": model, "image_processor": image_processor}
     trainer = make_trainer(args, parts, dataset, model_args.tune_mm_mlp_adapter, asked)
     _introduce(trainer, dataset, tokenizer, plan.note)
@@ -118,12 +122,13 @@ def make_trainer(
     from llava_sv.train.llava_trainer import LLaVATrainer
 
     grouped = args.group_by_modality_length or args.train_sampling_strategy == "group_by_length"
+    packed = dataset.data_args.packing  # packs are of like length as they are
     return LLaVATrainer(
         **parts,
         args=args,
         train_dataset=dataset,
         data_collator=DataCollatorForSupervisedDataset(parts["processing_class"]),
-        samples=sample_lengths(dataset, parts["model"].config) if grouped else None,
+        samples=sample_lengths(dataset, parts["model"].config) if grouped and not packed else None,
         projector_only=projector_only,
         settings=settings,
     )
@@ -133,7 +138,7 @@ def _introduce(trainer: LLaVATrainer, dataset: Any, tokenizer: Any, note: str) -
     """What a user wants to see before the first step. Raises `UserError` when nothing would be supervised."""
     from llava_sv.data.dataset import describe_first_supervised
 
-    shown = describe_first_supervised(dataset, tokenizer)
+    shown = describe_first_supervised(getattr(dataset, "dataset", dataset), tokenizer)
     if trainer.is_world_process_zero():
         print("\n".join(["", "first sample", shown, "", *summary_lines(trainer, len(dataset)), note, ""]), flush=True)
 
@@ -157,7 +162,8 @@ def summary_lines(trainer: LLaVATrainer, samples: int) -> list[str]:
         f"  batch             {batch} = {args.per_device_train_batch_size} a device x {args.world_size} processes "
         f"x {args.gradient_accumulation_steps} accumulated"
     )
-    lines.append(f"  steps             {total_steps(args, samples):,} over {samples:,} samples")
+    things = "packs" if trainer.train_dataset.data_args.packing else "samples"
+    lines.append(f"  steps             {total_steps(args, samples):,} over {samples:,} {things}")
     return lines
 
 
@@ -182,11 +188,9 @@ def finish(trainer: LLaVATrainer, loss: float, asked: dict[str, Any]) -> None:
     if not trainer.is_world_process_zero():
         return
     steps = trainer.state.global_step
-    batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-    whole = int(args.num_train_epochs * len(trainer.train_dataset))
     summary = {
         "steps": steps,
-        "samples": steps * batch if args.max_steps > 0 else min(steps * batch, whole),
+        "samples": samples_seen(trainer),
         "train_seconds": round(trainer.metrics_callback.seconds(), 3),
         "train_loss": loss,
         "world_size": args.world_size,
@@ -201,6 +205,22 @@ def finish(trainer: LLaVATrainer, loss: float, asked: dict[str, Any]) -> None:
         )
     what = "projector" if trainer.projector_only else "model"
     print(f"done: {steps:,} steps; the {what} is in {args.output_dir}", flush=True)
+
+
+def samples_seen(trainer: LLaVATrainer) -> int:
+    """Samples that the run has trained on; those of a pack count one by one."""
+    args, dataset = trainer.args, trainer.train_dataset
+    batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    items = trainer.state.global_step * batch
+    if args.max_steps <= 0:
+        items = min(items, int(args.num_train_epochs * len(dataset)))
+    if not dataset.data_args.packing:
+        return items
+    epochs, rest = divmod(items, len(dataset))
+    if trainer.sampler is not None:
+        trainer.sampler.set_epoch(epochs)
+    order = range(len(dataset)) if trainer.sampler is None else trainer.sampler
+    return epochs * len(dataset.dataset) + dataset.samples_in(itertools.islice(order, rest))
 
 
 def image_problems(trainer: LLaVATrainer) -> dict[str, int]:

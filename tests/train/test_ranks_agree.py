@@ -24,7 +24,7 @@ def built(world, *extra):
     return model.train()
 
 
-def events_of_a_step(model, rows, views):
+def events_of_a_step(model, rows, views, packs=None):
     """(module, start or end) in order, of forward and backward. rows: ids of each sample; views: of each image."""
     side = model.config.vision_config["image_size"]
     width = max(map(len, rows))
@@ -42,7 +42,9 @@ def events_of_a_step(model, rows, views):
 
         hooks += [module.register_forward_pre_hook(log("start")), module.register_forward_hook(log("end"))]
     labels = ids.masked_fill(~mask | (ids < 0), -100)
-    model(input_ids=ids, attention_mask=mask, labels=labels, images=images, image_sizes=sizes).loss.backward()
+    model(
+        input_ids=ids, attention_mask=mask, labels=labels, images=images, image_sizes=sizes, packs=packs
+    ).loss.backward()
     for hook in hooks:
         hook.remove()
     return events
@@ -63,6 +65,10 @@ def test_the_same_modules_whatever_the_batch(world, family, unfrozen):
         "one text": ([[5, 6, 7]], []),
     }
     found = {name: events_of_a_step(model, *batch) for name, batch in batches.items()}
+    model.set_attn_implementation("sdpa_varlen")
+    found |= {
+        f"{name}, packed": events_of_a_step(model, *batch, packs=[len(batch[0])]) for name, batch in batches.items()
+    }
     assert len(found["images"]) > 100
     for name, events in found.items():
         assert events == found["images"], name

@@ -119,12 +119,15 @@ class LlavaCausalLM(LlavaMetaForCausalLM, Stock):
         """Loss and logits of prompts with images, or of the decoder alone.
 
         input_ids, labels [B, T0] with `IMAGE_TOKEN_INDEX` marks and `images`; or inputs_embeds [B, T, C] with
-        position_ids and token_roles [B, T]. packs: how many of the samples, one after another, share each row that the
-        decoder reads, apart from each other; logits are the rows' then. The loss is the mean over supervised positions, or their sum over
+        position_ids and token_roles [B, T]. The loss is the mean over supervised positions, or their sum over
         `num_items_in_batch` where given. Logits [B, T, K] are None while training with labels.
+        packs: how many of the samples, one after another, share each row that the decoder reads, without seeing each
+        other; logits are those of the rows then.
         """
-        if input_ids is not None and inputs_embeds is None and self._wants_splice(
-            input_ids, past_key_values, images, packs
+        if (
+            input_ids is not None
+            and inputs_embeds is None
+            and self._wants_splice(input_ids, past_key_values, images, packs)
         ):
             batch = self.prepare_inputs_labels_for_multimodal(
                 input_ids, attention_mask, labels, images, image_sizes, packs=packs

@@ -80,9 +80,9 @@ def sdpa_varlen_forward(
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query [B, H, T, D], key and value [B, H_kv, T, D] -> [B, T, H, D]; plain sdpa where no `sample_lengths` are given.
+    """query [B, H, T, D], key and value [B, H_kv, T, D] -> [B, T, H, D].
 
-    Padding at the end of a row attends to nothing, and comes out as zeros.
+    Plain sdpa where no `sample_lengths` are given. Padding at the end of a row attends to nothing: it comes out as 0.
     """
     if sample_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
@@ -90,15 +90,17 @@ def sdpa_varlen_forward(
     if window is not None and window < max((length for row in sample_lengths for length in row), default=0):
         raise ValueError(f"{VARLEN} knows no sliding windows, and a sample is longer than the window of {window}")
     kernel = _kernel_for(query.device)
-    if kernel and not dropout and query.dtype in (torch.float16, torch.bfloat16):
-        assert cu_seq_lens_q is not None and max_length_q is not None  # made together with the lengths
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if kernel and half and not dropout and cu_seq_lens_q is not None and max_length_q is not None:
         return _by_kernel(kernel, query, key, value, cu_seq_lens_q, max_length_q, scaling), None
     rows = []
     for index, lengths in enumerate(sample_lengths):
         start, parts = 0, []
         for length in lengths:
-            one = [states[index : index + 1, :, start : start + length] for states in (query, key, value)]
-            parts.append(sdpa_attention_forward(module, *one, None, dropout, scaling, is_causal=True)[0])
+            one = (slice(index, index + 1), slice(None), slice(start, start + length))
+            parts.append(
+                sdpa_attention_forward(module, query[one], key[one], value[one], None, dropout, scaling, True)[0]
+            )
             start += length
         row = torch.cat(parts, dim=1) if parts else query.new_zeros(1, 0, query.shape[1], query.shape[3])
         rows.append(F.pad(row, (0, 0, 0, 0, 0, query.shape[2] - start)))
@@ -143,19 +145,14 @@ def _by_kernel(
 def check_keeps_apart(name: str | None, device: torch.device) -> None:
     """`UserError` where attention `name` lets one packed sample see another: tried on a tiny decoder on `device`."""
     implementation = name or "sdpa"
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=8,
-        attn_implementation=implementation,
-    )
+    shape: dict[str, Any] = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, vocab_size=8)
+    shape |= dict(num_attention_heads=4, num_key_value_heads=2, attn_implementation=implementation)
+    config = LlamaConfig(**shape)
     half = implementation == "flash_attention_2" or (implementation == VARLEN and _kernel_for(device) is not None)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        model = LlamaModel(config).to(device, torch.bfloat16 if half else torch.float32).eval()
+        model: Any = LlamaModel(config).eval()
+        model.to(device=device, dtype=torch.bfloat16 if half else torch.float32)
         embeds = torch.randn(1, 19, 64, device=device, dtype=model.dtype)
     lengths = [7, 9]
     positions = torch.tensor([[*range(7), *range(9), *range(3)]], device=device)

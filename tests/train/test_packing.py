@@ -1,0 +1,103 @@
+"""`--packing True` through the real entry: the same losses and weights as unpacked, fewer steps, less padding."""
+
+import json
+import math
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llava_sv.errors import UserError
+from llava_sv.train.metrics import read_metrics
+from llava_sv.train.train import main, train
+from tests.train.tiny import World
+
+torch.set_num_threads(1)
+
+FAMILIES = {
+    "llava": (),
+    "llava_hd": ("--mm_family", "llava_hd", "--sv_num_retained", "16", "--sv_num_skipped", "8"),
+    "cos": ("--mm_family", "cos", "--mm_projector_type", "cos_336", "--sv_num_retained", "80", "--sv_num_skipped", "8"),
+}
+ONE_STEP_AN_EPOCH = ("--per_device_train_batch_size", "16", "--num_train_epochs", "3", "--warmup_steps", "0")
+
+
+def rows(output):
+    return read_metrics(output / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_losses_and_weights_as_without(world, tmp_path, family):
+    """All 16 samples are in each step, packed or not: whatever differs, differs by rounding."""
+    flags = [*FAMILIES[family], *ONE_STEP_AN_EPOCH]
+    apart, packed = tmp_path / "apart", tmp_path / "packed"
+    assert train(argv=world.flags("skip", apart, *flags)) == 0
+    assert train(argv=world.flags("skip", packed, *flags, "--packing", "True")) == 0
+    assert [row["step"] for row in rows(packed)] == [1, 2, 3]
+    assert [row["loss"] for row in rows(packed)] == pytest.approx([row["loss"] for row in rows(apart)], rel=1e-5)
+    expected, found = (load_file(output / "model.safetensors") for output in (apart, packed))
+    for name, value in expected.items():
+        # Adam divides small gradients by their own size: rounding of 1e-7 in a gradient of 1e-5 moves 1e-2 of a step
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_fewer_steps_and_less_padding(tmp_path, capsys):
+    world = World(tmp_path / "world", count=128)
+    apart, packed = tmp_path / "apart", tmp_path / "packed"
+    flags = ["--per_device_train_batch_size", "4"]
+    assert train(argv=world.flags("skip", apart, *flags)) == 0
+    assert train(argv=world.flags("skip", packed, *flags, "--packing", "True", "--group_by_modality_length", "1")) == 0
+    said = re.search(r"packing: 128 samples in (\d+) packs of up to 256 tokens", capsys.readouterr().out)
+    packs = int(said[1])
+    summaries = [json.loads((output / "train_summary.json").read_text()) for output in (apart, packed)]
+    assert [(summary["samples"], summary["steps"]) for summary in summaries] == [(128, 32), (128, math.ceil(packs / 4))]
+    assert packs < 128 / 4
+    seen = [sum(row["visual_tokens"] for row in rows(output)) for output in (apart, packed)]
+    assert seen == [96 * 11] * 2  # 96 pictures of 4 + 5 + 2 tokens
+    padding = [sum(row["padding_share"] for row in rows(x)) / len(rows(x)) for x in (apart, packed)]
+    assert padding[1] < padding[0]  # the last pack, half empty, weighs much among so few
+
+
+def test_going_on_takes_the_same_packs(world, tmp_path):
+    flags = ["--packing", "True", "--per_device_train_batch_size", "1", "--num_train_epochs", "2"]
+    flags += ["--model_max_length", "128", "--save_strategy", "steps", "--save_steps", "3"]
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    assert train(argv=world.flags("skip", whole, *flags)) == 0
+    shutil.copytree(whole, torn)
+    for folder in torn.glob("checkpoint-*"):
+        if int(folder.name.split("-")[1]) > 6:
+            shutil.rmtree(folder)
+    (torn / "train_summary.json").unlink()
+    assert train(argv=world.flags("skip", torn, *flags)) == 0
+    assert [(r["step"], r["loss"]) for r in rows(torn)] == [(r["step"], r["loss"]) for r in rows(whole)]
+    assert len(rows(whole)) > 12
+    assert json.loads((torn / "train_summary.json").read_text())["samples"] == 32
+
+
+def test_without_images(world, tmp_path):
+    """Every row full of text: encoder and projector still run, on the picture that weighs nothing."""
+    records = [record for record in json.loads((world.data / "sft.json").read_text()) if "image" not in record]
+    (tmp_path / "text.json").write_text(json.dumps(records))
+    output = tmp_path / "output"
+    data = ["--data_path", str(tmp_path / "text.json")]
+    assert train(argv=world.flags("skip", output, *data, "--packing", "True")) == 0
+    assert [row["visual_tokens"] for row in rows(output)] == [0]
+
+
+def test_an_attention_that_mixes_samples_is_refused(world, tmp_path, monkeypatch, capsys):
+    from llava_sv.train import build
+
+    def mixes(name, device):
+        raise UserError(f"--packing True: attention {name!r} lets packed samples see each other here")
+
+    monkeypatch.setattr(build, "check_keeps_apart", mixes)
+    assert main(world.flags("skip", tmp_path, "--packing", "True")) == 2
+    assert "attention 'sdpa_varlen' lets packed samples" in capsys.readouterr().err
+
+
+def test_flex_attention_is_refused_on_a_cpu(world, tmp_path, capsys):
+    flags = world.flags("skip", tmp_path, "--packing", "True", "--attn_implementation", "flex_attention")
+    assert main(flags) == 2
+    assert "flex_attention cannot train on a CPU; choose sdpa" in capsys.readouterr().err
