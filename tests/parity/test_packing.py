@@ -1,7 +1,11 @@
 """Packed rows against the same samples apart: loss, every gradient, hidden states; and each way to keep them apart."""
 
+import itertools
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -158,6 +162,38 @@ def test_without_packs_it_is_plain_sdpa():
     answer = model.generate(inputs=prompt, **once)
     model.set_attn_implementation("sdpa")
     assert torch.equal(model.generate(inputs=prompt, **once), answer)
+
+
+def kernel_like_torchs(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    """What torch's own kernel does, written plainly: [tokens, heads, width], causal by its window."""
+    assert torch.equal(cu_q, cu_k)
+    assert window_size == (-1, 0)
+    assert max_q == max_k == int(cu_q.diff().max())
+    out = []
+    for start, end in itertools.pairwise(cu_q.tolist()):
+        one = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
+        out.append(scaled_dot_product_attention(*one, is_causal=True, scale=scale)[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+def older_kernel(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False):
+    assert is_causal
+    return kernel_like_torchs(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0))
+
+
+@pytest.mark.parametrize("kernel", [kernel_like_torchs, older_kernel])
+def test_a_kernel_for_unequal_lengths_is_called_as_it_wants(kernel):
+    """Grouped-query heads, a scale of one's own, padding at a row's end."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 10, 8, generator=generator) for heads in (4, 2, 2))
+    module = SimpleNamespace(is_causal=True, num_key_value_groups=2, training=True)
+    lengths = [[4, 3], [10]]
+    expected, _ = packed_attention.sdpa_varlen_forward(module, q, k, v, None, scaling=0.3, sample_lengths=lengths)
+    bounds = packed_attention._bounds(lengths, 10, q.device)
+    found = packed_attention._by_kernel(kernel, q, k, v, bounds["cu_seq_lens_q"], bounds["max_length_q"], 0.3)
+    torch.testing.assert_close(found[0, :7], expected[0, :7])
+    torch.testing.assert_close(found[1], expected[1])
+    assert not expected[0, 7:].any()
 
 
 @pytest.mark.gpu

@@ -136,9 +136,14 @@ def _by_kernel(
         key, value = (states.repeat_interleave(shared, dim=1) for states in (key, value))
     flat = [states.transpose(1, 2).flatten(0, 1).contiguous() for states in (query, key, value)]
     known = inspect.signature(kernel).parameters
-    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    scaled = {"scale": scale} if "scale" in known else {}
-    return kernel(*flat, bounds, bounds, longest, longest, **causal, **scaled).view(batch, width, heads, -1)
+    # torch 2.10 said is_causal and knew no scale
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    default = query.shape[-1] ** -0.5
+    if "scale" in known:
+        options["scale"] = scale
+    elif scale is not None and scale != default:
+        flat[0] = flat[0] * (scale / default)
+    return kernel(*flat, bounds, bounds, longest, longest, **options).view(batch, width, heads, -1)
 
 
 @torch.no_grad()
