@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llava_sv.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_sv.errors import UserError
-from llava_sv.model.language_model import packed_attention
+from llava_sv.model.language_model import causal_lm, packed_attention
 from llava_sv.model.language_model.packed_attention import VARLEN, check_keeps_apart, packing_implementation
 from llava_sv.model.splice import splice
 from llava_sv.model.token_groups import TokenGroups, TokenRole
@@ -84,22 +84,18 @@ def test_a_short_window_keeps_to_the_block_mask():
         gradients_of(model, PACKS, "llava")
 
 
-def test_samples_that_saw_each_other_would_show():
-    """The test above can fail: the same rows without bounds give another loss."""
+def test_samples_that_saw_each_other_would_show(monkeypatch):
+    """The test above can fail: the same rows, each as one sample, give another loss."""
     model = family_model("llava").train()
     apart_loss, _ = gradients_of(model, None, "llava")
     model.set_attn_implementation(VARLEN)
-    whole_rows = packed_attention.packed_inputs
-    try:
-        packed_attention_of_rows = lambda positions, lengths, name: whole_rows(  # noqa: E731
-            positions, [[sum(row)] for row in lengths], name
-        )
-        from llava_sv.model.language_model import causal_lm
-
-        causal_lm.packed_inputs = packed_attention_of_rows
-        loss, _ = gradients_of(model, PACKS, "llava")
-    finally:
-        causal_lm.packed_inputs = whole_rows
+    right = packed_attention.packed_inputs
+    monkeypatch.setattr(
+        causal_lm,
+        "packed_inputs",
+        lambda positions, lengths, name: right(positions, [[sum(row)] for row in lengths], name),
+    )
+    loss, _ = gradients_of(model, PACKS, "llava")
     assert abs(loss - apart_loss) > 1e-3
 
 
