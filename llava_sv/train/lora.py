@@ -64,12 +64,25 @@ def _check_start(model_args: Any) -> None:
             raise UserError(f"--lora_weight_path {path}: was trained with --{name} {was}, now {now}: set it as it was")
 
 
+def half(args: Any) -> torch.dtype | None:
+    """The narrow type that training computes in, or None."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+
+def frozen_dtype(model_args: Any, args: Any, otherwise: torch.dtype) -> torch.dtype:
+    """The precision that weights are loaded in: with adapters, which leave them frozen, the one of computation.
+
+    What trains becomes float32 again in `attach`, where DeepSpeed keeps no such copy itself.
+    """
+    return (half(args) or otherwise) if model_args.lora_enable else otherwise
+
+
 def placement(model_args: Any, args: Any) -> dict[str, Any]:
     """Options of `from_pretrained` for the language model's weights: how they are quantised and where they go."""
     if not model_args.lora_enable or model_args.bits == 16:
         return {}
-    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     if model_args.bits == 4:
+        compute = half(args) or torch.float32
         config = four_bit(compute, model_args.quant_type or "nf4", model_args.double_quant is not False)
     else:
         config = quantized(load_8bit=True)
@@ -102,6 +115,10 @@ def attach(model: Any, model_args: Any, args: Any) -> None:
         adapters.inject(model, config)
     for parameter in beside:
         parameter.requires_grad_(True)
+    if not args.deepspeed:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     if model_args.lora_weight_path:
         adapters.load_state(model, model_args.lora_weight_path)
 
@@ -120,10 +137,10 @@ def _prepare_quantized(model: Any, args: Any) -> None:
     """peft's preparation (norms in float32, nothing trains), with the large unquantised parts narrow again."""
     from peft import prepare_model_for_kbit_training
 
-    narrow = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the Trainer sees to checkpointing
+    narrow = half(args)
     if narrow is not None:
-        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for module in (model.get_input_embeddings(), model.get_output_embeddings(), model.get_vision_tower()):
             module.to(narrow)
 
 
