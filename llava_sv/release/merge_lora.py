@@ -6,7 +6,6 @@ base's.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llava_sv.errors import UserError
-from llava_sv.model.adapters import CONFIG, is_adapter
+from llava_sv.model.adapters import CONFIG, base_of, is_adapter
 from llava_sv.model.builder import load_pretrained_model
 
 
@@ -26,7 +25,8 @@ def merge_lora(adapter: str, base: str | None, output: str, force: bool = False)
     """
     if not is_adapter(adapter):
         raise UserError(f"--merge-lora {adapter}: no {CONFIG} there; give the folder that a LoRA run wrote")
-    _check_output(Path(output), adapter, base, force)
+    base = base_of(adapter, base)
+    _check_output(Path(output), {"the adapter": adapter, "the base": base, "the current folder": "."}, force)
     tokenizer, model, image_processor, _ = load_pretrained_model(adapter, base, device="cpu", device_map=None)
     model.config.use_cache = True
     with replacing_folder(Path(output)) as folder:
@@ -36,10 +36,11 @@ def merge_lora(adapter: str, base: str | None, output: str, force: bool = False)
     print(f"{output}: {adapter} merged into its base; load it as any checkpoint")
 
 
-def _check_output(output: Path, adapter: str, base: str | None, force: bool) -> None:
-    for what, path in (("the adapter", adapter), ("the base", base)):
-        if path is not None and os.path.realpath(path) == os.path.realpath(output):
-            raise UserError(f"--output {output}: is {what} itself; choose another folder")
+def _check_output(output: Path, needed: dict[str, str], force: bool) -> None:
+    """needed: what must not be lost with `output`, in words -> where it is."""
+    for what, path in needed.items():
+        if Path(path).is_dir() and Path(path).resolve().is_relative_to(output.resolve()):
+            raise UserError(f"--output {output}: is or holds {what}; choose another folder")
     if output.exists() and not (output.is_dir() and (force or not any(output.iterdir()))):
         mend = "choose another, or pass --force to replace it" if output.is_dir() else "choose a folder"
         raise UserError(f"--output {output}: exists; {mend}")

@@ -40,7 +40,10 @@ def check(model_args: Any, args: Any) -> None:
                 "use --deepspeed scripts/zero2.json, or --bits 16"
             )
         if args.use_cpu or not torch.cuda.is_available():
-            raise UserError(f"--bits {model_args.bits}: needs a CUDA device; use --bits 16 here")
+            raise UserError(
+                f"--bits {model_args.bits}: needs a CUDA device and bitsandbytes "
+                "(bash scripts/setup.sh --extra train-gpu); use --bits 16 here"
+            )
         needs(f"--bits {model_args.bits}")
     if model_args.lora_weight_path:
         _check_start(model_args)

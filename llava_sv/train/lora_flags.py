@@ -62,6 +62,9 @@ class LoraArguments:
         ):
             if value is not None and value not in known:
                 raise UserError(f"--{name}: unknown {value!r}; known: {', '.join(known)}")
+        for name in ("double_quant", "quant_type"):
+            if getattr(self, name) is not None and self.bits != 4:
+                raise UserError(f"--{name} is for --bits 4: add it, or drop the flag")
         if self.lora_target_modules is not None and not self.lora_targets():
             raise UserError("--lora_target_modules: names no layer; write names with commas, such as q_proj,v_proj")
         if self.lora_weight_path and getattr(self, "pretrain_mm_mlp_adapter", None):
