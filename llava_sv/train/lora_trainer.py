@@ -18,6 +18,8 @@ from llava_sv.train.llava_trainer import LLaVATrainer
 class LoraTrainer(LLaVATrainer):
     """`LLaVATrainer` whose model has adapters in place."""
 
+    saves = "adapter"
+
     @property
     def model_wrapped(self) -> Any:
         """What the Trainer trains: the model, or DeepSpeed's engine or DDP around it."""

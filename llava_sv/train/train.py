@@ -206,7 +206,7 @@ def finish(trainer: LLaVATrainer, loss: float, asked: dict[str, Any]) -> None:
         print(
             f"images that could not be read: {said} (--missing_images {trainer.train_dataset.data_args.missing_images})"
         )
-    what = "projector" if trainer.projector_only else "model"
+    what = "projector" if trainer.projector_only else trainer.saves
     print(f"done: {steps:,} steps; the {what} is in {args.output_dir}", flush=True)
 
 
