@@ -121,14 +121,15 @@ def merge(model: Any) -> None:
 
 
 def trained_state(model: Any, keep: bool = True) -> dict[str, Tensor]:
-    """Everything that a folder of adapters holds, on the CPU: what trains, and the projector in any case.
+    """Everything that a folder of adapters holds, on the CPU: what trains, what `load_state` brought, the projector.
 
     Under ZeRO-3 each parameter is gathered in turn: every rank must call it, and those that do not write pass
     keep=False.
     """
     state: dict[str, Tensor] = {}
+    brought = getattr(model, "brought_by_adapters", ())
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad or PROJECTOR_KEY in name:
+        if parameter.requires_grad or PROJECTOR_KEY in name or name in brought:
             with _whole(parameter):
                 if keep:
                     state[name] = parameter.detach().cpu().clone().contiguous()
@@ -293,6 +294,7 @@ def load_state(model: Any, path: str, whole_projector: bool = True) -> None:
                     f"adapter {path}: {name} has shape {list(tensor.shape)}, the model wants {list(target.shape)}"
                 )
             target.copy_(tensor)
+    model.brought_by_adapters = set(state)  # an encoder that trained earlier and is frozen now must not get lost
 
 
 def attach_saved(model: Any, path: str, whole_projector: bool = True) -> None:

@@ -66,6 +66,8 @@ def load_pretrained_model(
     """
     check_attn_implementation(attn_implementation)
     config = read_config(model_path)
+    if merge_lora and (load_8bit or load_4bit):
+        raise UserError("merge_lora: adapters cannot be added to quantised weights; drop one of them")
     quantization = quantized(load_8bit, load_4bit)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     placement: dict[str, Any] = {"quantization_config": quantization} if quantization else {}

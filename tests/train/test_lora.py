@@ -176,6 +176,25 @@ def test_from_earlier_adapters(world, llava, tmp_path):
     assert all(names[name].requires_grad for name in state)
 
 
+def test_an_encoder_that_trained_earlier_stays_in_the_folder(world, tmp_path):
+    """Trained by the first run, frozen in the second, which starts from it: still saved, since no base has it."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(world.flags("skip", first, *LORA, "--unfreeze_mm_vision_tower", "True"))
+    model, _ = run(world.flags("skip", second, *LORA, "--lora_weight_path", str(first)))
+    was, now = (load_file(folder / "non_lora_trainables.safetensors") for folder in (first, second))
+    assert set(was) == set(now)
+    tower = [name for name in was if "vision_tower" in name]
+    assert len(tower) > 10
+    assert all(torch.equal(was[name], now[name]) for name in tower)
+    _, loaded, processor, _ = load_pretrained_model(str(second), device="cpu", merge_lora=False)
+    assert torch.equal(logits(loaded, processor), logits(model, processor))
+
+
+def test_adapters_are_not_added_to_quantised_weights(llava):
+    with pytest.raises(UserError, match="merge_lora: adapters cannot be added to quantised weights"):
+        load_pretrained_model(str(llava), load_4bit=True, merge_lora=True)
+
+
 @pytest.mark.parametrize(
     ("extra", "parts"),
     [

@@ -28,7 +28,7 @@ def train(flags, launcher=()):
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[:2000]}\n...\n{done.stderr[-2000:]}"
     return done.stdout
 
 
