@@ -19,6 +19,7 @@ from llava_sv.mm_utils import check_aspect_ratio
 from llava_sv.model.config import SkipVisionConfig
 from llava_sv.model.cos_presets import CUSTOM, PRESETS
 from llava_sv.model.multimodal_encoder.vision_tower import FEATURES
+from llava_sv.train.lora_flags import LoraArguments
 
 
 def _flag(default, text: str):
@@ -27,7 +28,7 @@ def _flag(default, text: str):
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(LoraArguments):
     """What to build: a language model, an encoder, a projector between them, and which tokens skip."""
 
     model_name_or_path: str | None = _flag(
@@ -107,6 +108,7 @@ class ModelArguments:
             raise UserError("--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter leave nothing to train; drop one")
         if self.tune_mm_mlp_adapter and self.unfreeze_mm_vision_tower:
             raise UserError("--tune_mm_mlp_adapter saves the projector alone; drop it or --unfreeze_mm_vision_tower")
+        self.check_lora()
 
     def given_skip_vision(self) -> dict[str, object]:
         """The `skip_vision` settings that the command line gave, without their prefix."""

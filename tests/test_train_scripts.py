@@ -54,7 +54,7 @@ def on_cpu(flags):
 
 def test_the_scripts_are_there():
     every = [f"{folder}/{name}.sh" for folder in FOLDERS for name in ("finetune", "finetune_skip", "pretrain")]
-    assert sorted([*every, "v1_5/finetune_skip_256.sh"]) == SCRIPTS
+    assert sorted([*every, "v1_5/finetune_skip_256.sh", "v1_5/finetune_skip_lora.sh"]) == SCRIPTS
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "v1_5/tiny.sh", "common.sh"])
@@ -79,6 +79,7 @@ def test_every_flag_is_known(script, preset):
     [
         (script, *((256, 1e-3, "scripts/zero2.json") if "pretrain" in script else (128, 1e-5, "scripts/zero3.json")))
         for script in SCRIPTS
+        if not script.endswith("_lora.sh")
     ],
 )
 def test_the_papers_recipe(script, batch, lr, zero):
@@ -131,6 +132,29 @@ def test_what_the_skipping_scripts_skip():
     model = parse(on_cpu(flags_of("finetune_skip_256.sh")[1]))[0]
     block = model.skip_vision()
     assert (block["num_retained"], block["merge"]) == (256, False)
+
+
+def test_llavas_lora_recipe():
+    _, flags = flags_of("finetune_skip_lora.sh")
+    model, _, training = parse(on_cpu(flags))
+    assert model.lora_settings() == {
+        **{"r": 128, "alpha": 256, "dropout": 0.05, "bias": "none", "target_modules": [], "weight_path": None}
+    }
+    assert (training.learning_rate, training.mm_projector_lr) == (2e-4, 2e-5)
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps * 8 == 128
+    assert flags[flags.index("--deepspeed") + 1] == "scripts/zero3.json"
+    block = model.skip_vision()
+    assert (block["num_retained"], block["num_skipped"]) == (100, 156)
+
+
+def test_qlora_by_one_variable_and_going_on_from_adapters():
+    _, flags = flags_of("finetune_skip_lora.sh", BITS="4")
+    assert parse(on_cpu(flags))[0].lora_settings()["bits"] == 4
+    assert flags[flags.index("--deepspeed") + 1] == "scripts/zero2.json"
+    assert flags[flags.index("--output_dir") + 1].endswith("-qlora-4")
+    _, flags = flags_of("finetune_skip_lora.sh", LORA_WEIGHTS="checkpoints/a")
+    assert "--pretrain_mm_mlp_adapter" not in flags
+    assert parse(on_cpu(flags))[0].lora_weight_path == "checkpoints/a"
 
 
 def test_fewer_devices_accumulate_to_the_same_batch():

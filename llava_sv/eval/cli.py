@@ -45,7 +45,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model-path", required=True, help="a checkpoint folder (a pretrained projector alone needs --model-base)"
     )
-    parser.add_argument("--model-base", help="the language model of a projector-only checkpoint")
+    parser.add_argument(
+        "--model-base",
+        help="language model of a lone projector, or base of LoRA adapters (default: theirs)",
+    )
     parser.add_argument("--task", required=True, help=f"the benchmark: {', '.join(TASKS)}")
     parser.add_argument("--data-path", help="folder of the benchmark (default: the benchmark's own)")
     parser.add_argument(

@@ -10,16 +10,18 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from transformers.utils import is_bitsandbytes_available
 
 from llava_sv.errors import UserError
 from llava_sv.mm_utils import load_image_processor
+from llava_sv.model import adapters
 from llava_sv.model.attention import check_attn_implementation
 from llava_sv.model.builders import build_model
 from llava_sv.model.builders.tokenizer import load_tokenizer
+from llava_sv.model.checkpoint_io import COME_AND_GO, PROJECTOR_KEY
 from llava_sv.model.config import LlavaFields
 from llava_sv.model.language_model.causal_lm import LlavaCausalLM
-from llava_sv.model.loading import load_whole, read_config
+from llava_sv.model.loading import is_llava, load_whole, read_config, read_config_json
+from llava_sv.model.quantization import quantized
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -52,27 +54,38 @@ def load_pretrained_model(
     attn_implementation: str | None = None,
     torch_dtype: Any = None,
     allow_new_weights: tuple[str, ...] = (),
+    merge_lora: bool | None = None,
 ) -> tuple[Any, LlavaCausalLM, Any, int]:
     """Load a checkpoint for inference: (tokenizer, model, image_processor, context_len).
 
     model_path: a folder or hub name whose config.json tells what to build; a folder that pretraining wrote (a
-    projector alone) needs `model_base`, its language model. model_name is accepted for LLaVA's callers and not read.
+    projector alone) needs `model_base`, its language model; one that LoRA training wrote takes `model_base`, or the
+    model that it remembers. model_name is accepted for LLaVA's callers and not read.
     allow_new_weights: key prefixes that may be absent and then start fresh; anything else absent is a `UserError`.
+    merge_lora: add adapters to the weights they adapt; default: yes, but for a quantised base, where they stay beside.
     """
     check_attn_implementation(attn_implementation)
     config = read_config(model_path)
-    quantization = _quantization(load_8bit, load_4bit)
+    if merge_lora and (load_8bit or load_4bit):
+        raise UserError("merge_lora: adapters cannot be added to quantised weights; drop one of them")
+    quantization = quantized(load_8bit, load_4bit)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if _is_projector_only(model_path):
+    placement: dict[str, Any] = {"quantization_config": quantization} if quantization else {}
+    if quantization or (device == "cuda" and device_map):
+        placement["device_map"] = device_map
+    if adapters.is_adapter(model_path):
+        tokenizer, model, image_processor = _load_adapters(
+            model_path, model_base, config, torch_dtype, attn_implementation, placement
+        )
+        if merge_lora or (merge_lora is None and quantization is None):
+            adapters.merge(model)
+    elif _is_projector_only(model_path):
         if quantization:
             raise UserError(f"checkpoint {model_path}: a projector alone cannot be loaded with load_8bit or load_4bit")
         tokenizer, model, image_processor = _load_on_base(
             model_path, model_base, config, torch_dtype, attn_implementation
         )
     else:
-        placement: dict[str, Any] = {"quantization_config": quantization} if quantization else {}
-        if quantization or (device == "cuda" and device_map):
-            placement["device_map"] = device_map
         model = load_whole(model_path, config, allow_new_weights, torch_dtype, attn_implementation, **placement)
         tokenizer = load_tokenizer(model_path)
         image_processor = load_image_processor(_processor_source(model_path, config), config.mm_vision_image_size)
@@ -99,35 +112,41 @@ def _load_on_base(
 ) -> tuple[Any, Any, Any]:
     if base is None:
         raise UserError(f"checkpoint {path}: holds a projector alone; name its language model with --model-base")
+    return _build_on_base(base, config, dtype, attn, pretrain_mm_mlp_adapter=path)
+
+
+def _build_on_base(
+    base: str, config: LlavaFields, dtype: Any, attn: str | None, **options: Any
+) -> tuple[Any, Any, Any]:
+    """The LLaVA that `config` describes over the language model `base`."""
     return build_model(
         config.mm_family,
         llm=base,
         vision_tower=config.mm_vision_tower or "",
         skip_vision=config.skip_vision.to_dict() if config.skip_vision else None,
-        pretrain_mm_mlp_adapter=path,
         torch_dtype=dtype,
         attn_implementation=attn,
+        **options,
         **{name: getattr(config, name) for name in KEPT_ON_BASE},
     )
 
 
-def _quantization(load_8bit: bool, load_4bit: bool) -> Any:
-    if not (load_8bit or load_4bit):
-        return None
-    if load_8bit and load_4bit:
-        raise UserError("load_8bit and load_4bit exclude each other: choose one")
-    if not is_bitsandbytes_available():
-        raise UserError(
-            "load_8bit and load_4bit need bitsandbytes: `pip install 'llava-sv[train-gpu]'` on a CUDA machine"
-        )
-    from transformers import BitsAndBytesConfig
-
-    keep = ["lm_head", "mm_projector", "vision_tower"]
-    if load_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        bnb_4bit_quant_type="nf4",
-        llm_int8_skip_modules=keep,
-    )
+def _load_adapters(
+    path: str, base: str | None, config: LlavaFields, dtype: Any, attn: str | None, placement: dict[str, Any]
+) -> tuple[Any, Any, Any]:
+    """Adapters over their base, which is a language model or a whole LLaVA, with what trained beside them."""
+    base = adapters.base_of(path, base)
+    _, values = read_config_json(base)
+    adapters.check_base(path, base, config, values)
+    whole = is_llava(values)
+    if whole:
+        if values.get("vision_config") is None:
+            config.vision_config = None
+        other = tuple(f"model.{PROJECTOR_KEY}{key}" for key in COME_AND_GO)
+        model = load_whole(base, config, other, dtype, attn, unused_weights=other, **placement)
+    else:
+        _, model, _ = _build_on_base(base, config, dtype, attn, placement=placement)
+    adapters.attach_saved(model, path, whole_projector=not whole)
+    own = any(os.path.isfile(os.path.join(path, name)) for name in ("tokenizer.json", "tokenizer_config.json"))
+    tokenizer = load_tokenizer(path if own else base)
+    return tokenizer, model, load_image_processor(_processor_source(path, config), config.mm_vision_image_size)

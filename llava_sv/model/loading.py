@@ -54,7 +54,7 @@ def read_config(model_path: str) -> LlavaFields:
 
     `vision_config` stays None where the encoder's weights are not part of the checkpoint. Raises `UserError`.
     """
-    path, values = _read_config_json(model_path)
+    path, values = read_config_json(model_path)
     if not is_llava(values):
         raise UserError(
             f"checkpoint {model_path}: config.json describes model_type {values.get('model_type')!r}, not a LLaVA "
@@ -159,7 +159,8 @@ def load_whole(
     return model
 
 
-def _read_config_json(model_path: str) -> tuple[str, dict[str, Any]]:
+def read_config_json(model_path: str) -> tuple[str, dict[str, Any]]:
+    """(path, contents) of a model's config.json, from a folder or the hub. Raises `UserError`."""
     path = os.path.join(model_path, "config.json")
     if os.path.isdir(model_path) and not os.path.isfile(path):
         raise UserError(f"checkpoint {model_path}: has no config.json; give the folder that training wrote")

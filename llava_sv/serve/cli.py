@@ -38,7 +38,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model-path", required=True, help="a checkpoint folder (a pretrained projector alone needs --model-base)"
     )
-    parser.add_argument("--model-base", help="the language model of a projector-only checkpoint")
+    parser.add_argument(
+        "--model-base",
+        help="language model of a lone projector, or base of LoRA adapters (default: theirs)",
+    )
     parser.add_argument("--image-file", action="append", default=[], help="an image; give it again for more of them")
     parser.add_argument("--prompt", help="ask this once and leave, instead of a conversation")
     parser.add_argument("--system", help="system message (default: the template's)")

@@ -21,6 +21,7 @@ from llava_sv.model.attention import check_attn_implementation
 from llava_sv.model.builders import build_model
 from llava_sv.model.checkpoint_io import COME_AND_GO, PROJECTOR_KEY
 from llava_sv.model.language_model.packed_attention import check_keeps_apart, packing_implementation
+from llava_sv.train import lora
 from llava_sv.train.checkpoint import PROJECTOR
 from llava_sv.train.preflight import find_model
 from llava_sv.train.preflight import read_config as read_json
@@ -80,8 +81,9 @@ def build(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
             vision_tower=str(model_args.vision_tower),
             skip_vision=model_args.skip_vision(),
             pretrain_mm_mlp_adapter=model_args.pretrain_mm_mlp_adapter,
-            torch_dtype=compute_dtype(args),
+            torch_dtype=lora.frozen_dtype(model_args, args, compute_dtype(args)),
             attn_implementation=args.attn_implementation,
+            placement=lora.placement(model_args, args),
             **model_args.selected_state(),
             **model_args.family_settings(),
             **_settings(model_args, data_args, args),
@@ -121,7 +123,13 @@ def _continue(own: Path, model_args: ModelArguments, data_args: DataArguments, a
     config.skip_vision = with_family_budget(described_by(config, vision), block) if block else None
     check_config(config, vision)
     model = load_whole(
-        str(own), config, NEW_AT_SFT, compute_dtype(args), args.attn_implementation, unused_weights=NEW_AT_SFT
+        str(own),
+        config,
+        NEW_AT_SFT,
+        lora.frozen_dtype(model_args, args, compute_dtype(args)),
+        args.attn_implementation,
+        unused_weights=NEW_AT_SFT,
+        **lora.placement(model_args, args),
     )
     if model_args.pretrain_mm_mlp_adapter:
         load_projector(model, model_args.pretrain_mm_mlp_adapter)
@@ -180,7 +188,7 @@ def choose_trainable(model: Any, model_args: ModelArguments) -> None:
     for part in (projector.summary, projector.image_newline):  # a checkpoint may lack them: they may be fresh
         if part is not None:
             part.requires_grad_(True)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    if not (model_args.lora_enable or any(parameter.requires_grad for parameter in model.parameters())):
         raise UserError("nothing is left to train: --freeze_backbone and --freeze_mm_mlp_adapter freeze it all")
 
 
@@ -190,6 +198,8 @@ def part_of(name: str) -> str:
         return "summaries"
     if f"{PROJECTOR}." in name:
         return "projector"
+    if ".lora_" in name:
+        return "language model adapters"
     return "vision tower" if "vision_tower." in name else "language model"
 
 
@@ -197,7 +207,7 @@ def count_parameters(model: Any) -> dict[str, tuple[int, int]]:
     """part -> (parameters, those that train); ZeRO-3's partitioned ones count whole."""
     counts: dict[str, tuple[int, int]] = {}
     for name, value in model.named_parameters():
-        size = getattr(value, "ds_numel", value.numel())
+        size = lora.numel(value)
         total, trained = counts.get(part_of(name), (0, 0))
         counts[part_of(name)] = (total + size, trained + size * value.requires_grad)
     return counts

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llava_sv.errors import UserError
 from llava_sv.files import replacing, write_json
+from llava_sv.model.adapters import FILES
 
 MARKER = "complete.json"
 """Written last into checkpoint-N: the step, the world size, the settings, every file and its size in bytes."""
@@ -113,7 +114,7 @@ def remove_checkpoints(output: Path) -> None:
     """Remove what an earlier run left that a new one would take up, or that would pass for its result."""
     for _, folder in checkpoints(output):
         shutil.rmtree(folder)
-    for name in (SUMMARY, "metrics.jsonl", "loss.png", "model.safetensors.index.json", f"{PROJECTOR}.bin"):
+    for name in (SUMMARY, "metrics.jsonl", "loss.png", "model.safetensors.index.json", f"{PROJECTOR}.bin", *FILES):
         (output / name).unlink(missing_ok=True)
     for weights in output.glob("*.safetensors"):
         weights.unlink()

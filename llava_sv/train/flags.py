@@ -45,15 +45,6 @@ DROPPED = {
 }
 """Flags that older scripts pass and that change nothing here, and why."""
 
-LATER = (
-    *("lora_enable", "lora_r", "lora_alpha", "lora_dropout", "lora_weight_path", "lora_bias"),
-    *("bits", "double_quant", "quant_type"),
-)
-"""Flags of parameter-efficient and quantised training, which this version does not have."""
-
-HARMLESS = {"lora_enable": ("false", "no", "0"), "bits": ("16", "32")}
-"""Values of those flags that ask for what is done anyway."""
-
 
 class Parser(HfArgumentParser):
     """HfArgumentParser whose mistakes are a `UserError` of one line, and whose flags may not be abbreviated."""
@@ -86,23 +77,12 @@ def _words(argv: list[str]) -> list[tuple[str, list[str]]]:
     return words
 
 
-def _refuse_later(name: str, values: list[str]) -> None:
-    said = values[0].lower() if values else "true"
-    if name in LATER and said not in HARMLESS.get(name, ()):
-        raise UserError(
-            f"--{name} {' '.join(values)}: LoRA and quantised training are not in this version; drop the flag"
-        )
-
-
 def translate(argv: list[str]) -> tuple[list[str], list[str]]:
     """(the command line in today's names, one note for each flag that was translated or left out)."""
     out: list[str] = []
     notes: list[str] = []
     for name, values in _words(argv):
-        _refuse_later(name, values)
-        if name in LATER:
-            notes.append(f"--{name}: left out (training is full and unquantised)")
-        elif name in DROPPED:
+        if name in DROPPED:
             notes.append(f"--{name}: left out ({DROPPED[name]})")
         elif name == "logging_dir":
             os.environ["TENSORBOARD_LOGGING_DIR"] = values[0] if values else ""

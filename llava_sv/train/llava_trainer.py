@@ -107,6 +107,8 @@ class LLaVATrainer(Trainer):
     `settings` are kept with each checkpoint, so that a resumption can tell what has changed.
     """
 
+    saves = "model"
+    """In words, what OUTPUT holds."""
     model: Any
     args: Any
     train_dataset: Any

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sv.errors import UserError
-from llava_sv.train import checkpoint
+from llava_sv.train import checkpoint, lora
 
 
 @dataclass
@@ -37,6 +37,7 @@ def settings_of(model_args: Any, data_args: Any, args: Any) -> dict[str, Any]:
         "freeze_mm_mlp_adapter": model_args.freeze_mm_mlp_adapter,
         "unfreeze_mm_vision_tower": model_args.unfreeze_mm_vision_tower,
         "skip_vision": model_args.skip_vision(),
+        "lora": model_args.lora_settings(),
         "data_path": data_args.data_path,
         "image_folder": data_args.image_folder,
         "packing": data_args.packing,
@@ -131,6 +132,7 @@ def _go_on(args: Any, folder: Path, asked: dict[str, Any]) -> Plan:
             "with the same number; start as many, or convert it with `python -m deepspeed.checkpoint.ds_to_universal`"
         )
     was = marker.get("settings", {})
+    lora.refuse_other(was, asked, folder)
     if "batch" in was and asked.get("batch", was["batch"]) != was["batch"]:
         # steps would count other samples, and those passed over would not be those that were seen
         raise UserError(

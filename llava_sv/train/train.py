@@ -60,11 +60,12 @@ def _prepare_environment(flags: dict[str, str]) -> None:
 
 def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> int:
     """Train as the arguments say. Every rank runs this."""
-    from llava_sv.train import build, resume
+    from llava_sv.train import build, lora, resume
     from llava_sv.train.distributed import check_world, leave_together
 
     check_world(args)
     build.check_names(model_args, args)
+    lora.check(model_args, args)
     asked = resume.settings_of(model_args, data_args, args)
     plan = resume.plan(args, asked)
     resume.check_agreement(plan, args)
@@ -78,6 +79,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     set_seed(args.seed)
     tokenizer, model, image_processor = build.build(model_args, data_args, args)
     build.choose_trainable(model, model_args)
+    lora.attach(model, model_args, args)
     dataset: Any = build.build_dataset(tokenizer, image_processor, data_args, str(model_args.version), model.config)
     build.check_room(model.config, dataset, args)
     if data_args.packing:
@@ -119,11 +121,14 @@ def make_trainer(
 ) -> LLaVATrainer:
     """The Trainer of this run. parts: `model`, `processing_class` (the tokenizer) and `image_processor`."""
     from llava_sv.data.collator import DataCollatorForSupervisedDataset
+    from llava_sv.model.adapters import is_attached
     from llava_sv.train.llava_trainer import LLaVATrainer
+    from llava_sv.train.lora_trainer import LoraTrainer
 
+    kind = LoraTrainer if is_attached(parts["model"]) else LLaVATrainer
     grouped = args.group_by_modality_length or args.train_sampling_strategy == "group_by_length"
     packed = dataset.data_args.packing  # packs are of like length as they are
-    return LLaVATrainer(
+    return kind(
         **parts,
         args=args,
         train_dataset=dataset,
@@ -150,9 +155,11 @@ def summary_lines(trainer: LLaVATrainer, samples: int) -> list[str]:
     args, config = trainer.args, trainer.model.config
     batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
     lines = ["this run", f"  family            {config.mm_family}, template {config.conv_template}"]
-    for part, (total, trained) in count_parameters(trainer.model).items():
+    counts = count_parameters(trainer.model)
+    width = max(17, *map(len, counts))
+    for part, (total, trained) in counts.items():
         lines.append(
-            f"  {part:<17} {total:>14,} parameters, {'all train' if trained == total else f'{trained:,} train'}"
+            f"  {part:<{width}} {total:>14,} parameters, {'all train' if trained == total else f'{trained:,} train'}"
         )
     how = "dense" if config.skip_vision is None else "Skip-Vision"
     most = "up to " if config.mm_family == "llava_hd" else ""
@@ -203,7 +210,7 @@ def finish(trainer: LLaVATrainer, loss: float, asked: dict[str, Any]) -> None:
         print(
             f"images that could not be read: {said} (--missing_images {trainer.train_dataset.data_args.missing_images})"
         )
-    what = "projector" if trainer.projector_only else "model"
+    what = "projector" if trainer.projector_only else trainer.saves
     print(f"done: {steps:,} steps; the {what} is in {args.output_dir}", flush=True)
 
 

@@ -10,6 +10,7 @@ case "$MM_FAMILY" in
     llava_hd) name="hd-" ;;
     cos) name="cos-" ;;
 esac
+case "$script" in *_lora) : "${LR:=2e-3}" "${PROJECTOR_LR:=5e-4}" "${LORA_R:=16}" "${LORA_ALPHA:=32}" ;; esac
 case "$script" in
     pretrain)
         : "${DATA:=playground/data/toy/pretrain.json}" "${OUTPUT:=checkpoints/tiny-${name}pretrain}"
@@ -23,7 +24,7 @@ case "$script" in
 esac
 case "$name$script" in
     # of 64 patches an image: by the count of the paper, about a third of the dense work, and three fifths of it
-    finetune_skip) : "${NUM_RETAINED:=16}" "${NUM_SKIPPED:=20}" ;;
+    finetune_skip | finetune_skip_lora) : "${NUM_RETAINED:=16}" "${NUM_SKIPPED:=20}" ;;
     finetune_skip_256) : "${NUM_RETAINED:=28}" ;;
     # 64 tokens of the overview and 64 of each of up to 4 tiles
     hd-finetune) : "${MAX_LENGTH:=1024}" ;;

@@ -54,8 +54,6 @@ def test_llavas_own_script_parses(capsys):
         (["--group_by_length", "True"], ["--train_sampling_strategy", "group_by_length"]),
         (["--group_by_length", "False"], ["--train_sampling_strategy", "random"]),
         (["--save_safetensors", "True"], []),
-        (["--bits", "16"], []),
-        (["--lora_enable", "False"], []),
     ],
 )
 def test_old_names_are_translated_and_said(old, new):
@@ -115,9 +113,6 @@ def test_gradient_checkpointing_is_never_reentrant():
         (["--model_name", "x"], "unknown flag --model_name"),
         (["--learning_rate", "fast"], "invalid float value: 'fast'"),
         (["--version"], "--version: expected one argument"),
-        (["--lora_enable", "True"], "--lora_enable True: LoRA and quantised training are not in this version"),
-        (["--lora_enable"], "LoRA and quantised training are not in this version"),
-        (["--bits", "4"], "--bits 4: LoRA and quantised training are not in this version"),
         (["--mm_use_im_start_end", "True"], "--mm_use_im_start_end True is not supported"),
         (["--lazy_preprocess", "False"], "--lazy_preprocess False is not supported"),
         (["--missing_images", "ignore"], "--missing_images: unknown value 'ignore'; known: error, skip, blank"),

@@ -33,12 +33,16 @@ def assemble(
     pretrain_mm_mlp_adapter: str | None = None,
     torch_dtype: Any = None,
     attn_implementation: str | None = None,
+    placement: dict[str, Any] | None = None,
     **overrides: Any,
 ) -> tuple[Any, LlavaCausalLM, Any]:
-    """(tokenizer, model, image_processor) of `family`; see `build_model`."""
+    """(tokenizer, model, image_processor) of `family`; see `build_model`.
+
+    placement: options of `from_pretrained` that say where the language model goes and how it is quantised.
+    """
     check_attn_implementation(attn_implementation)
     config = make_config(family, llm, vision_tower, skip_vision, overrides)
-    model = _load_on_language_model(llm, config, torch_dtype, attn_implementation)
+    model = _load_on_language_model(llm, config, torch_dtype, attn_implementation, placement or {})
     if pretrain_mm_mlp_adapter is not None:
         load_projector(model, pretrain_mm_mlp_adapter)
     else:
@@ -87,7 +91,9 @@ def _read_llm_config(llm: str) -> Any:
     return base
 
 
-def _load_on_language_model(llm: str, config: LlavaFields, dtype: Any, attn: str | None) -> LlavaCausalLM:
+def _load_on_language_model(
+    llm: str, config: LlavaFields, dtype: Any, attn: str | None, placement: dict[str, Any]
+) -> LlavaCausalLM:
     """The language model's weights, a fresh projector, and the pretrained encoder."""
     without_tower = copy.deepcopy(config)
     without_tower.vision_config = None
@@ -98,10 +104,11 @@ def _load_on_language_model(llm: str, config: LlavaFields, dtype: Any, attn: str
         config=without_tower,
         dtype=dtype or "auto",
         attn_implementation=attn,
+        **placement,
     )
     projector = model.get_model().mm_projector
     with torch.no_grad(), gathered(list(projector.parameters())):
         projector.reset_projection()
     tower = load_vision_tower(str(config.mm_vision_tower), model.config, dtype=model.dtype)
-    model.get_model().attach_vision_tower(tower)
+    model.get_model().attach_vision_tower(tower.to(model.device) if placement else tower)
     return model

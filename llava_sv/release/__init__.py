@@ -1,0 +1,1 @@
+"""Making checkpoints into what others load."""
