@@ -19,6 +19,7 @@ from llava_sv.mm_utils import check_aspect_ratio
 from llava_sv.model.config import SkipVisionConfig
 from llava_sv.model.cos_presets import CUSTOM, PRESETS
 from llava_sv.model.multimodal_encoder.vision_tower import FEATURES
+from llava_sv.train.throughput import check_peak
 
 
 def _flag(default, text: str):
@@ -218,6 +219,11 @@ class TrainingArguments(transformers.TrainingArguments):
     ddp_find_unused_parameters: bool | None = _flag(
         False, "Search for unused parameters under DDP: needless, since every parameter is used in every step."
     )
+    peak_tflops: str | None = _flag(
+        None,
+        "TFLOP/s of one device, for mfu and hfu; measure: time a bfloat16 product at the start [known GPUs' bfloat16 "
+        "peak].",
+    )
     logging_steps: float = _flag(1, "Log every so many steps (below 1: a share of all steps).")
 
     def __post_init__(self) -> None:
@@ -230,6 +236,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if not 0 < self.mm_vision_tower_lr_decay <= 1:
             share = self.mm_vision_tower_lr_decay
             raise UserError(f"--mm_vision_tower_lr_decay: expected a share above 0 and up to 1, got {share}")
+        check_peak(self.peak_tflops)
         self._use_non_reentrant_checkpointing()
         if self.deepspeed:
             from llava_sv.train.distributed import prepare_deepspeed
