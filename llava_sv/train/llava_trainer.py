@@ -21,7 +21,9 @@ from llava_sv.data.sampler import LengthGroupedSampler
 from llava_sv.errors import UserError
 from llava_sv.model.checkpoint_io import load_projector
 from llava_sv.train import checkpoint
+from llava_sv.train.best import Patience, best_checkpoint
 from llava_sv.train.distributed import check_engine
+from llava_sv.train.evaluation import Evaluator
 from llava_sv.train.metrics import MetricsCallback, Window, window_metrics
 from llava_sv.train.step_flops import Counter
 from llava_sv.train.throughput import flop_rates, peak_of, timed, wait_rates
@@ -120,8 +122,12 @@ class LLaVATrainer(Trainer):
         samples: SampleLengths | None,
         projector_only: bool,
         settings: dict[str, Any],
+        evaluator: Evaluator | None = None,
         **kwargs: Any,
     ):
+        self.evaluator = evaluator
+        # transformers wants a data set where it is to evaluate; what is evaluated is the evaluator's affair
+        kwargs |= {} if evaluator is None else {"eval_dataset": evaluator.dataset or ()}
         self.image_processor = image_processor
         self.settings = settings
         self.samples = samples
@@ -135,6 +141,9 @@ class LLaVATrainer(Trainer):
         self.metrics_callback = MetricsCallback(self.args.output_dir)
         self.add_callback(self.metrics_callback)
         self.add_callback(_EpochCallback(self))
+        if self.args.early_stopping_patience is not None:
+            metric, greater = str(self.args.metric_for_best_model), bool(self.args.greater_is_better)
+            self.add_callback(Patience(self.args.early_stopping_patience, metric, greater))
 
     # -- order of the data ------------------------------------------------------------------------------------------
 
@@ -230,6 +239,26 @@ class LLaVATrainer(Trainer):
             | flop_rates(self.counter.flops(totals), seconds, self.peak, self.args.world_size)
         )
 
+    # -- evaluation -------------------------------------------------------------------------------------------------
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """What the evaluator finds of the model as it is; logged, and shown to the callbacks, as the library does."""
+        assert self.evaluator is not None
+        began = time.perf_counter()
+        found = self.evaluator.run(self, metric_key_prefix)
+        self.log(found)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        self.window.exclude(time.perf_counter() - began)
+        return found
+
+    def _load_best_model(self) -> None:
+        """The library's, and a projector's own checkpoint, which it does not know."""
+        best = str(self.state.best_model_checkpoint)
+        if self.projector_only and not self.is_deepspeed_enabled:
+            load_projector(self.model, best)
+        else:
+            super()._load_best_model()
+
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
@@ -247,7 +276,8 @@ class LLaVATrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoint.mark_complete(folder, self.state.global_step, self.args.world_size, self.settings)
-            checkpoint.rotate(folder.parent, limit, keep=folder)
+            best = best_checkpoint(folder.parent, self.args, self.state.log_history)
+            checkpoint.rotate(folder.parent, limit, keep=folder, best=best)
         self.window.exclude(time.perf_counter() - began)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -94,7 +94,9 @@ class Counter:
         counts["dense_squares"] = sum(length * length for length in lengths)
         return counts, count_roles(roles)
 
-    def _add_images(self, counts: dict[str, float], batch: dict[str, Any], marks: list[int], lengths: list[int]) -> None:
+    def _add_images(
+        self, counts: dict[str, float], batch: dict[str, Any], marks: list[int], lengths: list[int]
+    ) -> None:
         """What the batch's images add to `counts`, and to each sample's dense length."""
         owners = [sample for sample, images in enumerate(marks) for _ in range(images)]
         counts["shown"] = float(bool(owners))
@@ -110,7 +112,7 @@ class Counter:
 
     def _filler(self) -> dict[str, float]:
         """What the black image that stands in where a batch has none adds: one view."""
-        one = {"shown": 1, "images": 1, "views": 1}
+        one: dict[str, float] = {"shown": 1, "images": 1, "views": 1}
         if self.config.mm_family == "llava_hd":
             skip = self.config.skip_vision  # without tiles, the whole overview is retained and nothing merged
             return one | {"pooled": self.config.num_patches if skip is not None and skip.former_summary else 0}
@@ -225,7 +227,5 @@ def _parts(model: Any) -> dict[str, list[Tensor]]:
     modules = {"decoder": inner.layers, "head": model.lm_head}
     modules |= {"encoder": model.get_vision_tower(), "projector": projector}
     apart = ("lora_", "summary.", "image_newline")
-    return {
-        part: [p for name, p in module.named_parameters() if not any(word in name for word in apart)] if module is not None else []
-        for part, module in modules.items()
-    }
+    named = {part: () if module is None else module.named_parameters() for part, module in modules.items()}
+    return {part: [p for name, p in all_ if not any(word in name for word in apart)] for part, all_ in named.items()}

@@ -140,7 +140,7 @@ def wait_rates(waits: list[float], seconds: float, steps: int) -> dict[str, floa
 
 
 def waited(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """`data_wait_share` and `data_wait_ms` over all logged steps of a run, interruptions left out; empty without any."""
+    """`data_wait_share` and `data_wait_ms` over all logged steps of a run; empty without any."""
     before, steps, wait, total = 0, 0, 0.0, 0.0
     for row in rows:
         count, before = row["step"] - before, row["step"]

@@ -43,7 +43,7 @@ BATCHES = {
 
 def built(world, family, stage):
     of_family, budget = FAMILIES[family]
-    flags = [*of_family, *(budget if stage[0] == "skip" else ()), *stage[1:]]
+    flags = ["--model_max_length", "512", *of_family, *(budget if stage[0] == "skip" else ()), *stage[1:]]
     model_args, data_args, args = parse(world.flags(stage[0], world.folder / "unused", *flags))
     _, model, _ = build.build(model_args, data_args, args)
     build.choose_trainable(model, model_args)
@@ -83,7 +83,7 @@ def test_hardware_flops_are_what_torch_counts(world, family, stage):
         counter = Counter(model, recompute)
         for name, (rows, images) in BATCHES.items():
             batch = batch_of(model, rows, images)
-            found = count_flops(lambda: model(**batch, use_cache=False).loss.backward())
+            found = count_flops(lambda b=batch: model(**b, use_cache=False).loss.backward())
             model.zero_grad()
             counts = counted(counter, model, batch)
             flops = counter.flops(counts)
