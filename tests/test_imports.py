@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "llava_sv"
 
 LEVELS: list[set[str]] = [
     {"errors", "constants"},
-    {"files", "tiling"},
+    {"files", "tiling", "pixels"},
     {"conversation", "mm_utils"},
     {"data", "model.token_groups", "model.cos_presets"},
     {"model.token_counts"},

@@ -439,7 +439,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(world, tmp_path, capsys, flags, s
         ("", "is empty; expected LLaVA records"),
         ("[]", "holds no records"),
         ('[{"id": 1}', "line 1"),
-        ('[{"id": "a", "conversations": [{"from": "human", "value": "<image>"}]}]', "image"),
+        ('[{"id": "a", "conversations": [{"from": "human", "value": "<image>"}]}]', "no question with an answer"),
         (
             '[{"id": "a", "image": "gone.png", "conversations": [{"from": "human", "value": "<image>"}, '
             '{"from": "gpt", "value": "x"}]}]',
