@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,6 @@ class Evaluator:
     dataset: Any = None
     benchmark: Benchmark | None = None
     note: str = ""
-    last: dict[str, float] = field(default_factory=dict)
-    """What the latest evaluation found."""
 
     def run(self, trainer: Any, prefix: str = "eval") -> dict[str, float]:
         """`eval_loss`, `eval_tokens`, `eval_accuracy`, ... of the model as it is; the same on every rank."""
@@ -61,8 +59,7 @@ class Evaluator:
             if self.benchmark is not None:
                 found |= ask(trainer, self.benchmark)
         found["seconds"] = round(time.perf_counter() - began, 3)
-        self.last = {f"{prefix}_{name}": value for name, value in found.items()}
-        return self.last
+        return {f"{prefix}_{name}": value for name, value in found.items()}
 
 
 # -- what is evaluated ----------------------------------------------------------------------------------------------

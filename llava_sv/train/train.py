@@ -59,7 +59,7 @@ def _prepare_environment(flags: dict[str, str]) -> None:
 
 def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> int:
     """Train as the arguments say. Every rank runs this."""
-    from llava_sv.train import build, evaluation, resume
+    from llava_sv.train import best, build, evaluation, resume
     from llava_sv.train.distributed import check_world, leave_together
 
     check_world(args)
@@ -80,6 +80,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     tokenizer, model, image_processor = build.build(model_args, data_args, args)
     build.choose_trainable(model, model_args)
     dataset = build.build_dataset(tokenizer, image_processor, data_args, str(model_args.version), model.config)
+    if plan.checkpoint is None and args.should_save:
+        best.forget(Path(args.output_dir))
     evaluator = evaluation.prepare(dataset, data_args, args)
     build.check_room(model.config, dataset, args)
     parts = {"processing_class": tokenizer, "model": model, "image_processor": image_processor}

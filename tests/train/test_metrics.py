@@ -102,8 +102,13 @@ def test_evaluations_have_lines_of_their_own_and_are_dropped_with_their_steps(tm
 
 @pytest.mark.parametrize(
     ("saves", "evaluates", "strategy", "logs"),
-    [(True, False, "steps", True), (False, False, "steps", False), (False, True, "steps", False), (False, True, "best", True)],
-)  # fmt: skip
+    [
+        (True, False, "steps", True),
+        (False, False, "steps", False),
+        (False, True, "steps", False),
+        (False, True, "best", True),
+    ],
+)
 def test_a_step_that_saves_also_logs(tmp_path, saves, evaluates, strategy, logs):
     control = SimpleNamespace(should_log=False, should_save=saves, should_evaluate=evaluates)
     args = SimpleNamespace(save_strategy=strategy)

@@ -213,6 +213,22 @@ def test_a_measured_peak_is_a_rate():
     assert throughput.measured_peak(torch.device("cpu"), torch.float32, side=64, seconds=0.0) > 0
 
 
+def test_what_a_resumed_run_skips_is_not_read(world, tmp_path, monkeypatch):
+    """Batches passed over are neither loaded nor waited for."""
+    from llava_sv.data.dataset import LazySupervisedDataset as Dataset
+
+    flags = world.flags("skip", tmp_path, "--save_strategy", "steps", "--save_steps", "6")
+    assert train(argv=flags) == 0
+    for name in ("train_summary.json", "checkpoint-8/complete.json"):
+        (tmp_path / name).unlink()
+    read, get = [], Dataset.__getitem__
+    monkeypatch.setattr(Dataset, "__getitem__", lambda self, index: read.append(index) or get(self, index))
+    assert train(argv=flags) == 0
+    assert len(read) == 4, "two steps of two samples are left"
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 9))
+    assert 0 < json.loads((tmp_path / "train_summary.json").read_text())["data_wait_share"] <= 1
+
+
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_run_logs_waiting_and_flops(world, tmp_path, workers):
     """With accumulated steps, whatever loads the data; and again after an interruption."""
