@@ -81,7 +81,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     build.choose_trainable(model, model_args)
     dataset = build.build_dataset(tokenizer, image_processor, data_args, str(model_args.version), model.config)
     if plan.checkpoint is None and args.should_save:
-        best.forget(Path(args.output_dir))
+        best.forget(Path(str(args.output_dir)))
     evaluator = evaluation.prepare(dataset, data_args, args)
     build.check_room(model.config, dataset, args)
     parts = {"processing_class": tokenizer, "model": model, "image_processor": image_processor}
