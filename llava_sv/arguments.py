@@ -19,7 +19,9 @@ from llava_sv.mm_utils import check_aspect_ratio
 from llava_sv.model.config import SkipVisionConfig
 from llava_sv.model.cos_presets import CUSTOM, PRESETS
 from llava_sv.model.multimodal_encoder.vision_tower import FEATURES
+from llava_sv.train import eval_flags
 from llava_sv.train.lora_flags import LoraArguments
+from llava_sv.train.throughput import check_peak
 
 
 def _flag(default, text: str):
@@ -225,6 +227,32 @@ class TrainingArguments(transformers.TrainingArguments):
     ddp_find_unused_parameters: bool | None = _flag(
         False, "Search for unused parameters under DDP: needless, since every parameter is used in every step."
     )
+    eval_data_path: str | None = _flag(
+        None, "Validation records, LLaVA JSON or JSONL: their loss is logged as eval_loss, a mean over tokens."
+    )
+    validation_split: float = _flag(
+        0.0, "Hold this share (below 1) or number of records out of --data_path by --seed, for validation; 0: none."
+    )
+    eval_benchmark: str | None = _flag(
+        None,
+        "Benchmark to ask while training, logged as eval_accuracy: its name (toy), NAME=FOLDER, or a folder or file "
+        "like llava-sv data toy draws.",
+    )
+    eval_benchmark_limit: int | None = _flag(None, "Ask the benchmark's first so many questions only.")
+    eval_strategy: str = _flag(
+        "auto",
+        "When to evaluate: steps, epoch, no, or auto: every --eval_steps if given, else with the checkpoints under "
+        "--load_best_model_at_end, else every epoch.",
+    )
+    early_stopping_patience: int | None = _flag(
+        None, "Stop after so many evaluations in a row without a better --metric_for_best_model."
+    )
+    export_best: str = _flag("no", "The best checkpoint as OUTPUT/best: link, copy (without optimizer states), or no.")
+    peak_tflops: str | None = _flag(
+        None,
+        "TFLOP/s of one device, for mfu and hfu; measure: time a bfloat16 product at the start [known GPUs' bfloat16 "
+        "peak].",
+    )
     logging_steps: float = _flag(1, "Log every so many steps (below 1: a share of all steps).")
 
     def __post_init__(self) -> None:
@@ -237,6 +265,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if not 0 < self.mm_vision_tower_lr_decay <= 1:
             share = self.mm_vision_tower_lr_decay
             raise UserError(f"--mm_vision_tower_lr_decay: expected a share above 0 and up to 1, got {share}")
+        check_peak(self.peak_tflops)
+        eval_flags.resolve(self)
         self._use_non_reentrant_checkpointing()
         if self.deepspeed:
             from llava_sv.train.distributed import prepare_deepspeed
@@ -245,6 +275,14 @@ class TrainingArguments(transformers.TrainingArguments):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
             super().__post_init__()
+
+    def evaluates(self) -> bool:
+        """Whether anything is evaluated while training."""
+        return eval_flags.evaluates(self)
+
+    def best_by(self) -> str:
+        """What the best checkpoint is chosen by, in words."""
+        return eval_flags.best_by(self)
 
     def own_rates(self) -> list[str]:
         """Flags that were given and ask for another learning rate for a part of the model."""

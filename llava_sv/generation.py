@@ -29,6 +29,8 @@ class Assistant:
     model: Any
     image_processor: Any
     template: Any
+    in_training: bool = False
+    """The model is being trained: what generation touches must stay fit for gradients."""
 
     @property
     def device(self) -> torch.device:
@@ -144,7 +146,6 @@ def stop_token_ids(assistant: Assistant) -> list[int]:
     return sorted(i for i in ids if i is not None and i != tokenizer.unk_token_id)
 
 
-@torch.inference_mode()
 def generate(assistant: Assistant, batch: PromptBatch, skip_kv: str | None = None, **kwargs: Any) -> Any:
     """`model.generate` on a batch; the new tokens [B, n] (or transformers' output object where kwargs ask for it)."""
     pad = assistant.tokenizer.pad_token_id
@@ -153,14 +154,15 @@ def generate(assistant: Assistant, batch: PromptBatch, skip_kv: str | None = Non
     kwargs.setdefault("eos_token_id", stops or None)
     if assistant.template.stop_token is None and assistant.template.stop_strings:
         kwargs |= {"stop_strings": list(assistant.template.stop_strings), "tokenizer": assistant.tokenizer}
-    return assistant.model.generate(
-        batch.input_ids,
-        attention_mask=batch.attention_mask,
-        images=batch.images,
-        image_sizes=batch.image_sizes,
-        skip_kv=skip_kv,
-        **kwargs,
-    )
+    with torch.no_grad() if assistant.in_training else torch.inference_mode():
+        return assistant.model.generate(
+            batch.input_ids,
+            attention_mask=batch.attention_mask,
+            images=batch.images,
+            image_sizes=batch.image_sizes,
+            skip_kv=skip_kv,
+            **kwargs,
+        )
 
 
 def decode(assistant: Assistant, tokens: Tensor) -> list[str]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llava_sv.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_sv.errors import UserError
+from llava_sv.pixels import fast_pixels
 from llava_sv.tiling import ANYRES, NO_TILES, cut, fit, grid_of
 
 
@@ -58,7 +59,7 @@ def encode_prompt(
             if with_offsets:
                 offsets += [(position + start, position + end) for start, end in encoded["offset_mapping"]]
         position += len(piece)
-    if adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:
+    if ids[:1] != [tokenizer.bos_token_id] and adds_bos(tokenizer):
         ids.insert(0, tokenizer.bos_token_id)
         offsets.insert(0, (0, 0))
     return EncodedPrompt(ids, offsets if with_offsets else [])
@@ -99,7 +100,8 @@ def mean_color(image_processor: Any) -> tuple[int, int, int]:
 
 
 def _pixels(image: Image.Image, image_processor: Any) -> Tensor:
-    return image_processor(images=image, return_tensors="pt")["pixel_values"][0]
+    pixels = fast_pixels(image, image_processor)
+    return image_processor(images=image, return_tensors="pt")["pixel_values"][0] if pixels is None else pixels
 
 
 def image_side(image_processor: Any) -> int:
@@ -223,8 +225,8 @@ def load_image(path: str | Path) -> Image.Image:
         raise ImageError(f"no such image file: {path}", kind="missing")
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            return upright.convert("RGB")
+            ImageOps.exif_transpose(image, in_place=True)
+            return image.convert("RGB")
     except MemoryError:
         raise
     except Exception as error:  # damaged files make Pillow's decoders raise nearly anything

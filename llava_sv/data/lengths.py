@@ -25,6 +25,7 @@ from llava_sv.constants import IMAGE_TOKEN_INDEX
 from llava_sv.conversation import Template
 from llava_sv.data.index import Records
 from llava_sv.data.preprocess import preprocess
+from llava_sv.data.split import SomeRecords
 from llava_sv.files import replacing
 
 CHUNK = 500
@@ -37,7 +38,7 @@ TURNED = (5, 6, 7, 8)
 
 
 def exact_lengths(
-    records: Records,
+    records: Records | SomeRecords,
     tokenizer: Any,
     template: Template,
     visual_tokens: Callable[[tuple[int, int] | None], int],
@@ -48,6 +49,9 @@ def exact_lengths(
     visual_tokens: of a picture of a size (width, height), and of None the most; pictures are only looked at where it
     depends on the size. One that cannot be read counts as the largest.
     """
+    if isinstance(records, SomeRecords):
+        whole = exact_lengths(records.records, tokenizer, template, visual_tokens, image_folder)
+        return whole[records.indices]
     lengths = text_lengths(records, tokenizer, template)
     images = records.num_images
     if not images.any():

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm
 
 from llava_sv.constants import DEFAULT_IMAGE_TOKEN
@@ -163,9 +164,12 @@ def bench_record(name: str, image: str, question: Question) -> dict:
     }
 
 
-def _write_image(path: Path, scene: Scene, fine: bool = False) -> None:
-    """JPEG or PNG, by the suffix; a `fine` picture's JPEG keeps colour at full resolution too."""
+def _write_image(path: Path, scene: Scene, fine: bool = False, scale: int = 1) -> None:
+    """JPEG or PNG, by the suffix; a `fine` picture's JPEG keeps colour at full resolution too. `scale`: times as many
+    pixels a side, of the same picture."""
     picture = render(scene)
+    if scale != 1:
+        picture = picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.BICUBIC)
     with replacing(path) as temporary:
         if path.suffix == ".png":
             picture.save(temporary, format="PNG", compress_level=1)
@@ -201,7 +205,7 @@ class Counts:
         return self.train + self.fine_train + self.text_only + self.two_images
 
 
-def write_toy(output: Path, seed: int, counts: Counts) -> None:
+def write_toy(output: Path, seed: int, counts: Counts, image_scale: int = 1) -> None:
     """Write the whole data set under `output`; the same arguments give the same bytes."""
     (output / "images").mkdir(parents=True, exist_ok=True)
     train = [(_image_name("train", i), scene_of(seed, "train", i)) for i in range(counts.train)]
@@ -217,7 +221,7 @@ def write_toy(output: Path, seed: int, counts: Counts) -> None:
     drawn = [(image, scene, False) for image, scene in train] + [(image, scene, True) for image, scene in fine]
     drawn += [(image, scene, question.category == FINE_DETAIL) for _, image, scene, question in items]
     for image, scene, is_fine in tqdm(drawn, desc="toy images", unit="image"):
-        _write_image(output / "images" / image, scene, is_fine)
+        _write_image(output / "images" / image, scene, is_fine, image_scale)
 
     captions = [pretrain_record(f"toy-{i}", image, scene) for i, (image, scene) in enumerate(train)]
     captions += [pretrain_record(f"toy-fine-{i}", image, scene) for i, (image, scene) in enumerate(fine)]
@@ -263,6 +267,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--fine-bench", type=int, default=120, help="held-out questions about fine detail, an image each (default 120)"
     )
+    parser.add_argument(
+        "--image-scale", type=int, default=1, help="times as many pixels a side, to load a data loader (default 1)"
+    )
     return parser
 
 
@@ -285,9 +292,11 @@ def main(argv: list[str]) -> int:
     for name, minimum in least.items():
         if getattr(counts, name) < minimum:
             raise UserError(f"--{name.replace('_', '-')} {getattr(counts, name)}: give {minimum} or more")
+    if not 1 <= args.image_scale <= 64:
+        raise UserError(f"--image-scale {args.image_scale}: give 1 to 64")
     output = Path(args.output)
     try:
-        write_toy(output, args.seed, counts)
+        write_toy(output, args.seed, counts, args.image_scale)
     except OSError as error:
         raise UserError(f"--output {output}: cannot write there ({error.strerror}): choose another folder") from error
     print(f"{output}: {counts.train + counts.fine_train} training images, {counts.conversations} conversations, "

@@ -98,11 +98,14 @@ def forget_after(output: Path, step: int) -> list[Path]:
     return later
 
 
-def rotate(output: Path, limit: int | None, keep: Path) -> None:
-    """Remove the oldest checkpoints beyond `limit`, and torn ones before `keep`, which always stays."""
+def rotate(output: Path, limit: int | None, keep: Path, best: Path | None = None) -> None:
+    """Remove the oldest checkpoints beyond `limit`, and torn ones before `keep`, which always stays, as does `best`
+    (one of `limit`, unless that is 1)."""
     if limit is None or limit < 1:
         return
-    older = [folder for _, folder in checkpoints(output) if folder != keep]
+    older = [folder for _, folder in checkpoints(output) if folder not in (keep, best)]
+    if best not in (None, keep):
+        limit = max(1, limit - 1)
     complete = [folder for folder in older if what_is_torn(folder) is None]
     keep_too = complete[len(complete) - (limit - 1) :] if limit > 1 else []
     for folder in older:

@@ -39,8 +39,8 @@ DROPPED = {
     "fp16_opt_level": "there is one backend",
     "fp16_backend": "there is one backend",
     "use_mps_device": "the device is found by itself",
-    "jit_mode_eval": "nothing is evaluated while training",
-    "prediction_loss_only": "nothing is evaluated while training",
+    "jit_mode_eval": "the model is evaluated as it trains",
+    "prediction_loss_only": "evaluation gives the loss, and a benchmark's accuracy, in any case",
     "dispatch_batches": "each process reads its own batches",
 }
 """Flags that older scripts pass and that change nothing here, and why."""

@@ -21,8 +21,12 @@ from llava_sv.data.sampler import LengthGroupedSampler
 from llava_sv.errors import UserError
 from llava_sv.model.checkpoint_io import load_projector
 from llava_sv.train import checkpoint
+from llava_sv.train.best import Patience, best_checkpoint
 from llava_sv.train.distributed import check_engine
+from llava_sv.train.evaluation import Evaluator
 from llava_sv.train.metrics import MetricsCallback, Window, window_metrics
+from llava_sv.train.step_flops import Counter
+from llava_sv.train.throughput import flop_rates, peak_of, timed, wait_rates
 
 OWN_GROUPS = {"params", "model", "optimizer_dict"}
 """Options by which some of the library's optimizers (GaLore, LOMO, ...) bring parameter groups of their own."""
@@ -120,8 +124,12 @@ class LLaVATrainer(Trainer):
         samples: SampleLengths | None,
         projector_only: bool,
         settings: dict[str, Any],
+        evaluator: Evaluator | None = None,
         **kwargs: Any,
     ):
+        self.evaluator = evaluator
+        # transformers wants a data set where it is to evaluate; what is evaluated is the evaluator's affair
+        kwargs |= {} if evaluator is None else {"eval_dataset": evaluator.dataset or ()}
         self.image_processor = image_processor
         self.settings = settings
         self.samples = samples
@@ -130,9 +138,14 @@ class LLaVATrainer(Trainer):
         self.window = Window()
         super().__init__(**kwargs)
         self._steps_logged = 0
+        self.counter = Counter(self.model, recompute=self.args.gradient_checkpointing)
+        self.peak = peak_of(self.args.peak_tflops, self.args.device, torch.bfloat16)
         self.metrics_callback = MetricsCallback(self.args.output_dir)
         self.add_callback(self.metrics_callback)
         self.add_callback(_EpochCallback(self))
+        if self.args.early_stopping_patience is not None:
+            metric, greater = str(self.args.metric_for_best_model), bool(self.args.greater_is_better)
+            self.add_callback(Patience(self.args.early_stopping_patience, metric, greater))
 
     # -- order of the data ------------------------------------------------------------------------------------------
 
@@ -174,12 +187,22 @@ class LLaVATrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward; what the model spliced is counted."""
-        samples = inputs["input_ids"].shape[0]
         loss = super().training_step(model, inputs, *args, **kwargs)
-        stats = self.model.last_splice_stats
-        if stats is not None:
-            self.window.add(stats, samples)
+        seen = self.model
+        self.window.add(*self.counter.of(inputs, seen.last_roles, seen.last_supervised, seen.last_sample_lengths))
         return loss
+
+    def get_train_dataloader(self) -> Any:
+        """The library's, but batches stay on the host until their own step: those of an accumulated step do not take
+        the device's memory all at once, what is counted of them costs no wait for the device, and no copy is mistaken
+        for waiting for data."""
+        loader = super().get_train_dataloader()
+        loader.device = None
+        return loader
+
+    def get_batch_samples(self, epoch_iterator: Iterator, *args: Any, **kwargs: Any) -> Any:
+        """The library's window of batches; the time that they are waited for is kept."""
+        return super().get_batch_samples(timed(epoch_iterator, self.window.wait), *args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """The library's count of supervised tokens, without those that the cut to `--model_max_length` takes away."""
@@ -205,14 +228,39 @@ class LLaVATrainer(Trainer):
         self.window.reset()
 
     def _measure(self) -> dict[str, float]:
-        seconds = self.window.seconds()
-        counts = torch.tensor([float(self.window.counts[name]) for name in Window.NAMES], dtype=torch.float64)
+        seconds, totals = self.window.seconds(), self.window.totals()
+        mine = torch.tensor([*(totals[name] for name in Window.NAMES), self.window.waited], dtype=torch.float64)
+        every = mine.unsqueeze(0)
         if self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts.to(self.args.device, torch.float32), reduction="sum")
-        totals = dict(zip(Window.NAMES, counts.tolist()))
+            every = self.accelerator.gather(every.to(self.args.device)).cpu()
+        totals = dict(zip(Window.NAMES, every[:, :-1].sum(dim=0).tolist()))
         steps = self.state.global_step - self._steps_logged
         self.start_window(self.state.global_step)
-        return window_metrics(totals, seconds, steps)
+        return (
+            window_metrics(totals, seconds, steps)
+            | wait_rates(every[:, -1].tolist(), seconds, steps)
+            | flop_rates(self.counter.flops(totals), seconds, self.peak, self.args.world_size)
+        )
+
+    # -- evaluation -------------------------------------------------------------------------------------------------
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """What the evaluator finds of the model as it is; logged, and shown to the callbacks, as the library does."""
+        assert self.evaluator is not None
+        began = time.perf_counter()
+        found = self.evaluator.run(self, metric_key_prefix)
+        self.log(found)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        self.window.exclude(time.perf_counter() - began)
+        return found
+
+    def _load_best_model(self) -> None:
+        """The library's, and a projector's own checkpoint, which it does not know."""
+        best = str(self.state.best_model_checkpoint)
+        if self.projector_only and not self.is_deepspeed_enabled:
+            load_projector(self.model, best)
+        else:
+            super()._load_best_model()
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -231,7 +279,8 @@ class LLaVATrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoint.mark_complete(folder, self.state.global_step, self.args.world_size, self.settings)
-            checkpoint.rotate(folder.parent, limit, keep=folder)
+            best = best_checkpoint(folder.parent, self.args, self.state.log_history)
+            checkpoint.rotate(folder.parent, limit, keep=folder, best=best)
         self.window.exclude(time.perf_counter() - began)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

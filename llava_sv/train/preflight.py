@@ -20,6 +20,8 @@ WHERE = {
 }
 """Where the recipe's own annotation files come from, by file name."""
 
+RECORDS = "give a LLaVA JSON or JSONL file"
+
 NEEDED = ("model_name_or_path", "vision_tower", "data_path", "image_folder", "pretrain_mm_mlp_adapter", "deepspeed")
 """Flags that name something on disk, in the order they are reported."""
 
@@ -124,7 +126,7 @@ def _missing_tower(name: str, model: Path | None) -> str | None:
 def _missing_data(name: str) -> str | None:
     if Path(name).expanduser().is_file():
         return None
-    hint = WHERE.get(Path(name).name, "give a LLaVA JSON or JSONL file")
+    hint = WHERE.get(Path(name).name, RECORDS)
     if "toy" in Path(name).parts:
         hint = "made by: llava-sv data toy"
     return f"training data (DATA, --data_path): no file {name}; {hint}"
@@ -150,7 +152,7 @@ def _missing_adapter(name: str, family: str) -> str | None:
 
 def missing_inputs(argv: list[str]) -> list[str]:
     """One line for each input that `argv` names and that is not there; empty when all is well."""
-    flags = read_flags(argv, (*NEEDED, "mm_family"))
+    flags = read_flags(argv, (*NEEDED, "mm_family", "eval_data_path"))
     problems: list[str | None] = []
     model = flags.get("model_name_or_path", "")
     if not model:
@@ -161,6 +163,8 @@ def missing_inputs(argv: list[str]) -> list[str]:
     problems.append(_missing_tower(flags.get("vision_tower", ""), found))
     data = flags.get("data_path", "")
     problems.append(_missing_data(data) if data else "training data (DATA, --data_path): not given")
+    if flags.get("eval_data_path") and not Path(flags["eval_data_path"]).expanduser().is_file():
+        problems.append(f"validation data (--eval_data_path): no file {flags['eval_data_path']}; {RECORDS}")
     if flags.get("image_folder"):
         problems.append(_missing_images(flags["image_folder"]))
     if flags.get("pretrain_mm_mlp_adapter"):

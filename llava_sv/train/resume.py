@@ -52,6 +52,7 @@ def settings_of(model_args: Any, data_args: Any, args: Any) -> dict[str, Any]:
         "num_train_epochs": args.num_train_epochs,
         "max_steps": args.max_steps,
         "batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "validation_split": args.validation_split,
         "seed": args.seed,
         "data_seed": args.data_seed,
     }

@@ -60,7 +60,7 @@ def _prepare_environment(flags: dict[str, str]) -> None:
 
 def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> int:
     """Train as the arguments say. Every rank runs this."""
-    from llava_sv.train import build, lora, resume
+    from llava_sv.train import best, build, evaluation, lora, resume
     from llava_sv.train.distributed import check_world, leave_together
 
     check_world(args)
@@ -69,6 +69,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     asked = resume.settings_of(model_args, data_args, args)
     plan = resume.plan(args, asked)
     resume.check_agreement(plan, args)
+    evaluation.check_resumption(plan.checkpoint, asked)
     if plan.finished:
         say(plan.note)
         leave_together()
@@ -81,11 +82,15 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     build.choose_trainable(model, model_args)
     lora.attach(model, model_args, args)
     dataset: Any = build.build_dataset(tokenizer, image_processor, data_args, str(model_args.version), model.config)
+    if plan.checkpoint is None and args.should_save:
+        best.forget(Path(str(args.output_dir)))
+    evaluator = evaluation.prepare(dataset, data_args, args)
     build.check_room(model.config, dataset, args)
     if data_args.packing:
         dataset = build.pack(model, dataset, args)
         say(f"packing: {dataset.describe()}")
     parts = {"processing_class": tokenizer, "model": model, "image_processor": image_processor}
+    parts["evaluator"] = evaluator
     trainer = make_trainer(args, parts, dataset, model_args.tune_mm_mlp_adapter, asked)
     _introduce(trainer, dataset, tokenizer, plan.note)
     output = trainer.train(resume_from_checkpoint=str(plan.checkpoint) if plan.checkpoint else None)
@@ -119,7 +124,7 @@ def sample_lengths(dataset: Any, config: Any) -> SampleLengths:
 def make_trainer(
     args: TrainingArguments, parts: dict[str, Any], dataset: Any, projector_only: bool, settings: dict[str, Any]
 ) -> LLaVATrainer:
-    """The Trainer of this run. parts: `model`, `processing_class` (the tokenizer) and `image_processor`."""
+    """The Trainer of this run. parts: `model`, `processing_class` (the tokenizer), `image_processor`, `evaluator`."""
     from llava_sv.data.collator import DataCollatorForSupervisedDataset
     from llava_sv.model.adapters import is_attached
     from llava_sv.train.llava_trainer import LLaVATrainer
@@ -171,6 +176,8 @@ def summary_lines(trainer: LLaVATrainer, samples: int) -> list[str]:
     )
     things = "packs" if trainer.train_dataset.data_args.packing else "samples"
     lines.append(f"  steps             {total_steps(args, samples):,} over {samples:,} {things}")
+    if trainer.evaluator is not None:
+        lines.append(f"  {trainer.evaluator.note}")
     return lines
 
 
@@ -204,6 +211,7 @@ def finish(trainer: LLaVATrainer, loss: float, asked: dict[str, Any]) -> None:
         "image_problems": problems,
         "settings": asked,
     }
+    summary |= closing_figures(trainer)
     write_json(Path(args.output_dir) / SUMMARY, summary)
     if any(problems.values()):
         said = ", ".join(f"{count:,} {kind}" for kind, count in problems.items())
@@ -228,6 +236,27 @@ def samples_seen(trainer: LLaVATrainer) -> int:
         trainer.sampler.set_epoch(epochs)
     order = range(len(dataset)) if trainer.sampler is None else trainer.sampler
     return epochs * len(dataset.dataset) + dataset.samples_in(itertools.islice(order, rest))
+
+
+def closing_figures(trainer: LLaVATrainer) -> dict[str, Any]:
+    """What train_summary.json says of speed and of the best checkpoint; the hint and the export that go with them."""
+    from llava_sv.train import best, throughput
+    from llava_sv.train.metrics import read_metrics
+
+    args, output = trainer.args, Path(trainer.args.output_dir)
+    rows = read_metrics(output / "metrics.jsonl")
+    found = throughput.summary(rows)
+    cores = (os.cpu_count() or 1) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    steady = throughput.waited([{**row, "step": row["step"] - rows[0]["step"]} for row in rows[1:]])
+    line = throughput.hint(steady.get("data_wait_share", 0.0), args, cores)
+    if line and len(rows) > throughput.ENOUGH_STEPS:
+        print(line)
+    chosen = best.summary(args, trainer.state, output)
+    if chosen.get("best_checkpoint"):
+        kept = output / chosen["best_checkpoint"]
+        also = f", {best.export(output, kept, args.export_best)}" if args.export_best != "no" else ""
+        print(f"best checkpoint: {kept}{also}, {chosen['best_metric_name']} {chosen['best_metric']:.4g}")
+    return found | chosen
 
 
 def image_problems(trainer: LLaVATrainer) -> dict[str, int]:

@@ -17,8 +17,12 @@ FIELDS = ("id", "image", "category", "question", "answer")
 
 
 def load(folder: Path) -> list[Question]:
-    """Questions of `folder`/bench.jsonl, images under `folder`/images. `UserError` names file, line and field."""
-    path = folder / "bench.jsonl"
+    """Questions of `folder`/bench.jsonl (or of a file of that format), images under `folder`/images.
+
+    `UserError` names file, line and field.
+    """
+    path = folder if folder.is_file() else folder / "bench.jsonl"
+    folder = path.parent
     if not path.is_file():
         raise UserError(f"no such file: {path}; draw the toy data with: llava-sv data toy --output {folder}")
     questions = []

@@ -85,9 +85,18 @@ class LlavaCausalLM(LlavaMetaForCausalLM, Stock):
         self.vocab_size = config.vocab_size
         self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
         self._last_roles: Tensor | None = None
+        self.last_supervised = 0
+        """Positions of the latest batch with labels that carried loss."""
+        self.last_sample_lengths: list[list[int]] | None = None
+        """Of the latest spliced batch, where its rows are packs: positions of each sample of each row."""
         self.post_init()
         # no plan of the decoder's covers encoder and projector: transformers would list all their weights at each load
         self._tp_plan: Any = None
+
+    @property
+    def last_roles(self) -> Tensor | None:
+        """Roles [B, T] of the latest training batch as spliced; None where there is nothing to splice."""
+        return self._last_roles
 
     @property
     def last_splice_stats(self) -> dict[str, int] | None:
@@ -134,6 +143,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, Stock):
             )
             input_ids, inputs_embeds, labels = None, batch.inputs_embeds, batch.labels
             attention_mask, position_ids, token_roles = batch.attention_mask, batch.position_ids, batch.token_roles
+            self.last_sample_lengths = batch.sample_lengths
             if batch.sample_lengths is not None:
                 backend = str(self.config._attn_implementation)
                 kwargs |= packed_inputs(batch.position_ids, batch.sample_lengths, backend)
@@ -187,6 +197,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, Stock):
     def _loss(self, hidden_BTC: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
         """Cross entropy of the supervised positions only; the head is called once, however few there are."""
         rows, targets = supervised_positions(labels)
+        self.last_supervised = targets.numel()
         total = self.lm_head(hidden_BTC.flatten(0, 1).index_select(0, rows), labels=targets)
         if num_items is None:
             return total / max(targets.numel(), 1)
