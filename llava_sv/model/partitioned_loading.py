@@ -169,4 +169,5 @@ def _as_library_info(found: dict[str, set]) -> Any:
     empty: dict[str, Any] = {"error_msgs": [], "conversion_errors": {}}
     names = [field.name for field in fields(LoadStateDictInfo) if field.init]
     return LoadStateDictInfo(  # type: ignore[arg-type]
-        **{name: found[name] if name in found else empty.get(name, set()) for name in names})
+        **{name: found[name] if name in found else empty.get(name, set()) for name in names}
+    )

@@ -1,0 +1,1 @@
+"""Checkpoints made ready for other uses than the run that wrote them."""
