@@ -1,8 +1,9 @@
 """Loading under ZeRO-3: no process ever holds a whole checkpoint, and keys are checked as strictly as elsewhere.
 
-transformers reads a whole state dict into memory there (before 5.2x in every process, later in one) and does not look
-for keys that are left over or misshapen. Here every process reads names and shapes only, and the values of a bounded
-number of bytes at a time are read by one process and given to the others. Called by `checkpoint_io.load_strictly`.
+transformers' own loading there has one process map the whole checkpoint at once (or every process read it, where it is
+a .bin file), and does not look for keys that are left over or misshapen. Here every process reads names and shapes, and
+the values of a bounded number of bytes at a time are read by one process and given to the others.
+Called by `checkpoint_io.load_strictly`.
 """
 
 from __future__ import annotations
@@ -166,8 +167,6 @@ def _as_library_info(found: dict[str, set]) -> Any:
     """transformers' own record of what was loaded; fields that it has and that nothing here fills stay empty."""
     from transformers.modeling_utils import LoadStateDictInfo
 
-    empty: dict[str, Any] = {"error_msgs": [], "conversion_errors": {}}
-    names = [field.name for field in fields(LoadStateDictInfo) if field.init]
-    return LoadStateDictInfo(  # type: ignore[arg-type]
-        **{name: found[name] if name in found else empty.get(name, set()) for name in names}
-    )
+    values: dict[str, Any] = {"error_msgs": [], "conversion_errors": {}, **found}
+    filled = {field.name: values.get(field.name, set()) for field in fields(LoadStateDictInfo) if field.init}
+    return LoadStateDictInfo(**filled)

@@ -77,7 +77,13 @@ def prepare_deepspeed(flags: Any) -> dict[str, Any]:
 
 
 def check_world(args: Any) -> None:
-    """Refuse to train when the launcher's world is not the Trainer's: ranks would all train on the same data."""
+    """Refuse to train when the launcher's world is not the Trainer's: ranks would all train on the same data.
+
+    An empty batch is refused too.
+    """
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if (number := getattr(args, name, 1)) < 1:
+            raise UserError(f"--{name}: expected 1 or more, got {number}")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     seen = args.world_size
     if launched != seen:

@@ -60,11 +60,11 @@ def environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": path}
 
 
-def launch(command: list[str], timeout: float) -> subprocess.CompletedProcess:
+def launch(command: list[str], timeout: float, extra: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     """Run to the end, or kill the whole group of processes: `subprocess.TimeoutExpired`."""
     with subprocess.Popen(
         [sys.executable, *command],
-        env=environment(),
+        env={**environment(), **(extra or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

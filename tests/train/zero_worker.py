@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-STUCK = 10
+STUCK = 20
 
 
 def forget_accelerator() -> None:
