@@ -25,7 +25,9 @@ def read_config(source: str | dict) -> dict[str, Any]:
         try:
             text = Path(source).expanduser().read_text(encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{where}: cannot be read ({error.strerror}); see scripts/zero2.json") from error
+            raise UserError(
+                f"{where}: cannot be read ({error.strerror}); see scripts/zero1.json to zero3.json"
+            ) from error
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
