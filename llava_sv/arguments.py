@@ -271,7 +271,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.deepspeed:
             from llava_sv.train.distributed import prepare_deepspeed
 
-            self.deepspeed = prepare_deepspeed(self.deepspeed, use_cpu=self.use_cpu, own_rates=self.own_rates())
+            self.deepspeed = prepare_deepspeed(self)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
             super().__post_init__()

@@ -29,7 +29,9 @@ COMMANDS: dict[str, Command] = {
     "data index": Command("llava_sv.data.commands:index_main", "build the memory-mapped index of a data file"),
     "data stats": Command("llava_sv.data.commands:stats_main", "count records, images, turns and lengths"),
     "train": Command("llava_sv.train.train:main", "pretrain or fine-tune (scripts/v1_5/*.sh call this for you)"),
-    "convert": Command("llava_sv.release.convert:main", "merge LoRA adapters into a whole checkpoint"),
+    "convert": Command(
+        "llava_sv.release.convert:main", "merge adapters, or make a checkpoint fit another number of devices"
+    ),
     "chat": Command("llava_sv.serve.cli:main", "talk with a model about an image"),
     "eval": Command("llava_sv.eval.cli:main", "score a model on a benchmark, and time it"),
     "flops": Command("llava_sv.bench.flops:main", "count FLOPs of a setting, as the paper does and exactly"),

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llava_sv.errors import UserError
+from llava_sv.model.partitioned_loading import loading_by_chunks
 
 PROJECTOR_KEY = "mm_projector."
 COME_AND_GO = ("summary.", "image_newline")
@@ -47,7 +48,11 @@ def load_strictly(
     new_weights: key prefixes that may be missing, because they start fresh; unused_weights: prefixes that may be extra.
     """
     try:
-        with _quiet("transformers.modeling_utils"), _quiet("transformers.distributed.tensor_parallel"):
+        with (
+            _quiet("transformers.modeling_utils"),
+            _quiet("transformers.distributed.tensor_parallel"),
+            loading_by_chunks(model_class),
+        ):
             model, info = model_class.from_pretrained(
                 path, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )

@@ -1,1 +1,1 @@
-"""Making checkpoints into what others load."""
+"""Checkpoints made ready for other uses than the run that wrote them."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llava_sv.errors import UserError
+from llava_sv.train.deepspeed_config import check_against_flags, check_config, fill_in
 
 
 def read_config(source: str | dict) -> dict[str, Any]:
@@ -25,30 +25,13 @@ def read_config(source: str | dict) -> dict[str, Any]:
         try:
             text = Path(source).expanduser().read_text(encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{where}: cannot be read ({error.strerror}); see scripts/zero2.json") from error
+            raise UserError(
+                f"{where}: cannot be read ({error.strerror}); see scripts/zero1.json to zero3.json"
+            ) from error
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from error
-
-
-def check_config(config: dict[str, Any], own_rates: Sequence[str]) -> None:
-    """Refuse settings under which a run would quietly do something else than asked for.
-
-    own_rates: the flags that were given and ask for another learning rate for a part of the model.
-    """
-    for section in ("optimizer", "scheduler"):
-        if section in config and own_rates:
-            raise UserError(
-                f'{own_rates[0]} with an "{section}" section in the DeepSpeed configuration: DeepSpeed would use one '
-                f"learning rate for all; remove the section (the Trainer's {section} is used)"
-            )
-    zero = config.get("zero_optimization", {})
-    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
-        raise UserError(
-            'ZeRO-3 without "stage3_gather_16bit_weights_on_model_save": true would save no weights; '
-            "set it (see scripts/zero3.json)"
-        )
 
 
 def single_process_environment() -> None:
@@ -73,16 +56,19 @@ def for_cpu(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def prepare_deepspeed(source: str | dict, use_cpu: bool, own_rates: Sequence[str] = ()) -> dict[str, Any]:
+def prepare_deepspeed(flags: Any) -> dict[str, Any]:
     """Read and check the configuration, and start the process group where Trainer would start it wrongly.
 
-    On CPU the group must be gloo, and there before `TrainingArguments` looks at the world; otherwise each process
-    believes that it is alone. Returns the configuration as a dict.
+    flags: the training arguments, their `deepspeed` as given (a file, JSON text or a dict). On CPU the group must be
+    gloo, and there before `TrainingArguments` looks at the world; otherwise each process believes that it is alone.
+    Returns the configuration as a dict.
     """
-    config = read_config(source)
-    check_config(config, own_rates)
+    config = read_config(flags.deepspeed)
+    check_config(config, flags.own_rates())
     single_process_environment()
-    if not use_cpu:
+    check_against_flags(config, flags, int(os.environ.get("WORLD_SIZE", "1")))
+    config = fill_in(config, flags)
+    if not flags.use_cpu:
         return config
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
@@ -93,7 +79,13 @@ def prepare_deepspeed(source: str | dict, use_cpu: bool, own_rates: Sequence[str
 
 
 def check_world(args: Any) -> None:
-    """Refuse to train when the launcher's world is not the Trainer's: ranks would all train on the same data."""
+    """Refuse to train when the launcher's world is not the Trainer's: ranks would all train on the same data.
+
+    An empty batch is refused too.
+    """
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if (number := getattr(args, name, 1)) < 1:
+            raise UserError(f"--{name}: expected 1 or more, got {number}")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     seen = args.world_size
     if launched != seen:

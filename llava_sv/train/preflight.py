@@ -171,7 +171,9 @@ def missing_inputs(argv: list[str]) -> list[str]:
         problems.append(_missing_adapter(flags["pretrain_mm_mlp_adapter"], flags.get("mm_family", "")))
     config = flags.get("deepspeed", "")
     if config and not config.startswith("{") and not Path(config).expanduser().is_file():
-        problems.append(f"DeepSpeed configuration (DEEPSPEED, --deepspeed): no file {config}; see scripts/zero2.json")
+        problems.append(
+            f"DeepSpeed configuration (DEEPSPEED, --deepspeed): no file {config}; see scripts/zero1.json to zero3.json"
+        )
     return [problem for problem in problems if problem]
 
 

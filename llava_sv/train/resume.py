@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from llava_sv.errors import UserError
-from llava_sv.train import checkpoint, lora
+from llava_sv.train import checkpoint, lora, universal
 
 
 @dataclass
 class Plan:
-    """What to do with OUTPUT. checkpoint: go on from here. finished: there is nothing to do. note: a line to print."""
+    """What to do with OUTPUT. checkpoint: go on from here. finished: there is nothing to do. note: a line to print.
+
+    from_universal: DeepSpeed is to read the checkpoint's universal copy.
+    """
 
     checkpoint: Path | None = None
     finished: bool = False
     note: str = ""
+    from_universal: bool = False
 
 
 def settings_of(model_args: Any, data_args: Any, args: Any) -> dict[str, Any]:
@@ -127,11 +131,7 @@ def _anew(output: Path) -> Plan:
 
 def _go_on(args: Any, folder: Path, asked: dict[str, Any]) -> Plan:
     marker = checkpoint.read_marker(folder)
-    if marker["world_size"] != args.world_size and args.deepspeed:
-        raise UserError(
-            f"{folder} was saved by {marker['world_size']} processes, and {args.world_size} run now: DeepSpeed resumes "
-            "with the same number; start as many, or convert it with `python -m deepspeed.checkpoint.ds_to_universal`"
-        )
+    from_universal = universal.needs_universal(folder, marker["world_size"], args)
     was = marker.get("settings", {})
     lora.refuse_other(was, asked, folder)
     if "batch" in was and asked.get("batch", was["batch"]) != was["batch"]:
@@ -145,7 +145,8 @@ def _go_on(args: Any, folder: Path, asked: dict[str, Any]) -> Plan:
     if torn:
         note += f" ({', '.join(torn)}: incomplete, ignored)"
     changed = what_changed(was, asked)
-    return Plan(checkpoint=folder, note=note + (f"\nnote: settings have changed since: {changed}" if changed else ""))
+    note += f"\nnote: settings have changed since: {changed}" if changed else ""
+    return Plan(checkpoint=folder, note=note, from_universal=from_universal)
 
 
 def _rewind(args: Any, output: Path, folder: Path, asked: dict[str, Any]) -> Plan:

@@ -60,7 +60,7 @@ def _prepare_environment(flags: dict[str, str]) -> None:
 
 def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> int:
     """Train as the arguments say. Every rank runs this."""
-    from llava_sv.train import best, build, evaluation, lora, resume
+    from llava_sv.train import best, build, evaluation, lora, resume, universal
     from llava_sv.train.distributed import check_world, leave_together
 
     check_world(args)
@@ -92,6 +92,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     parts = {"processing_class": tokenizer, "model": model, "image_processor": image_processor}
     parts["evaluator"] = evaluator
     trainer = make_trainer(args, parts, dataset, model_args.tune_mm_mlp_adapter, asked)
+    if plan.checkpoint is not None and plan.from_universal:
+        universal.take_up(trainer, plan.checkpoint)
     _introduce(trainer, dataset, tokenizer, plan.note)
     output = trainer.train(resume_from_checkpoint=str(plan.checkpoint) if plan.checkpoint else None)
     finish(trainer, output.training_loss, asked)

@@ -195,9 +195,3 @@ def test_false_refuses_to_mix_two_runs(tmp_path):
     write(tmp_path, 10)
     with pytest.raises(UserError, match="holds checkpoint-10"):
         resume.plan(args_for(tmp_path, resume_from_checkpoint="False"), {})
-
-
-def test_deepspeed_resumes_with_as_many_processes(tmp_path):
-    write(tmp_path, 10)
-    with pytest.raises(UserError, match="saved by 1 processes, and 2 run now"):
-        resume.plan(args_for(tmp_path, world_size=2, deepspeed={"zero_optimization": {}}), {})

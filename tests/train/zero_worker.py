@@ -1,0 +1,115 @@
+"""Runs several jobs, one after another, in one group of processes: torchrun ... zero_worker.py PLAN.json
+
+Starting torch and DeepSpeed costs more than a tiny training does; so a test file starts one pair of processes for all
+its jobs. PLAN.json: {"folder": where results go, "jobs": [{"name", "argv"}, ...]}. Each process writes
+folder/NAME.RANK.json: {"code": exit code of the run, "seen": for each training step the samples it saw}.
+A job's "anchor": false takes out the dummy image that a batch without images runs; each step is then noted in
+folder/NAME.RANK.begun.json before it runs, and a step that takes longer than `STUCK` seconds ends the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STUCK = 20
+
+
+def forget_accelerator() -> None:
+    """The library keeps one precision, one DeepSpeed plugin and so on for a process: the next job brings its own."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+@contextlib.contextmanager
+def patched(owner: Any, name: str, value: Any):
+    old = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, old)
+
+
+def watched_step(seen: list[dict], begun: Path | None) -> Any:
+    """LLaVATrainer.training_step that notes what is in each batch: ids of samples, and views of each image.
+
+    begun: where to note it before the step, which then may not take longer than `STUCK` seconds.
+    """
+    from llava_sv.train.llava_trainer import LLaVATrainer
+
+    step = LLaVATrainer.training_step
+
+    def noting(self, model, inputs, *args, **kwargs):
+        mask = inputs["attention_mask"].bool()
+        rows = [ids[keep].tolist() for ids, keep in zip(inputs["input_ids"], mask)]
+        images = inputs.get("images")
+        views = [image.shape[0] if image.dim() == 4 else 1 for image in ([] if images is None else images)]
+        seen.append({"rows": rows, "views": views})
+        if begun is not None:
+            begun.write_text(json.dumps(seen))
+            faulthandler.dump_traceback_later(STUCK, exit=True)
+        return step(self, model, inputs, *args, **kwargs)
+
+    return noting
+
+
+def without_anchor(prepare: Any) -> Any:
+    """The model's splice, as if a batch without images were not one of training: it runs no dummy image."""
+
+    def prepared(self, input_ids, attention_mask=None, labels=None, images=None, *args, **kwargs):
+        was = self.training
+        self.training = was and images is not None and len(images) > 0
+        try:
+            return prepare(self, input_ids, attention_mask, labels, images, *args, **kwargs)
+        finally:
+            self.training = was
+
+    return prepared
+
+
+def run_job(argv: list[str], begun: Path | None = None) -> dict[str, Any]:
+    """Train as `argv` says in this process, which may go on to another job. begun: given, the anchor is taken out."""
+    from llava_sv.errors import exit_on_user_error
+    from llava_sv.model.llava_arch import LlavaMetaForCausalLM as Model
+    from llava_sv.train import distributed, train
+    from llava_sv.train.llava_trainer import LLaVATrainer
+
+    seen: list[dict] = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patched(LLaVATrainer, "training_step", watched_step(seen, begun)))
+        stack.enter_context(patched(distributed, "leave_together", lambda: None))
+        if begun is not None:
+            name = "prepare_inputs_labels_for_multimodal"
+            stack.enter_context(patched(Model, name, without_anchor(getattr(Model, name))))
+        code = exit_on_user_error(train.train, argv=argv)
+    return {"code": code, "seen": seen}
+
+
+def main(plan_path: str) -> None:
+    torch.set_num_threads(1)
+    plan = json.loads(Path(plan_path).read_text())
+    rank = int(os.environ["RANK"])
+    for job in plan["jobs"]:
+        begun = None if job.get("anchor", True) else Path(plan["folder"]) / f"{job['name']}.{rank}.begun.json"
+        result = run_job(job["argv"], begun)
+        (Path(plan["folder"]) / f"{job['name']}.{rank}.json").write_text(json.dumps(result))
+        forget_accelerator()
+    import torch.distributed as dist
+
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
