@@ -364,7 +364,7 @@ def test_no_pad_token_is_set_and_said(bases, tmp_path, caplog):
 
 
 def test_attention_that_cannot_run_is_refused(bases):
-    with pytest.raises(UserError, match="unknown 'fast'; known: eager, sdpa, flash_attention_2"):
+    with pytest.raises(UserError, match="unknown 'fast'; known: eager, sdpa, sdpa_varlen, flash_attention_2"):
         build_model("llava", *bases, attn_implementation="fast")
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match=r"flash_attention_2 cannot be used.*pip install 'llava-sv\[flash\]'"):
