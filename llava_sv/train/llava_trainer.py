@@ -22,7 +22,11 @@ from llava_sv.errors import UserError
 from llava_sv.model.checkpoint_io import load_projector
 from llava_sv.train import checkpoint
 from llava_sv.train.distributed import check_engine
+from llava_sv.train.faults import FaultsCallback
 from llava_sv.train.metrics import MetricsCallback, Window, window_metrics
+from llava_sv.train.nonfinite import Nonfinite
+from llava_sv.train.saving import Saving
+from llava_sv.train.stopping import spare_workers
 
 OWN_GROUPS = {"params", "model", "optimizer_dict"}
 """Options by which some of the library's optimizers (GaLore, LOMO, ...) bring parameter groups of their own."""
@@ -131,6 +135,14 @@ class LLaVATrainer(Trainer):
         self.metrics_callback = MetricsCallback(self.args.output_dir)
         self.add_callback(self.metrics_callback)
         self.add_callback(_EpochCallback(self))
+        self.args.logging_nan_inf_filter = False  # it would log the mean of earlier losses in place of a NaN
+        self.nonfinite = Nonfinite(self)
+        self.saving = Saving(self)
+        self.add_callback(FaultsCallback(self))
+
+    def get_train_dataloader(self) -> Any:
+        """The library's; its workers leave signals to their parent."""
+        return spare_workers(super().get_train_dataloader())
 
     # -- order of the data ------------------------------------------------------------------------------------------
 
@@ -173,11 +185,21 @@ class LLaVATrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward; what the model spliced is counted."""
         samples = inputs["input_ids"].shape[0]
+        self.nonfinite.add(inputs.pop("ids", None))
         loss = super().training_step(model, inputs, *args, **kwargs)
         stats = self.model.last_splice_stats
         if stats is not None:
             self.window.add(stats, samples)
-        return loss
+        return torch.where(torch.isfinite(loss), loss, torch.zeros_like(loss))  # `log` leaves the step out
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The library's loss; one that is not finite poisons the step, which is then dropped everywhere."""
+        loss = super().compute_loss(*args, **kwargs)
+        return loss if isinstance(loss, tuple) else self.nonfinite.loss(loss)
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        self.nonfinite.grad_norm = super()._get_grad_norm(*args, **kwargs)
+        return self.nonfinite.grad_norm
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """The library's count of supervised tokens, without those that the cut to `--model_max_length` takes away."""
@@ -194,7 +216,9 @@ class LLaVATrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add rates and shares, summed over all ranks, to a training step's log. Called on every rank."""
         if "loss" in logs:
-            logs.update(self._measure())
+            step = self.state.global_step
+            logs["loss"] = self.nonfinite.honest(logs["loss"], step - self._steps_logged, step)
+            logs.update(self._measure(), skipped_steps=len(self.nonfinite.steps))
         super().log(logs, start_time)
 
     def start_window(self, step: int) -> None:
@@ -221,19 +245,28 @@ class LLaVATrainer(Trainer):
         if self.args.should_save and folder.exists():
             shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
+        self.saving = Saving(self)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
+            with self.saving.collected():
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
+        self.saving.agree(folder, folder)
+        with self.saving.collected():
+            if self.args.should_save:
+                checkpoint.mark_complete(folder, self.state.global_step, self.args.world_size, self.settings)
+        self.saving.agree(folder, folder)
         if self.args.should_save:
-            checkpoint.mark_complete(folder, self.state.global_step, self.args.world_size, self.settings)
             checkpoint.rotate(folder.parent, limit, keep=folder)
         self.window.exclude(time.perf_counter() - began)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """A self-describing folder: weights, config, tokenizer, image and generation settings; or a projector."""
+        with self.saving.deferred():
+            self._write(output_dir, state_dict)
+
+    def _write(self, output_dir: str | None, state_dict: dict | None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         use_cache, self.model.config.use_cache = self.model.config.use_cache, True
         try:

@@ -6,6 +6,7 @@ The trainer fills a `Window` at each forward and empties it at each log; `Metric
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ FIELDS = (
     "samples_per_second",
     "padding_share",
     "visual_tokens",
+    "skipped_steps",
 )
-"""What a line of metrics.jsonl holds after `step` and `epoch`, and before `seconds`."""
+"""What a line of metrics.jsonl holds after `step` and `epoch`, and before `seconds`. A number that is not finite is
+null; `skipped_steps` counts those that were dropped for it, from the run's beginning."""
 
 
 class Window:
@@ -95,6 +98,7 @@ def draw_loss(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rows = [row for row in rows if row["loss"] is not None]
     steps = [row["step"] for row in rows]
     losses = [row["loss"] for row in rows]
     width = max(1, len(rows) // 20)
@@ -120,6 +124,8 @@ class MetricsCallback(TrainerCallback):
 
     def __init__(self, output: str | Path) -> None:
         self.path = Path(output) / "metrics.jsonl"
+        self.failed: OSError | None = None
+        """What kept a line from being written; the ranks then stop together (`faults`)."""
         self.seconds_before = 0.0
         self.began = time.perf_counter()
 
@@ -148,14 +154,20 @@ class MetricsCallback(TrainerCallback):
         if not state.is_world_process_zero or "loss" not in (logs or {}):
             return
         row = {"step": state.global_step, "epoch": logs.get("epoch", state.epoch)}
-        row.update({name: logs[name] for name in FIELDS if name in logs})
+        row.update({name: logs[name] if math.isfinite(logs[name]) else None for name in FIELDS if name in logs})
         row["seconds"] = round(self.seconds(), 3)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            self.failed = error
 
     def on_train_end(self, args, state, control, **kwargs):
         """Draw the loss curve."""
         if state.is_world_process_zero:
             rows = read_metrics(self.path)
-            if rows:
-                draw_loss(rows, self.path.with_name("loss.png"))
+            if any(row["loss"] is not None for row in rows):
+                try:
+                    draw_loss(rows, self.path.with_name("loss.png"))
+                except OSError as error:
+                    self.failed = error
