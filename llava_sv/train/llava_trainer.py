@@ -219,6 +219,8 @@ class LLaVATrainer(Trainer):
             step = self.state.global_step
             logs["loss"] = self.nonfinite.honest(logs["loss"], step - self._steps_logged, step)
             logs.update(self._measure(), skipped_steps=len(self.nonfinite.steps))
+        elif "train_loss" in logs:
+            logs["train_loss"] = self.nonfinite.honest_in_all(logs["train_loss"], self.state.global_step)
         super().log(logs, start_time)
 
     def start_window(self, step: int) -> None:

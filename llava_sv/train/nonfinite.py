@@ -60,6 +60,7 @@ class Nonfinite:
         self.dropped = False
         self._rows: list[dict[str, Any]] = []
         self._batches: list[tuple[list[str], torch.Tensor]] = []
+        self._engine_norm: Any = None
         self._removed = 0.0
         self._removed_in_all = 0.0
         self._began = 0
@@ -113,14 +114,33 @@ class Nonfinite:
 
     def _norm(self, model: Any) -> float:
         """The gradient's norm over all ranks, as the library has measured it."""
-        norm = self.grad_norm
-        if norm is None:
-            parts = [p.grad.detach().norm() for p in model.parameters() if p.grad is not None]
-            norm = torch.stack(parts).norm() if parts else 0.0
-        norm = float(norm)
+        norm = float(self._measured(model) if self.grad_norm is None else self.grad_norm)
         if self.trainer.is_deepspeed_enabled and (norm < 0 or self.trainer.accelerator.optimizer_step_was_skipped):
             return math.inf  # DeepSpeed's own ways to say so
         return norm
+
+    def _measured(self, model: Any) -> Any:
+        if self._engine_norm is not None:
+            return self._engine_norm
+        parts = [p.grad.detach().float().norm() for p in model.parameters() if p.grad is not None]
+        return torch.stack(parts).norm() if parts else 0.0
+
+    def _watch_engine(self) -> None:
+        """DeepSpeed without ZeRO and without float16 or bfloat16 checks nothing: do it where it makes the step."""
+        engine = self.trainer.model_wrapped
+        if not self.trainer.is_deepspeed_enabled or hasattr(engine.optimizer, "overflow"):
+            return
+        make_step = engine.optimizer.step
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            self._engine_norm = None
+            self._engine_norm = self._measured(self.trainer.model)
+            if not math.isfinite(self._engine_norm):
+                for parameter in self.trainer.model.parameters():
+                    parameter.grad = None
+            return make_step(*args, **kwargs)
+
+        engine.optimizer.step = step
 
     def _write(self, step: int, norm: float, ranks: list[dict[str, Any]]) -> None:
         """A line in `LOG`, and one on the screen."""
@@ -189,6 +209,7 @@ class Nonfinite:
 
     def begin(self, step: int, main: bool) -> None:
         """Go on after `step`: what was dropped before counts, later lines of `LOG` go."""
+        self._watch_engine()
         self._rows = read_log(self.path, step)
         self.steps, self._began = [row["step"] for row in self._rows], step
         if main and self.path.is_file():

@@ -1,10 +1,10 @@
-"""`train_mem.py` with faults on demand, for the tests: `python tests/train/faulty.py FLAGS`, and what to do in FAULT, JSON.
+"""`train_mem.py` with faults on demand, for the tests. What to do is read from FAULT in the environment, as JSON:
 
 record: a file that gets a line a forward, {step, rank, ids}; poison: ids of records whose loss becomes infinite;
 drop: steps whose optimizer does nothing (by hand); kill_at: {step: rank} ends that rank by SIGKILL before the step's
-first forward, once; kill_in_save: the step in whose save rank 0 does so, once; wait_in_save: a save in which rank 0
-writes OUTPUT/saving.now and waits for OUTPUT/go.on; slow: seconds that each forward takes longer; fill: {step: path}
-fills the disk of `path` before that step.
+first forward, once; kill_in_save: the step in whose save rank 0 does so, once; wait_at: a step before which rank 0
+writes OUTPUT/step.now and waits for OUTPUT/go.on.step; wait_in_save: a save in which it writes OUTPUT/saving.now and
+waits for OUTPUT/go.on.save; fill: {step: path} fills the disk of `path` before that step.
 """
 
 import json
@@ -36,6 +36,12 @@ def once(name, output):
     return True
 
 
+def wait_for(path):
+    """Wait until somebody has made `path`."""
+    while not path.exists():
+        time.sleep(0.02)
+
+
 def fill(path):
     """Leave no room on the disk of `path`."""
     with open(Path(path) / "filling", "wb", buffering=0) as file:
@@ -52,14 +58,16 @@ real_update = AcceleratedOptimizer.step
 
 def training_step(self, model, inputs, *args, **kwargs):
     step, output = self.state.global_step + 1, self.args.output_dir
-    time.sleep(FAULT.get("slow", 0))
+    if FAULT.get("wait_at") == step and RANK == 0 and once("wait_at", output):
+        (Path(output) / "step.now").write_text("")
+        wait_for(Path(output) / "go.on.step")
     if FAULT.get("kill_at", {}).get(str(step)) == RANK and once("kill_at", output):
         os.kill(os.getpid(), signal.SIGKILL)
     if str(step) in FAULT.get("fill", {}) and RANK == 0:
         fill(FAULT["fill"][str(step)])
     if "record" in FAULT:
         with open(FAULT["record"], "a") as file:
-            file.write(json.dumps({"step": step, "rank": RANK, "ids": inputs["ids"]}) + "\n")
+            file.write(json.dumps({"step": step, "rank": RANK, "process": os.getpid(), "ids": inputs["ids"]}) + "\n")
     return real_step(self, model, inputs, *args, **kwargs)
 
 
@@ -84,8 +92,7 @@ def mark_complete(folder, step, *args):
         os.kill(os.getpid(), signal.SIGKILL)
     if FAULT.get("wait_in_save") == step:
         (folder.parent / "saving.now").write_text("")
-        while not (folder.parent / "go.on").exists():
-            time.sleep(0.05)
+        wait_for(folder.parent / "go.on.save")
     real_mark(folder, step, *args)
 
 
