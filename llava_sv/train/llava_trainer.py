@@ -250,12 +250,12 @@ class LLaVATrainer(Trainer):
         self.saving = Saving(self)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            with self.saving.collected():
+            with self.saving.collected(folder):
                 super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
         self.saving.agree(folder, folder)
-        with self.saving.collected():
+        with self.saving.collected(folder):
             if self.args.should_save:
                 checkpoint.mark_complete(folder, self.state.global_step, self.args.world_size, self.settings)
         self.saving.agree(folder, folder)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sv.errors import CANNOT_WRITE, Stopped
+from llava_sv.files import write_text
 from llava_sv.train import checkpoint
 from llava_sv.train.stopping import SIGNALS, stop
 
@@ -81,43 +82,53 @@ class Saving:
             self.keep(error)
 
     @contextmanager
-    def collected(self) -> Iterator[None]:
-        """A save: what fails in it is kept for `agree`, and Ctrl-C waits.
+    def collected(self, what: Path) -> Iterator[None]:
+        """A save of `what`: what fails in it is kept for `agree`, and Ctrl-C waits.
 
         DeepSpeed writes each rank's part between barriers: an error is kept where it arises, so that this rank still
         comes to them. Where one escapes all the same, the others stand in a barrier for ever: this process ends at
         once, and its launcher ends the others.
         """
-        engine = getattr(self.trainer.model_wrapped, "checkpoint_engine", None)
+        engine = self.trainer.model_wrapped if self.trainer.is_deepspeed_enabled else None
         self.active, SIGNALS.saving = True, True
-        if engine is not None:
-            self._watch(engine)
+        watched = self._watch(engine) if engine is not None else []
         try:
             yield
         except Exception as error:
             if self._in_barriers and self.trainer.args.world_size > 1 and is_write_failure(error):
-                end_at_once(self.trainer.args.output_dir, error)
+                end_at_once(what, error)
             self.keep(error)
         finally:
             self.active, SIGNALS.saving = False, False
-            if engine is not None:
-                del engine.save, self.trainer.model_wrapped.save_checkpoint
+            for owner, name in watched:
+                delattr(owner, name)
 
-    def _watch(self, engine: Any) -> None:
-        """Keep what fails in DeepSpeed's writes, and know whether its barriers are passed."""
-        write, save_checkpoint = engine.save, self.trainer.model_wrapped.save_checkpoint
+    def _watch(self, engine: Any) -> list[tuple[Any, str]]:
+        """Keep what fails in DeepSpeed's writes, and know whether its barriers are passed; returns what to take off."""
+        writes = [(engine.checkpoint_engine, "save"), (engine.checkpoint_engine, "makedirs")]
+        writes = [(owner, name) for owner, name in [*writes, (engine, "_copy_recovery_script")] if hasattr(owner, name)]
+        for owner, name in writes:
+            setattr(owner, name, self._deferring(getattr(owner, name)))
+        save_checkpoint = engine.save_checkpoint
 
-        def save_part(*args: Any, **kwargs: Any) -> Any:
+        def save_all(folder: str, *args: Any, **kwargs: Any) -> Any:
+            self._in_barriers = True
+            done = save_checkpoint(folder, *args, **kwargs, save_latest=False)
+            self._in_barriers = False
+            if engine.global_rank == 0:  # which DeepSpeed writes before its last barrier
+                with self.deferred():
+                    write_text(Path(folder) / "latest", f"global_step{engine.global_steps}")
+            return done
+
+        engine.save_checkpoint = save_all
+        return [*writes, (engine, "save_checkpoint")]
+
+    def _deferring(self, write: Any) -> Any:
+        def deferring(*args: Any, **kwargs: Any) -> Any:
             with self.deferred():
                 return write(*args, **kwargs)
 
-        def save_all(*args: Any, **kwargs: Any) -> Any:
-            self._in_barriers = True
-            done = save_checkpoint(*args, **kwargs)
-            self._in_barriers = False
-            return done
-
-        engine.save, self.trainer.model_wrapped.save_checkpoint = save_part, save_all
+        return deferring
 
     def agree(self, what: Path, remove: Path) -> None:
         """Every rank learns whether all could write; if not, `remove` goes and all raise `Stopped`."""
@@ -151,10 +162,11 @@ def gather(value: Any, world_size: int) -> list[Any]:
     return seen
 
 
-def end_at_once(output: str | Path, error: BaseException) -> None:
+def end_at_once(what: Path, error: BaseException) -> None:
     """Say why and end this process, where others may wait for it: their launcher ends them."""
-    kept = checkpoint.last_complete_checkpoint(output)
-    print(line_of(Path(output), error, kept, free_space(Path(output))), file=sys.stderr, flush=True)
+    free = free_space(what)
+    shutil.rmtree(what, ignore_errors=True)
+    print(line_of(what, error, checkpoint.last_complete_checkpoint(what.parent), free), file=sys.stderr, flush=True)
     os._exit(CANNOT_WRITE)
 
 
@@ -168,10 +180,10 @@ def save_final(trainer: Any) -> None:
     trainer.saving = saving
     if trainer.metrics_callback.failed is not None:
         saving.keep(trainer.metrics_callback.failed)
-    with saving.collected():
+    with saving.collected(beside):
         trainer.save_model(str(beside))
     saving.agree(output, beside)
-    with saving.collected():
+    with saving.collected(beside):
         if trainer.args.should_save:
             move_into(beside, output)
     saving.agree(output, beside)

@@ -99,8 +99,9 @@ class _SparedWorker:
 
 def spare_workers(loader: Any) -> Any:
     """`loader`, whose workers leave signals to their parent."""
-    if getattr(loader, "num_workers", 0):
-        loader.worker_init_fn = _SparedWorker(loader.worker_init_fn, SIGNALS.left)
+    inner = getattr(loader, "base_dataloader", loader)  # accelerate's stands before torch's
+    if getattr(inner, "num_workers", 0):
+        inner.worker_init_fn = _SparedWorker(inner.worker_init_fn, SIGNALS.left)
     return loader
 
 

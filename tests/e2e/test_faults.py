@@ -152,28 +152,26 @@ def test_a_killed_rank_under_deepspeed(world, whole, tmp_path, zero):
 
 @pytest.fixture
 def script(world, tmp_path):
-    """A training script of this project that trains as `two_ranks` does, and the environment it wants."""
+    """A script that trains through `launch` of scripts/common.sh, and the environment it wants."""
     python = tmp_path / "python"
     python.write_text(
         "#!/usr/bin/env bash\n"
-        f'args=("$@"); for i in "${{!args[@]}}"; do [[ ${{args[i]}} != llava_sv/train/train_mem.py ]] || args[i]={FAULTY}; '
-        f'done\nexec {sys.executable} "${{args[@]}}"\n'
+        'args=("$@")\n'
+        'for i in "${!args[@]}"; do\n'
+        f"    if [[ ${{args[i]}} == llava_sv/train/train_mem.py ]]; then args[i]={FAULTY}; fi\n"
+        "done\n"
+        f'exec {sys.executable} "${{args[@]}}"\n'
     )
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    adapter = tmp_path / "adapter.bin"
+    (tmp_path / "train.sh").write_text(f'source {ROOT}/scripts/common.sh\nFLAGS=()\nlaunch "$@"\n')
 
     def command(output, *flags, nproc=2):
-        variables = {
-            "PYTHON": str(python), "USE_CPU": "1", "NPROC": str(nproc), "DEEPSPEED": "", "MASTER_PORT": str(port),
-            "LLM": str(world.llm), "VISION_TOWER": str(world.clip), "ADAPTER": str(adapter),
-            "DATA": str(world.data / "sft.json"), "IMAGE_FOLDER": str(world.data / "images"), "OUTPUT": str(output),
-            "PER_DEVICE_BATCH": "2", "BATCH": "8", "CHECKPOINTING": "False",
-        }  # fmt: skip
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        variables = {"PYTHON": str(python), "USE_CPU": "1", "NPROC": str(nproc), "DEEPSPEED": ""}
         words = world.flags("skip", output, *COMMON, *flags)
-        return ["bash", "scripts/v1_5/finetune_skip.sh", *words, "--sv_merge", "False"], variables
+        return ["bash", str(tmp_path / "train.sh"), *words], variables | {"MASTER_PORT": str(port)}
 
     return command
 
@@ -216,9 +214,8 @@ def test_ctrl_c_ends_with_one_line(script, tmp_path):
     code, _, err = end_of(process)
     assert code == 130, err[-3000:]
     lines = [line for line in err.splitlines() if "interrupted" in line]
-    assert lines == [
-        f"interrupted after step 4: {output}/checkpoint-4 is the last complete checkpoint; the same command goes on from there"
-    ]
+    kept = f"{output}/checkpoint-4 is the last complete checkpoint"
+    assert lines == [f"interrupted after step 4: {kept}; the same command goes on from there"]
     assert "Traceback" not in err
 
 
