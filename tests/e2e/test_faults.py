@@ -219,7 +219,7 @@ def test_ctrl_c_ends_with_one_line(script, tmp_path):
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
 def test_plain_python_and_its_workers_take_the_signal(world, tmp_path, name):
     """Every process of the job is signalled, as SLURM does it: those that read data let the step be finished."""
     argv = [sys.executable, FAULTY, *world.flags("skip", tmp_path, *COMMON, "--save_strategy", "no")]
@@ -248,7 +248,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(folder)], check=False)
 
 
-@pytest.mark.parametrize("kind", ["one", "two", "zero2"])
+@pytest.mark.parametrize("kind", ["one", pytest.param("two", marks=pytest.mark.slow), "zero2"])
 def test_a_full_disk_leaves_the_last_checkpoint_whole(world, small_disk, tmp_path, kind):
     """The disk fills before the save of step 4: one line, exit code 74, all ranks end; with room again it goes on."""
     flags = [*world.flags("skip", small_disk, *COMMON, "--max_steps", "6", "--dataloader_num_workers", "0")]

@@ -46,7 +46,7 @@ def test_a_stopped_run_is_not_started_again_by_torchrun(tmp_path, monkeypatch, c
     stopping.stop(tmp_path, True, 75, "saved", why="SIGTERM")
     stopping.leave_again(tmp_path, main=True)  # a first start
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert exit_on_user_error(stopping.leave_again, tmp_path, main=True) == 75
+    assert exit_on_user_error(stopping.leave_again, tmp_path, True) == 75
     assert capsys.readouterr().err == "saved\n"
     stopping.clear(tmp_path)
     stopping.leave_again(tmp_path, main=True)
