@@ -253,6 +253,9 @@ class TrainingArguments(transformers.TrainingArguments):
         "TFLOP/s of one device, for mfu and hfu; measure: time a bfloat16 product at the start [known GPUs' bfloat16 "
         "peak].",
     )
+    max_nonfinite_steps: int = _flag(
+        10, "Stop after so many steps in a row whose loss or gradient was not finite (each is dropped); 0: never."
+    )
     logging_steps: float = _flag(1, "Log every so many steps (below 1: a share of all steps).")
 
     def __post_init__(self) -> None:
@@ -260,6 +263,8 @@ class TrainingArguments(transformers.TrainingArguments):
             raise UserError("--remove_unused_columns True is not supported: records need all their columns; drop it")
         if self.model_max_length < 1:
             raise UserError(f"--model_max_length: expected 1 or more, got {self.model_max_length}")
+        if self.max_nonfinite_steps < 0:
+            raise UserError(f"--max_nonfinite_steps: expected 0 or more, got {self.max_nonfinite_steps}")
         if self.mm_vision_tower_lr is not None and not self.mm_vision_tower_lr > 0:
             raise UserError(f"--mm_vision_tower_lr: expected a rate above 0, got {self.mm_vision_tower_lr}")
         if not 0 < self.mm_vision_tower_lr_decay <= 1:

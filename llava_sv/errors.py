@@ -6,9 +6,26 @@ import os
 import sys
 from collections.abc import Callable
 
+CANNOT_WRITE = 74
+"""Exit code (EX_IOERR) of a run that could not write what it made: a full disk, a quota, a lost mount."""
+
+PREEMPTED = 75
+"""Exit code (EX_TEMPFAIL) of a training that was asked to leave and saved: run the same command again."""
+
+INTERRUPTED = 130
+"""Exit code of a training that Ctrl-C ended."""
+
 
 class UserError(ValueError):
     """Something the user can mend: says what is wrong, where, and how to mend it, in one line."""
+
+
+class Stopped(UserError):
+    """A training that ended early and in good order. code: the exit code; line: what is printed on stderr, if any."""
+
+    def __init__(self, code: int, line: str = "") -> None:
+        super().__init__(line)
+        self.code, self.line = code, line
 
 
 def exit_on_user_error(main: Callable[..., int | None], *args, **kwargs) -> int:
@@ -20,6 +37,10 @@ def exit_on_user_error(main: Callable[..., int | None], *args, **kwargs) -> int:
         code = main(*args, **kwargs) or 0
         sys.stdout.flush()
         return code
+    except Stopped as stop:
+        if stop.line:
+            print(stop.line, file=sys.stderr, flush=True)
+        return stop.code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

@@ -117,6 +117,43 @@ launcher() {
     fi
 }
 
+# The value of --output_dir among FLAGS, the last one given.
+output_of_flags() {
+    local word before=""
+    for word in "${FLAGS[@]}"; do
+        case "$before $word" in
+            "--output_dir "*) OUTPUT_DIR=$word ;;
+            *" --output_dir="*) OUTPUT_DIR=${word#*=} ;;
+        esac
+        before=$word
+    done
+}
+
+# Processes below process $1, however deep.
+processes_below() {
+    local child
+    for child in $(cat "/proc/$1/task/"*/children 2>/dev/null || pgrep -P "$1" 2>/dev/null); do
+        echo "$child"
+        processes_below "$child"
+    done
+}
+
+# ask_to_stop SIGNAL: the training leaves at the end of a step. The launcher is not told: it would kill its processes
+# half a minute later, in the middle of saving. The file reaches them on every node.
+ask_to_stop() {
+    mkdir -p "$OUTPUT_DIR" && echo "$1" >"$OUTPUT_DIR/stop.request" || true
+    [[ "$1" == SIGINT ]] && interrupts=$((interrupts + 1))
+    case "$1 $interrupts" in
+        "SIGINT 1"|"SIGINT 2") kill -s INT "$child" $(processes_below "$child") 2>/dev/null || true ;;
+        SIGINT*) kill -s KILL $(processes_below "$child") "$child" 2>/dev/null || true ;;
+        *) kill -s USR1 "$child" $(processes_below "$child") 2>/dev/null || true ;;
+    esac
+}
+
+# Run the training and leave with its exit code, whatever the launcher makes of it (0 done, 2 a mistake to mend, 74 a
+# full disk, 75 preempted and saved: run it again, 130 Ctrl-C; docs/Faults.md). SIGTERM, SIGUSR1 and SIGHUP ask it to
+# save and leave, Ctrl-C to leave, a third Ctrl-C kills. The launcher is deaf to them: torchrun reads which signals it
+# heeds from PET_SIGNALS_TO_HANDLE, and both inherit that the others are ignored.
 launch() {
     FLAGS+=("$@")
     launcher
@@ -125,5 +162,27 @@ launch() {
         exit 0
     fi
     check_before_start "${FLAGS[@]}"
-    exec "${RUN[@]}" llava_sv/train/train_mem.py "${FLAGS[@]}"
+    output_of_flags
+    rm -f "$OUTPUT_DIR/stop.request" "$OUTPUT_DIR/stopped.json"
+    export LLAVA_SV_LAUNCHED=1 PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGQUIT}"
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"  # a restart needs it
+    local child code own interrupts=0 session=()
+    if command -v setsid >/dev/null; then session=(setsid); fi
+    (
+        trap '' TERM USR1 INT HUP
+        exec "${session[@]}" "${RUN[@]}" llava_sv/train/train_mem.py "${FLAGS[@]}"
+    ) </dev/null &
+    child=$!
+    trap 'ask_to_stop SIGTERM' TERM HUP
+    trap 'ask_to_stop SIGUSR1' USR1
+    trap 'ask_to_stop SIGINT' INT
+    while :; do # a signal ends `wait` early
+        wait "$child" && code=0 || code=$?
+        kill -0 "$child" 2>/dev/null || break
+    done
+    trap - TERM HUP USR1 INT
+    rm -f "$OUTPUT_DIR/stop.request"
+    own=$(sed -n 's/^ *"exit_code": \([0-9]*\).*/\1/p' "$OUTPUT_DIR/stopped.json" 2>/dev/null || true)
+    if [[ -z "$own" ]] && ((interrupts > 0 && code != 0)); then own=130; fi
+    exit "${own:-$code}"
 }

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from filelock import FileLock
 from tqdm import tqdm
 
@@ -64,6 +65,12 @@ class Records:
 
     def __iter__(self) -> Iterator[LlavaRecord]:
         return (self[index] for index in range(len(self)))
+
+    def images_of(self, ids: Collection[str]) -> dict[str, tuple[str, ...]]:
+        """Image paths of the records with these ids, found without decoding the others."""
+        column = self._data.data.column("id")
+        found = pc.is_in(column, value_set=pa.array(list(ids), column.type)).to_numpy()
+        return {record.id: record.images for record in (self[int(index)] for index in found.nonzero()[0])}
 
     @property
     def num_images(self) -> np.ndarray:

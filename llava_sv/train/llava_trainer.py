@@ -24,8 +24,12 @@ from llava_sv.train import checkpoint
 from llava_sv.train.best import Patience, best_checkpoint
 from llava_sv.train.distributed import check_engine
 from llava_sv.train.evaluation import Evaluator
+from llava_sv.train.faults import FaultsCallback
 from llava_sv.train.metrics import MetricsCallback, Window, window_metrics
+from llava_sv.train.nonfinite import Nonfinite
+from llava_sv.train.saving import Saving
 from llava_sv.train.step_flops import Counter
+from llava_sv.train.stopping import spare_workers
 from llava_sv.train.throughput import flop_rates, peak_of, timed, wait_rates
 
 OWN_GROUPS = {"params", "model", "optimizer_dict"}
@@ -146,6 +150,10 @@ class LLaVATrainer(Trainer):
         if self.args.early_stopping_patience is not None:
             metric, greater = str(self.args.metric_for_best_model), bool(self.args.greater_is_better)
             self.add_callback(Patience(self.args.early_stopping_patience, metric, greater))
+        self.args.logging_nan_inf_filter = False  # it would log the mean of earlier losses in place of a NaN
+        self.nonfinite = Nonfinite(self)
+        self.saving = Saving(self)
+        self.add_callback(FaultsCallback(self))
 
     # -- order of the data ------------------------------------------------------------------------------------------
 
@@ -187,16 +195,26 @@ class LLaVATrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward; what the model spliced is counted."""
+        self.nonfinite.add(inputs.pop("ids", None))
         loss = super().training_step(model, inputs, *args, **kwargs)
         seen = self.model
         self.window.add(*self.counter.of(inputs, seen.last_roles, seen.last_supervised, seen.last_sample_lengths))
-        return loss
+        return torch.where(torch.isfinite(loss), loss, torch.zeros_like(loss))  # `log` leaves the step out
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The library's loss; one that is not finite poisons the step, which is then dropped everywhere."""
+        loss = super().compute_loss(*args, **kwargs)
+        return loss if isinstance(loss, tuple) else self.nonfinite.loss(loss)
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        self.nonfinite.grad_norm = super()._get_grad_norm(*args, **kwargs)
+        return self.nonfinite.grad_norm
 
     def get_train_dataloader(self) -> Any:
-        """The library's, but batches stay on the host until their own step: those of an accumulated step do not take
-        the device's memory all at once, what is counted of them costs no wait for the device, and no copy is mistaken
-        for waiting for data."""
-        loader = super().get_train_dataloader()
+        """The library's, whose workers leave signals to their parent. Batches stay on the host until their own step:
+        those of an accumulated step do not take the device's memory all at once, what is counted of them costs no wait
+        for the device, and no copy is mistaken for waiting for data."""
+        loader = spare_workers(super().get_train_dataloader())
         loader.device = None
         return loader
 
@@ -219,7 +237,11 @@ class LLaVATrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add rates and shares, summed over all ranks, to a training step's log. Called on every rank."""
         if "loss" in logs:
-            logs.update(self._measure())
+            step = self.state.global_step
+            logs["loss"] = self.nonfinite.honest(logs["loss"], step - self._steps_logged, step)
+            logs.update(self._measure(), skipped_steps=len(self.nonfinite.steps))
+        elif "train_loss" in logs:
+            logs["train_loss"] = self.nonfinite.honest_in_all(logs["train_loss"], self.state.global_step)
         super().log(logs, start_time)
 
     def start_window(self, step: int) -> None:
@@ -271,20 +293,29 @@ class LLaVATrainer(Trainer):
         if self.args.should_save and folder.exists():
             shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
+        self.saving = Saving(self)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
+            with self.saving.collected(folder):
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
+        self.saving.agree(folder, folder)
+        with self.saving.collected(folder):
+            if self.args.should_save:
+                checkpoint.mark_complete(folder, self.state.global_step, self.args.world_size, self.settings)
+        self.saving.agree(folder, folder)
         if self.args.should_save:
-            checkpoint.mark_complete(folder, self.state.global_step, self.args.world_size, self.settings)
             best = best_checkpoint(folder.parent, self.args, self.state.log_history)
             checkpoint.rotate(folder.parent, limit, keep=folder, best=best)
         self.window.exclude(time.perf_counter() - began)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """A self-describing folder: weights, config, tokenizer, image and generation settings; or a projector."""
+        with self.saving.deferred():
+            self._write(output_dir, state_dict)
+
+    def _write(self, output_dir: str | None, state_dict: dict | None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         use_cache, self.model.config.use_cache = self.model.config.use_cache, True
         try:

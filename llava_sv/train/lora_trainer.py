@@ -38,7 +38,7 @@ class LoraTrainer(LLaVATrainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+    def _write(self, output_dir: str | None, state_dict: dict[str, Tensor] | None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         use_cache, self.model.config.use_cache = self.model.config.use_cache, True
         try:

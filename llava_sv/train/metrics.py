@@ -6,6 +6,7 @@ The trainer fills a `Window` at each forward and empties it at each log; `Metric
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,10 @@ FIELDS = (
     "mfu",
     "hfu",
     "dense_flops_share",
+    "skipped_steps",
 )
-"""What a training step's line of metrics.jsonl holds after `step` and `epoch`, and before `seconds`."""
+"""What a training step's line of metrics.jsonl holds after `step` and `epoch`, and before `seconds`. A number that is
+not finite is null; `skipped_steps` counts those that were dropped for it, from the run's beginning."""
 
 EVALUATED = "eval_"
 """How the fields of an evaluation's line begin; it stands beside the line of the same step."""
@@ -132,7 +135,7 @@ def draw_loss(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    trained = [row for row in rows if "loss" in row]
+    trained = [row for row in rows if row.get("loss") is not None]
     evaluated = [row for row in rows if row.get("eval_loss") is not None]
     losses = [row["loss"] for row in trained]
     width = max(1, len(trained) // 20)
@@ -163,6 +166,8 @@ class MetricsCallback(TrainerCallback):
 
     def __init__(self, output: str | Path) -> None:
         self.path = Path(output) / "metrics.jsonl"
+        self.failed: OSError | None = None
+        """What kept a line from being written; the ranks then stop together (`faults`)."""
         self.seconds_before = 0.0
         self.began = time.perf_counter()
 
@@ -194,14 +199,20 @@ class MetricsCallback(TrainerCallback):
         if not state.is_world_process_zero or not names:
             return
         row = {"step": state.global_step, "epoch": logs.get("epoch", state.epoch)}
-        row.update({name: logs[name] for name in names if name in logs})
+        row.update({name: logs[name] if math.isfinite(logs[name]) else None for name in names if name in logs})
         row["seconds"] = round(self.seconds(), 3)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            self.failed = error
 
     def on_train_end(self, args, state, control, **kwargs):
         """Draw the loss curve."""
         if state.is_world_process_zero:
             rows = read_rows(self.path)
-            if rows:
-                draw_loss(rows, self.path.with_name("loss.png"))
+            if any(row.get("loss") is not None for row in rows):
+                try:
+                    draw_loss(rows, self.path.with_name("loss.png"))
+                except OSError as error:
+                    self.failed = error

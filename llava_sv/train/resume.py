@@ -9,6 +9,7 @@ from typing import Any
 
 from llava_sv.errors import UserError
 from llava_sv.train import checkpoint, lora, universal
+from llava_sv.train.stopping import restarted
 
 
 @dataclass
@@ -70,6 +71,8 @@ def plan(args: Any, asked: dict[str, Any]) -> Plan:
     other settings.
     """
     output = Path(args.output_dir)
+    if restarted():
+        return _repeated(args, output, asked)
     wish = str(args.resume_from_checkpoint or "")
     if args.overwrite_output_dir:
         if wish.lower() not in ("", "false"):
@@ -87,6 +90,24 @@ def plan(args: Any, asked: dict[str, Any]) -> Plan:
     if last is None and wish:
         raise UserError(f"--resume_from_checkpoint True: no complete checkpoint in {output}; drop it to start")
     return _go_on(args, last, asked) if last is not None else _torn_note(output)
+
+
+def _repeated(args: Any, output: Path, asked: dict[str, Any]) -> Plan:
+    """A start that no person asked for goes on from the last complete checkpoint, whatever the flags told the first
+    start to do with what lay in OUTPUT: it has been done. A named checkpoint counts until a later one is saved."""
+    if (output / checkpoint.SUMMARY).is_file():
+        return _finished(output, asked)
+    last = checkpoint.last_complete_checkpoint(output)
+    wish = str(args.resume_from_checkpoint or "")
+    if wish.lower() not in ("", "true", "false"):
+        named = checkpoint.check_checkpoint(Path(wish)) if last is None or Path(wish).is_dir() else last
+        if last is None or _step(named) > _step(last):
+            last = named
+    return _go_on(args, last, asked) if last is not None else _torn_note(output)
+
+
+def _step(folder: Path) -> int:
+    return checkpoint.read_marker(folder)["step"]
 
 
 def check_agreement(found: Plan, args: Any) -> None:
@@ -153,7 +174,7 @@ def _rewind(args: Any, output: Path, folder: Path, asked: dict[str, Any]) -> Pla
     found = _go_on(args, folder, asked)
     if args.should_save:
         step = checkpoint.read_marker(folder)["step"]
-        later = checkpoint.forget_after(output, step) if folder.resolve().parent == output.resolve() else []
+        later = checkpoint.forget_after(output, step)
         (output / checkpoint.SUMMARY).unlink(missing_ok=True)
         if later:
             found.note += f"; {', '.join(other.name for other in later)} will be written anew"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_sv.errors import UserError, exit_on_user_error
+from llava_sv.train.stopping import SIGNALS
 
 if TYPE_CHECKING:
     from llava_sv.arguments import DataArguments, ModelArguments, TrainingArguments
@@ -31,9 +32,13 @@ def train(attn_implementation: str | Callable[[], str] | None = None, argv: list
 
     Raises `UserError` for whatever the user can mend: missing inputs (all at once, before heavy imports), flags, data.
     """
+    with SIGNALS:
+        return _train(attn_implementation, sys.argv[1:] if argv is None else argv)
+
+
+def _train(attn_implementation: str | Callable[[], str] | None, argv: list[str]) -> int:
     from llava_sv.train import preflight
 
-    argv = sys.argv[1:] if argv is None else argv
     if not {"-h", "--help"} & set(argv):
         _prepare_environment(preflight.read_flags(argv, ("cache_dir", "use_cpu", "no_cuda")))
         problems = preflight.missing_inputs(argv)
@@ -45,7 +50,10 @@ def train(attn_implementation: str | Callable[[], str] | None = None, argv: list
     model_args, data_args, args = parse(argv)
     fallback = attn_implementation() if callable(attn_implementation) else attn_implementation
     args.attn_implementation = args.attn_implementation or fallback
-    return run(model_args, data_args, args)
+    from llava_sv.train.faults import guarded
+
+    with guarded(args):
+        return run(model_args, data_args, args)
 
 
 def _prepare_environment(flags: dict[str, str]) -> None:
@@ -62,6 +70,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     """Train as the arguments say. Every rank runs this."""
     from llava_sv.train import best, build, evaluation, lora, resume, universal
     from llava_sv.train.distributed import check_world, leave_together
+    from llava_sv.train.stopping import clear
 
     check_world(args)
     build.check_names(model_args, args)
@@ -74,6 +83,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
         say(plan.note)
         leave_together()
         return 0
+    if args.should_save:
+        clear(str(args.output_dir))
     _prepare_reporting(args)
     from transformers import set_seed
 
@@ -139,7 +150,7 @@ def make_trainer(
         **parts,
         args=args,
         train_dataset=dataset,
-        data_collator=DataCollatorForSupervisedDataset(parts["processing_class"]),
+        data_collator=DataCollatorForSupervisedDataset(parts["processing_class"], with_ids=True),
         samples=sample_lengths(dataset, parts["model"].config) if grouped and not packed else None,
         projector_only=projector_only,
         settings=settings,
@@ -196,10 +207,10 @@ def finish(trainer: LLaVATrainer, loss: float, asked: dict[str, Any]) -> None:
     """Save the final model, and last of all the summary, whose presence says that the run is finished."""
     from llava_sv.files import write_json
     from llava_sv.train.checkpoint import SUMMARY
+    from llava_sv.train.saving import save_final
 
     args = trainer.args
-    trainer.save_model(args.output_dir)
-    trainer.accelerator.wait_for_everyone()
+    save_final(trainer)
     problems = image_problems(trainer)
     if not trainer.is_world_process_zero():
         return
@@ -208,7 +219,8 @@ def finish(trainer: LLaVATrainer, loss: float, asked: dict[str, Any]) -> None:
         "steps": steps,
         "samples": samples_seen(trainer),
         "train_seconds": round(trainer.metrics_callback.seconds(), 3),
-        "train_loss": loss,
+        "train_loss": trainer.nonfinite.honest_in_all(loss, steps),
+        "skipped_steps": len(trainer.nonfinite.steps),
         "world_size": args.world_size,
         "image_problems": problems,
         "settings": asked,

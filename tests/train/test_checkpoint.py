@@ -195,3 +195,35 @@ def test_false_refuses_to_mix_two_runs(tmp_path):
     write(tmp_path, 10)
     with pytest.raises(UserError, match="holds checkpoint-10"):
         resume.plan(args_for(tmp_path, resume_from_checkpoint="False"), {})
+
+
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_restart_goes_on_whatever_the_first_start_was_told(tmp_path, monkeypatch, name):
+    """torchrun's and a requeued job's: no starting over, no rewinding, what is finished stays so."""
+    monkeypatch.setenv(name, "1")
+    assert resume.plan(args_for(tmp_path, overwrite_output_dir=True), {}).checkpoint is None, "nothing was saved yet"
+    named = write(tmp_path / "other", 15)
+    wish = {"resume_from_checkpoint": str(named)}
+    assert resume.plan(args_for(tmp_path, **wish), {}).checkpoint == named
+    write(tmp_path, 10)
+    assert resume.plan(args_for(tmp_path, **wish), {}).checkpoint == named, "of another run, before the named one"
+    last = write(tmp_path, 20)
+    for asked in ({"overwrite_output_dir": True}, {"resume_from_checkpoint": "False"}, wish):
+        assert resume.plan(args_for(tmp_path, **asked), {}).checkpoint == last
+    finished(tmp_path)
+    assert resume.plan(args_for(tmp_path, overwrite_output_dir=True), {}).finished
+    monkeypatch.setenv(name, "0")
+    assert resume.plan(args_for(tmp_path, overwrite_output_dir=True), {}).checkpoint is None
+
+
+@pytest.mark.parametrize("lost", ["weights.bin", "state.json"])
+@pytest.mark.parametrize("how", ["short", "gone"])
+def test_a_later_checkpoint_that_lost_something_is_passed_over(tmp_path, lost, how):
+    kept = write(tmp_path, 10)
+    torn = write(tmp_path, 20)
+    (torn / lost).write_bytes(b"0123456789")
+    checkpoint.mark_complete(torn, 20, 1)
+    assert checkpoint.last_complete_checkpoint(tmp_path) == torn
+    (torn / lost).write_bytes(b"012345678") if how == "short" else (torn / lost).unlink()
+    assert checkpoint.last_complete_checkpoint(tmp_path) == kept
+    assert "checkpoint-20: incomplete, ignored" in resume.plan(args_for(tmp_path), {}).note

@@ -1,0 +1,103 @@
+"""`train_mem.py` with faults on demand, for the tests. What to do is read from FAULT in the environment, as JSON:
+
+record: a file that gets a line a forward, {step, rank, ids}; poison: ids of records whose loss becomes infinite;
+drop: steps whose optimizer does nothing (by hand); kill_at: {step: rank} ends that rank by SIGKILL before the step's
+first forward, once; kill_in_save: the step in whose save rank 0 does so, once; wait_at: a step before which rank 0
+writes OUTPUT/step.now and waits for OUTPUT/go.on.step; wait_in_save: a save in which it writes OUTPUT/saving.now and
+waits for OUTPUT/go.on.save; fill: {step: path} fills the disk of `path` before that step.
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from accelerate.optimizer import AcceleratedOptimizer
+from transformers import Trainer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from llava_sv.train import checkpoint, train_mem
+from llava_sv.train.llava_trainer import LLaVATrainer
+
+FAULT = json.loads(os.environ.get("FAULT", "{}"))
+RANK = int(os.environ.get("RANK", "0"))
+
+
+def once(name, output):
+    """Whether this is the first time, over restarts too."""
+    mark = Path(output) / f"{name}.happened"
+    if mark.exists():
+        return False
+    mark.write_text("")
+    return True
+
+
+def wait_for(path):
+    """Wait until somebody has made `path`."""
+    while not path.exists():
+        time.sleep(0.02)
+
+
+def fill(path):
+    """Leave no room on the disk of `path`."""
+    with open(Path(path) / "filling", "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"0" * 4096)
+        except OSError:
+            pass
+
+
+real_step, real_loss, real_mark = LLaVATrainer.training_step, Trainer.compute_loss, checkpoint.mark_complete
+real_update = AcceleratedOptimizer.step
+
+
+def training_step(self, model, inputs, *args, **kwargs):
+    step, output = self.state.global_step + 1, self.args.output_dir
+    if FAULT.get("wait_at") == step and RANK == 0 and once("wait_at", output):
+        (Path(output) / "step.now").write_text("")
+        wait_for(Path(output) / "go.on.step")
+    if FAULT.get("kill_at", {}).get(str(step)) == RANK and once("kill_at", output):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if str(step) in FAULT.get("fill", {}) and RANK == 0:
+        fill(FAULT["fill"][str(step)])
+    if "record" in FAULT:
+        with open(FAULT["record"], "a") as file:
+            file.write(json.dumps({"step": step, "rank": RANK, "process": os.getpid(), "ids": inputs["ids"]}) + "\n")
+    return real_step(self, model, inputs, *args, **kwargs)
+
+
+def compute_loss(self, *args, **kwargs):
+    """An infinite loss whose gradient is finite: what must be dropped does not show in the gradient."""
+    loss = real_loss(self, *args, **kwargs)
+    bad = set(FAULT.get("poison", ())) & set(self.nonfinite._batches[-1][0])
+    return loss + math.inf if bad else loss
+
+
+def update(self, closure=None):
+    update.calls += 1
+    if update.calls not in FAULT.get("drop", ()):
+        real_update(self, closure)
+
+
+update.calls = 0
+
+
+def mark_complete(folder, step, *args):
+    if FAULT.get("kill_in_save") == step and once("kill_in_save", folder.parent):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if FAULT.get("wait_in_save") == step:
+        (folder.parent / "saving.now").write_text("")
+        wait_for(folder.parent / "go.on.save")
+    real_mark(folder, step, *args)
+
+
+LLaVATrainer.training_step, Trainer.compute_loss = training_step, compute_loss
+checkpoint.mark_complete, AcceleratedOptimizer.step = mark_complete, update
+
+if __name__ == "__main__":
+    sys.exit(train_mem.main())
