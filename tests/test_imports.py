@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "llava_sv"
 LEVELS: list[set[str]] = [
     {"errors", "constants"},
     {"files", "tiling"},
-    {"conversation", "mm_utils"},
+    {"conversation", "mm_utils", "cluster"},
     {"data", "model.token_groups", "model.cos_presets"},
     {"model.token_counts"},
     {"model.config"},
@@ -26,7 +26,9 @@ LEVELS: list[set[str]] = [
     {"model.builder"},
     {"generation"},
     {"bench"},
-    {"train", "eval", "serve", "analysis", "release", "doctor"},
+    {"train", "eval", "serve", "analysis", "release"},
+    {"cluster_doctor"},
+    {"doctor"},
     {"cli"},
 ]
 """Rooms from the ground up. `model` itself is the package's `__init__`, which names the model for users.
