@@ -169,10 +169,20 @@ def gather(mine: Any) -> list[Any]:
     return rows
 
 
+def _leave_together() -> None:
+    """End the process group while all are there: the first to exit would tear the others down before they speak."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def check(files: Mapping[str, Path | None], settings: Mapping[str, Any]) -> None:
     """Every rank about to train must agree on these. Raises the same `UserError` on all where they do not."""
     rows = gather({**who(), "facts": facts(files, settings)})
     problems = same_number(rows) + differences(rows)
     if problems:
+        _leave_together()
         more = f" (and {len(problems) - 3} more; CHECK_CLUSTER=1 lists all)" if len(problems) > 3 else ""
         raise UserError(f"nothing was trained: {' | '.join(problems[:3])}{more}")
