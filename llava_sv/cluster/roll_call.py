@@ -25,6 +25,10 @@ VARIABLES = {"node": ("NODE_RANK", "NNODES"), "rank": ("RANK", "WORLD_SIZE")}
 DEFAULT_TIMEOUT = 300
 """Seconds that members wait for one another (JOIN_TIMEOUT)."""
 
+_HEARD = b'{"heard": true}\n'
+"""Sent as soon as a member has spoken: whoever else listens on the port (torch, in a run under way) says nothing."""
+
+_HEARD_WITHIN = 10.0
 _LINGER = 5.0
 _PORT_PATIENCE = 15.0
 _SAY_AFTER = 10.0
@@ -100,9 +104,13 @@ def _answer_of(me: Member, where: str, port: int, deadline: float) -> dict[str, 
     """What number 0 says to `me`; None where somebody listens and does not answer. `OSError` where nobody listens."""
     with socket.create_connection((where, port), timeout=5) as link:
         link.sendall(json.dumps({"llava_sv": me.__dict__}).encode() + b"\n")
-        link.settimeout(max(deadline - time.monotonic(), 1))
+        lines = link.makefile("rb")
         try:
-            answer = json.loads(link.makefile("rb").readline(1 << 16))
+            link.settimeout(_HEARD_WITHIN)
+            if lines.readline(1 << 16) != _HEARD:
+                return None
+            link.settimeout(max(deadline - time.monotonic(), 1))
+            answer = json.loads(lines.readline(1 << 16))
         except (OSError, ValueError):
             return None
     return answer if isinstance(answer, dict) else None
@@ -238,6 +246,7 @@ class _Server:
         try:
             said = json.loads(link.makefile("rb").readline(1 << 16))
             other = Member(**said["llava_sv"])
+            link.sendall(_HEARD)
         except (OSError, ValueError, TypeError, KeyError):
             link.close()  # a port scanner, or another program
             return
@@ -253,7 +262,7 @@ class _Server:
             return f"{me} and {other} meet at {self.address}:{self.port}: two runs; give one another MASTER_PORT"
         if other.of != me.of:
             return f"{count} is {me.of} for {me} and {other.of} for {other}: it must be the same everywhere"
-        if other.number in self.members:
+        if self.members.get(other.number, other).token != other.token:
             first = self.members[other.number]
             return (
                 f"{first} and {other} both have {number}={other.number}: give each {me.kind} its own, 0 to {me.of - 1}"

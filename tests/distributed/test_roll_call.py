@@ -109,6 +109,30 @@ def test_a_port_that_another_program_has(port):
             thread.join()
 
 
+def test_a_node_that_is_replaced_joins_a_run_under_way(port, monkeypatch):
+    """torch's store has the port by then, and answers nothing."""
+    from torch.distributed import TCPStore
+
+    monkeypatch.setattr(roll_call, "_HEARD_WITHIN", 0.5)
+    store = TCPStore("127.0.0.1", port, 1, True)
+    meet(member(1), "127.0.0.1", port, 600, late=True)
+    store.set("still", "alive")
+    assert store.get("still") == b"alive"
+
+
+def test_who_speaks_twice_is_one_member(port):
+    """Its first connection broke before it had an answer."""
+    again = member(1, 3)
+    late = member(2, 3)
+    second = threading.Timer(0.5, lambda: meet(again, "127.0.0.1", port, 20))
+    third = threading.Timer(1.5, lambda: meet(late, "127.0.0.1", port, 20))
+    second.start()
+    third.start()
+    assert all_meet(port, [member(0, 3), again]) == ["ok"] * 2
+    second.join()
+    third.join()
+
+
 def test_strangers_do_not_disturb(port):
     threading.Timer(
         0.5, lambda: socket.create_connection(("127.0.0.1", port)).sendall(b"GET / HTTP/1.0\r\n\r\n")
