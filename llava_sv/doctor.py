@@ -180,13 +180,22 @@ def render(facts: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """`llava-sv doctor [--json FILE]`."""
+    """`llava-sv doctor [--json FILE]`, and with `--cluster` what `cluster_doctor.main` does."""
+    if "--cluster" in argv[: argv.index("--training") if "--training" in argv else None] and "--help" not in argv:
+        from llava_sv import cluster_doctor
+
+        return cluster_doctor.main(argv)
     parser = argparse.ArgumentParser(
         prog="llava-sv doctor",
         description="Say what this machine has, what is missing, and how to get it.",
         epilog="example: llava-sv doctor --json doctor.json",
     )
     parser.add_argument("--json", metavar="FILE", help="write the same facts as JSON")
+    parser.add_argument(
+        "--cluster",
+        action="store_true",
+        help="compare the processes of a run with one another: CHECK_CLUSTER=1 bash scripts/v1_5/finetune_skip.sh",
+    )
     args = parser.parse_args(argv)
     facts = collect()
     print(render(facts))

@@ -4,7 +4,10 @@
 # Environment that every training script reads (its own page has the defaults):
 #   LLM VISION_TOWER DATA IMAGE_FOLDER ADAPTER OUTPUT   models, data, where results go
 #   BATCH PER_DEVICE_BATCH GRAD_ACCUM EPOCHS LR MAX_LENGTH SEED VERSION CHECKPOINTING SAVE_STEPS WORKERS
-#   NPROC NNODES NODE_RANK MASTER_ADDR MASTER_PORT HOSTFILE   processes a node, nodes, where they meet
+#   NPROC NNODES NODE_RANK MASTER_ADDR MASTER_PORT HOSTFILE   processes a node, nodes, where they meet (docs/MultiNode.md)
+#   LAUNCHER    torchrun, deepspeed or python (default: chosen by the others)    MAX_RESTARTS   torchrun's
+#   JOIN_TIMEOUT   seconds that nodes wait for one another (300)   SSH_PORT NO_SSH   for HOSTFILE
+#   CHECK_CLUSTER=1   instead of training, see whether all processes agree; CHECK_CLUSTER=FILE.json keeps the report
 #   PROJECTOR ASPECT_RATIO   --mm_projector_type, --image_aspect_ratio
 #   DEEPSPEED   DeepSpeed configuration; empty: none       USE_CPU=1   train without a GPU
 #   PYTHON      interpreter (default: .venv's, else python)
@@ -32,18 +35,35 @@ case "${PRESET:=}" in
     *) fail "PRESET=$PRESET: unknown preset; known: tiny" ;;
 esac
 
-: "${NPROC:=8}" "${NNODES:=1}" "${NODE_RANK:=0}" "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29500}" "${HOSTFILE:=}"
+: "${NPROC:=8}" "${NNODES:=1}" "${NODE_RANK:=0}" "${MASTER_ADDR:=}" "${MASTER_PORT:=}" "${HOSTFILE:=}"
+: "${LAUNCHER:=}" "${MAX_RESTARTS:=0}" "${JOIN_TIMEOUT:=300}" "${SSH_PORT:=}" "${NO_SSH:=}" "${CHECK_CLUSTER:=}"
 : "${USE_CPU:=0}" "${SEED:=42}" "${DRY_RUN:=0}"
 if [[ -z "${PYTHON:=}" ]]; then
     if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; else PYTHON=python; fi
 fi
 
+# What llava_sv/cluster/start.py makes of the variables. `plan`: WORLD, the processes of the run, and RUN, the launcher.
+start() {
+    LAUNCHER="$LAUNCHER" NPROC="$NPROC" NNODES="$NNODES" NODE_RANK="$NODE_RANK" MASTER_ADDR="$MASTER_ADDR" \
+        MASTER_PORT="$MASTER_PORT" HOSTFILE="$HOSTFILE" NO_SSH="$NO_SSH" SSH_PORT="$SSH_PORT" JOIN_TIMEOUT="$JOIN_TIMEOUT" \
+        MAX_RESTARTS="$MAX_RESTARTS" DEEPSPEED="$DEEPSPEED" USE_CPU="$USE_CPU" CHECK_CLUSTER="$CHECK_CLUSTER" \
+        OUTPUT="$OUTPUT" PYTHON="$PYTHON" "$PYTHON" -m llava_sv.cluster.start "$1"
+}
+
+plan() {
+    local words
+    words=$(start plan) || exit 2
+    mapfile -t RUN <<<"$words"
+    WORLD=${RUN[0]}
+    RUN=("${RUN[@]:1}")
+}
+
 # How many batches each process accumulates, so that one optimizer step sees BATCH samples on any number of devices.
 set_grad_accum() {
-    local together=$((PER_DEVICE_BATCH * NPROC * NNODES))
+    plan
     if [[ -z "${GRAD_ACCUM:=}" ]]; then
-        ((BATCH % together == 0)) || fail "BATCH=$BATCH is no multiple of PER_DEVICE_BATCH=$PER_DEVICE_BATCH x NPROC=$NPROC x NNODES=$NNODES; set one of them"
-        GRAD_ACCUM=$((BATCH / together))
+        ((BATCH % (PER_DEVICE_BATCH * WORLD) == 0)) || fail "BATCH=$BATCH is no multiple of PER_DEVICE_BATCH=$PER_DEVICE_BATCH x $WORLD processes (NPROC x NNODES, or the hostfile's slots); set one of them"
+        GRAD_ACCUM=$((BATCH / (PER_DEVICE_BATCH * WORLD)))
     fi
 }
 
@@ -95,26 +115,13 @@ check_before_start() {
         missing=1
     fi
     ((missing == 0)) || exit 2
+    start check || exit 2
 }
 
-# The command that starts as many processes as NPROC, NNODES and HOSTFILE say.
+# The command that starts the processes, in RUN, and what it reads from the environment.
 launcher() {
-    if [[ -n "$DEEPSPEED" && "$USE_CPU" != 1 ]]; then
-        RUN=("$(dirname "$PYTHON")/deepspeed" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
-        [[ -x "${RUN[0]}" ]] || RUN[0]=deepspeed
-        if [[ -n "$HOSTFILE" ]]; then
-            RUN+=(--hostfile "$HOSTFILE")
-        elif ((NNODES > 1)); then
-            fail "NNODES=$NNODES with DeepSpeed: name the nodes in HOSTFILE (a line a node: host slots=8)"
-        else
-            RUN+=(--num_gpus "$NPROC")
-        fi
-    elif ((NPROC * NNODES > 1)); then
-        RUN=("$PYTHON" -m torch.distributed.run --nproc_per_node "$NPROC" --nnodes "$NNODES" --node_rank "$NODE_RANK"
-            --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
-    else
-        RUN=("$PYTHON")
-    fi
+    [[ -n "${RUN:-}" ]] || plan
+    export JOIN_TIMEOUT
 }
 
 # The value of --output_dir among FLAGS, the last one given.
@@ -161,10 +168,11 @@ launch() {
         printf '%s\n' "${RUN[@]}" llava_sv/train/train_mem.py "${FLAGS[@]}"
         exit 0
     fi
+    export LLAVA_SV_LAUNCHED=1 # before the checks: they keep what the nodes of a hostfile are to be told
     check_before_start "${FLAGS[@]}"
     output_of_flags
     rm -f "$OUTPUT_DIR/stop.request" "$OUTPUT_DIR/stopped.json"
-    export LLAVA_SV_LAUNCHED=1 PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGQUIT}"
+    export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGQUIT}"
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"  # a restart needs it
     local child code own interrupts=0 session=()
     if command -v setsid >/dev/null; then session=(setsid); fi

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "llava_sv"
 LEVELS: list[set[str]] = [
     {"errors", "constants"},
     {"files", "tiling", "pixels", "model.partitioned_loading"},
-    {"conversation", "mm_utils"},
+    {"conversation", "mm_utils", "cluster"},
     {"data", "model.token_groups", "model.cos_presets"},
     {"model.token_counts"},
     {"model.config"},
@@ -27,8 +27,9 @@ LEVELS: list[set[str]] = [
     {"generation"},
     {"bench"},
     {"eval"},
-    {"train", "serve", "analysis", "doctor"},
-    {"release"},
+    {"train", "serve", "analysis"},
+    {"release", "cluster_doctor"},
+    {"doctor"},
     {"cli"},
 ]
 """Rooms from the ground up. `model` itself is the package's `__init__`, which names the model for users.

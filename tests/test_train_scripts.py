@@ -2,7 +2,9 @@
 
 import json
 import os
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -162,7 +164,7 @@ def test_fewer_devices_accumulate_to_the_same_batch():
     assert flags[flags.index("--gradient_accumulation_steps") + 1] == "16"
     done = run("finetune.sh", NPROC="3", DRY_RUN="1")
     assert done.returncode == 2
-    assert "BATCH=128 is no multiple of PER_DEVICE_BATCH=16 x NPROC=3" in done.stderr
+    assert "BATCH=128 is no multiple of PER_DEVICE_BATCH=16 x 3 processes" in done.stderr
 
 
 def test_further_flags_are_passed_on_and_win():
@@ -171,13 +173,103 @@ def test_further_flags_are_passed_on_and_win():
     assert (training.learning_rate, training.max_steps) == (3e-5, 7)
 
 
-def test_launchers():
-    assert flags_of("finetune.sh", HOSTFILE="hosts")[0][-2:] == ["--hostfile", "hosts"]
+def test_launchers(tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 slots=4\nlocalhost slots=4\n")
+    launcher, flags = flags_of("finetune.sh", HOSTFILE=str(hosts), OUTPUT="out", PER_DEVICE_BATCH="4")
+    assert launcher[-2:] == ["--hostfile", str(hosts)]
+    assert launcher[:2] == ["env", f"DS_ENV_FILE={ROOT}/out/deepspeed.env"]
+    assert launcher[launcher.index("--master_addr") + 1] == "127.0.0.1"
+    assert flags[flags.index("--gradient_accumulation_steps") + 1] == "4", "128 = 4 x 8 slots x 4"
     launcher, _ = flags_of("finetune.sh", USE_CPU="1", NPROC="2", DEEPSPEED="")
-    assert launcher[1:5] == ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    assert launcher[1:5] == ["-m", "llava_sv.cluster.torchrun", "--nproc_per_node", "2"]
     launcher, _ = flags_of("finetune.sh", PRESET="tiny")
     assert len(launcher) == 1
-    assert run("finetune.sh", NNODES="2", DRY_RUN="1").returncode == 2
+    launcher, _ = flags_of("finetune.sh", NNODES="2", NPROC="4", NODE_RANK="1", MASTER_ADDR="10.0.0.1")
+    assert launcher[1:8] == ["-m", "llava_sv.cluster.torchrun", "--meet", "1", "2", "10.0.0.1", "29500"]
+    assert launcher[-6:] == ["--node_rank", "1", "--master_addr", "10.0.0.1", "--master_port", "29500"]
+    launcher, _ = flags_of("finetune.sh", LAUNCHER="torchrun", MAX_RESTARTS="2")
+    assert launcher[:2] == ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]
+    assert launcher[-3:] == ["--max_restarts", "2", "--standalone"]
+    launcher, _ = flags_of("finetune.sh", CHECK_CLUSTER="report.json")
+    assert launcher[-7:] == ["--module", "llava_sv.cli", "doctor", "--cluster", "--json", "report.json", "--training"]
+
+
+HOSTS = "node-a slots=8\nnode-b slots=8\n"
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"LAUNCHER": "mpirun"}, "LAUNCHER=mpirun: unknown; known: torchrun, deepspeed, python"),
+        ({"NPROC": "0"}, "NPROC=0: give the processes of a node, one a GPU: 1 or more"),
+        ({"NPROC": "two"}, "NPROC=two: give the processes of a node"),
+        ({"NNODES": "2"}, "NNODES=2: MASTER_ADDR is not set; give node 0's address"),
+        ({"NNODES": "2", "MASTER_ADDR": "h", "NODE_RANK": "2"}, "NODE_RANK=2 of 2 nodes: they are numbered 0 to 1"),
+        ({"NNODES": "2", "MASTER_ADDR": "h", "LAUNCHER": "deepspeed"}, "torchrun starts those"),
+        ({"HOSTFILE": HOSTS, "NNODES": "2"}, "the hostfile says which nodes there are; drop one"),
+        ({"HOSTFILE": HOSTS, "LAUNCHER": "torchrun"}, "a hostfile is for the DeepSpeed launcher"),
+        ({"HOSTFILE": "# none\nnode-a: 8\n"}, "line 2: 'node-a: 8' is not a node; expected `host slots=8`"),
+        ({"HOSTFILE": "node-a slots=8\nnode-a slots=8\n"}, "line 2: node-a is named twice"),
+        ({"HOSTFILE": "node-a slots=0\n"}, "line 1: node-a has slots=0"),
+        ({"HOSTFILE": "\n# nobody\n"}, "names no node"),
+        ({"HOSTFILE": "/nonexistent"}, "HOSTFILE=/nonexistent: cannot be read (No such file or directory)"),
+        ({"NO_SSH": "1"}, "NO_SSH=1: name the nodes in HOSTFILE"),
+        ({"MAX_RESTARTS": "1", "LAUNCHER": "deepspeed"}, "only LAUNCHER=torchrun starts again, not deepspeed"),
+        ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS=-1: give how often"),
+        ({"LAUNCHER": "python"}, "LAUNCHER=python starts one process, and NPROC=8"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000: give a TCP port"),
+        ({"JOIN_TIMEOUT": "soon"}, "JOIN_TIMEOUT=soon: give the seconds"),
+    ],
+)
+def test_a_launch_that_cannot_be_meant_is_one_line(variables, said, tmp_path):
+    hosts = variables.get("HOSTFILE", "")
+    if "\n" in hosts:
+        (tmp_path / "hosts").write_text(hosts)
+        variables = {**variables, "HOSTFILE": str(tmp_path / "hosts")}
+    done = run("finetune.sh", DRY_RUN="1", **variables)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stdout == ""
+
+
+def start_check(tmp_path, **variables):
+    """`check` of a launch, with an nvidia-smi that lists two GPUs."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nprintf 'GPU 0: A (UUID: x)\\nGPU 1: A (UUID: y)\\n'\n")
+    smi.chmod(0o755)
+    clean = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "OUTPUT": str(tmp_path), **variables}
+    return subprocess.run(
+        [sys.executable, "-m", "llava_sv.cluster.start", "check"],
+        cwd=ROOT,
+        env=clean,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_more_processes_than_gpus(tmp_path):
+    assert start_check(tmp_path, NPROC="2").returncode == 0
+    done = start_check(tmp_path, NPROC="3")
+    assert done.returncode == 2
+    assert (
+        "NPROC=3, and this machine has 2 GPUs to use (nvidia-smi -L, CUDA_VISIBLE_DEVICES): set NPROC=2" in done.stderr
+    )
+    done = start_check(tmp_path, NPROC="2", CUDA_VISIBLE_DEVICES="1")
+    assert "this machine has 1 GPU to use" in done.stderr
+    assert start_check(tmp_path, NPROC="8", USE_CPU="1").returncode == 0
+
+
+def test_a_master_that_does_not_resolve_or_a_port_in_use(tmp_path):
+    done = start_check(tmp_path, USE_CPU="1", NNODES="2", NODE_RANK="1", MASTER_ADDR="no.such.invalid")
+    assert done.returncode == 2
+    assert "MASTER_ADDR=no.such.invalid does not resolve on " in done.stderr
+    with socket.create_server(("", 0)) as other:
+        port = str(other.getsockname()[1])
+        done = start_check(tmp_path, USE_CPU="1", NPROC="2", MASTER_PORT=port)
+    assert (done.returncode, f"MASTER_PORT={port} is in use here" in done.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

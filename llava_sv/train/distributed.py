@@ -98,6 +98,21 @@ def check_world(args: Any) -> None:
         raise UserError(f"the process group has {dist.get_world_size()} members, and training sees {seen}")
 
 
+def check_processes_agree(args: Any, settings: dict[str, Any]) -> None:
+    """Several processes must be about to train the same: versions, code, data, base models and settings."""
+    if args.world_size < 2:
+        return
+    from llava_sv.cluster import agree
+    from llava_sv.train import preflight
+
+    names = {"model": "model_name_or_path", "model vision_tower": "vision_tower"}
+    files = {name: preflight.find_model(str(settings[flag])) for name, flag in names.items() if settings[flag]}
+    files["data"] = Path(settings["data_path"]).expanduser()
+    if settings["pretrain_mm_mlp_adapter"]:
+        files["model projector"] = Path(settings["pretrain_mm_mlp_adapter"]).expanduser()
+    agree.check(files, settings)
+
+
 def check_engine(model_wrapped: Any, args: Any) -> None:
     """With `--deepspeed`, the model that trains must be DeepSpeed's engine. `RuntimeError` otherwise."""
     if not args.deepspeed:

@@ -37,11 +37,13 @@ def train(attn_implementation: str | Callable[[], str] | None = None, argv: list
 
 
 def _train(attn_implementation: str | Callable[[], str] | None, argv: list[str]) -> int:
+    from llava_sv.cluster.roll_call import meet_ranks
     from llava_sv.train import preflight
 
     if not {"-h", "--help"} & set(argv):
         _prepare_environment(preflight.read_flags(argv, ("cache_dir", "use_cpu", "no_cuda")))
         problems = preflight.missing_inputs(argv)
+        meet_ranks(preflight.message(problems) if problems else "")
         if problems:
             raise UserError(preflight.message(problems))
 
@@ -69,13 +71,14 @@ def _prepare_environment(flags: dict[str, str]) -> None:
 def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> int:
     """Train as the arguments say. Every rank runs this."""
     from llava_sv.train import best, build, evaluation, lora, resume, universal
-    from llava_sv.train.distributed import check_world, leave_together
+    from llava_sv.train.distributed import check_processes_agree, check_world, leave_together
     from llava_sv.train.stopping import clear
 
     check_world(args)
     build.check_names(model_args, args)
     lora.check(model_args, args)
     asked = resume.settings_of(model_args, data_args, args)
+    check_processes_agree(args, asked)
     plan = resume.plan(args, asked)
     resume.check_agreement(plan, args)
     evaluation.check_resumption(plan.checkpoint, asked)
