@@ -24,6 +24,7 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "doctor": Command("llava_sv.doctor:main", "say what this machine has, what is missing and how to get it"),
+    "doctor --plan": Command("llava_sv.train.memory_plan:plan_main", "say what a training command needs of memory"),
     "data toy": Command("llava_sv.data.toy:main", "draw the toy images, conversations and benchmark"),
     "data check": Command("llava_sv.data.commands:check_main", "check a LLaVA data file before training on it"),
     "data index": Command("llava_sv.data.commands:index_main", "build the memory-mapped index of a data file"),

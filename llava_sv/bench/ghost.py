@@ -7,18 +7,15 @@ model takes seconds and no memory. Whole numbers and booleans stay real, since t
 
 from __future__ import annotations
 
-import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from llava_sv.bench.storages import StorageCount
 
 UNKNOWN_SHAPE = (DataDependentOutputException, DynamicOutputShapeException)
 FLAGS: tuple[Any, ...] = (torch.ops.aten.is_nonzero.default, torch.ops.aten.equal.default)
@@ -29,60 +26,15 @@ def _is_wide(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-class Ghost(TorchDispatchMode):
-    """A mode in which tensors have no numbers, and the bytes of live storages are counted by label.
-
-    live: label -> bytes now. `label` names storages as they are made. on_change: called after each allocation.
-    """
+class Ghost(StorageCount):
+    """A mode in which tensors have no numbers; see `StorageCount` for what it counts."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live: Counter[str] = Counter()
-        self.label = "other"
-        self.on_change: Callable[[], None] | None = None
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self._storages: dict[int, tuple[str, int, Any]] = {}
 
-    @property
-    def total(self) -> int:
-        """Bytes of all live storages."""
-        return sum(self.live.values())
-
-    @contextmanager
-    def labelled(self, label: str) -> Iterator[None]:
-        """What is allocated inside the block is counted under `label`."""
-        before, self.label = self.label, label
-        try:
-            yield
-        finally:
-            self.label = before
-
-    def relabel(self, tensor: Tensor, label: str) -> None:
-        """Count this tensor's storage under `label` from now on."""
-        key = tensor.untyped_storage()._cdata
-        if key in self._storages:
-            old, size, ref = self._storages[key]
-            self.live[old] -= size
-            self.live[label] += size
-            self._storages[key] = (label, size, ref)
-
-    def bytes_of(self, tensor: Tensor) -> int:
-        """Bytes of its storage, 0 where it was not made in this mode."""
-        return self._storages.get(tensor.untyped_storage()._cdata, ("", 0, None))[1]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = self._run(func, args, kwargs or {})
-        grew = False
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                grew |= self._count(leaf)
-        if grew and self.on_change is not None:
-            self.on_change()
-        return out
-
-    # -- which operations run on numbers ------------------------------------------------------------------------------
-
-    def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The operation, on numbers where they are whole and known."""
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         ghosts = any(isinstance(tensor, FakeTensor) for tensor in given)
         if func is torch.ops.aten._local_scalar_dense.default and ghosts:
@@ -102,23 +54,6 @@ class Ghost(TorchDispatchMode):
             return func(*args, **kwargs)
         made: dict[int, Tensor] = {}
         return tree_map(lambda leaf: _with_whole_numbers(func, leaf, made), out)
-
-    # -- counting -----------------------------------------------------------------------------------------------------
-
-    def _count(self, tensor: Tensor) -> bool:
-        """Take note of a new storage; whether it is one."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._storages:
-            return False
-        size, label = storage.nbytes(), self.label
-        self._storages[key] = (label, size, weakref.ref(storage, lambda _: self._forget(key)))
-        self.live[label] += size
-        return size > 0
-
-    def _forget(self, key: int) -> None:
-        label, size, _ = self._storages.pop(key)
-        self.live[label] -= size
 
 
 def _as_places(indices: Any) -> list[Tensor | None]:

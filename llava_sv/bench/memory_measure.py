@@ -14,6 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from llava_sv.bench.memory_trace import Prepare, Work, enable_checkpointing, forward, make_inputs
+from llava_sv.bench.storages import StorageCount
 from llava_sv.model.language_model.decoders import model_class
 
 STEPS = 2
@@ -54,6 +55,27 @@ def peak_of(run: Callable[[], Any], device: torch.device) -> int:
         run()
         gc.collect()
     return _highest(watched)
+
+
+def peak_of_tensors(run: Callable[[Callable[[bool], None]], Any]) -> int:
+    """The most bytes of tensors alive at once between the moments at which `run` calls what it is given, with True to
+    begin and False to end.
+
+    For several processes on CPU, where threads of the communication library let go of buffers of its own, which the
+    profiler sees taken but never given back.
+    """
+    with StorageCount() as counted:
+        most = [0]
+
+        def watch() -> None:
+            most[0] = max(most[0], counted.total)
+
+        def watching(on: bool) -> None:
+            gc.collect()
+            counted.on_change = watch if on else None
+
+        run(watching)
+    return most[0]
 
 
 def _highest(watched: Any) -> int:

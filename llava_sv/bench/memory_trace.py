@@ -80,6 +80,8 @@ class Trace:
     """T, tokens of the longest sample as the decoder sees it."""
     moments: list[Moment] = field(default_factory=list)
     buffer_bytes: int = 0
+    run_once: int = 0
+    """Parameters of a frozen encoder: the backward pass does not read them."""
 
     @property
     def total(self) -> int:
@@ -172,13 +174,17 @@ def trace(config: Any, work: Work, prepare: Prepare, part_of: Callable[[str], st
     config.tokenizer_model_max_length = None
     with Ghost() as ghost, _quiet():
         with ghost.labelled("parameters"):
-            model = prepare(model_class(config)._from_config(config, dtype=work.weights))
+            with _moved_by_hand():
+                model = prepare(model_class(config)._from_config(config, dtype=work.weights))
         model.train()
         if work.checkpointing:
             enable_checkpointing(model)
         found = _describe(model, part_of)
         found.buffer_bytes = sum(ghost.bytes_of(buffer) for buffer in model.buffers())
         found.sequence = work.text_tokens + (image_tokens(config) if work.image else 0)
+        tower = _inner(model).get_vision_tower()
+        if not any(parameter.requires_grad for parameter in tower.parameters()):
+            found.run_once = sum(parameter.numel() for parameter in tower.parameters())
         watch = _Watch(ghost)
         ghost.on_change = watch
         _label_gradients(model, ghost, work.accumulating)
@@ -191,6 +197,11 @@ def trace(config: Any, work: Work, prepare: Prepare, part_of: Callable[[str], st
         loss.backward()
         found.moments = watch.moments
     return found
+
+
+def _inner(model: Any) -> Any:
+    """The LLaVA itself, where adapters are wrapped around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _describe(model: nn.Module, part_of: Callable[[str], str]) -> Trace:
@@ -222,7 +233,7 @@ def _label_gradients(model: nn.Module, ghost: Ghost, accumulating: bool) -> None
 
 def _label_parts(model: Any, ghost: Ghost) -> None:
     """Allocations of encoder, projector and output layer on the way forward under their names."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = _inner(model)
     decoder = inner.get_model()
     for label, module in (
         ("encoder", decoder.vision_tower),
@@ -244,6 +255,26 @@ def _label_module(module: nn.Module, ghost: Ghost, label: str) -> None:
 
     module.register_forward_pre_hook(enter)
     module.register_forward_hook(leave)
+
+
+@contextlib.contextmanager
+def _moved_by_hand() -> Iterator[None]:
+    """`module.to(...)` changes precision only: torch's own swaps tensors, which those without numbers do not allow."""
+    own = nn.Module.to
+
+    def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        dtype = torch._C._nn._parse_to(*args, **kwargs)[1]
+        for child in module.modules():
+            for name, value in list(child.named_parameters(recurse=False)):
+                if dtype is not None and value.dtype != dtype:
+                    setattr(child, name, nn.Parameter(value.detach().to(dtype), requires_grad=value.requires_grad))
+        return module
+
+    nn.Module.to = to  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.to = own  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
