@@ -218,6 +218,12 @@ class TrainingArguments(transformers.TrainingArguments):
     ddp_find_unused_parameters: bool | None = _flag(
         False, "Search for unused parameters under DDP: needless, since every parameter is used in every step."
     )
+    global_batch_size: int | None = _flag(
+        None,
+        "Samples of one optimizer step, over all devices: sets --gradient_accumulation_steps. With it, "
+        "--per_device_train_batch_size auto finds the largest batch that fits.",
+    )
+    probe_batch: bool = _flag(False, "Set by --per_device_train_batch_size auto: real steps confirm the batch (GPU).")
     logging_steps: float = _flag(1, "Log every so many steps (below 1: a share of all steps).")
 
     def __post_init__(self) -> None:

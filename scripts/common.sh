@@ -3,11 +3,12 @@
 #
 # Environment that every training script reads (its own page has the defaults):
 #   LLM VISION_TOWER DATA IMAGE_FOLDER ADAPTER OUTPUT   models, data, where results go
-#   BATCH PER_DEVICE_BATCH GRAD_ACCUM EPOCHS LR MAX_LENGTH SEED VERSION CHECKPOINTING SAVE_STEPS WORKERS
+#   BATCH PER_DEVICE_BATCH (or auto) GRAD_ACCUM EPOCHS LR MAX_LENGTH SEED VERSION CHECKPOINTING SAVE_STEPS WORKERS
 #   NPROC NNODES NODE_RANK MASTER_ADDR MASTER_PORT HOSTFILE   processes a node, nodes, where they meet
 #   PROJECTOR ASPECT_RATIO   --mm_projector_type, --image_aspect_ratio
 #   DEEPSPEED   DeepSpeed configuration; empty: none       USE_CPU=1   train without a GPU
 #   PYTHON      interpreter (default: .venv's, else python)
+#   PLAN=1      print what each device's memory must hold, instead of training (docs/Memory.md)
 #   DRY_RUN=1   print the command instead of running it    PRESET=tiny   the embedded tiny models, on CPU
 # Any further argument is passed on to training: bash scripts/v1_5/finetune.sh --max_steps 10
 
@@ -40,6 +41,7 @@ fi
 
 # How many batches each process accumulates, so that one optimizer step sees BATCH samples on any number of devices.
 set_grad_accum() {
+    if [[ "$PER_DEVICE_BATCH" == auto ]]; then GRAD_ACCUM=1; return; fi # found as training starts; BATCH is kept
     local together=$((PER_DEVICE_BATCH * NPROC * NNODES))
     if [[ -z "${GRAD_ACCUM:=}" ]]; then
         ((BATCH % together == 0)) || fail "BATCH=$BATCH is no multiple of PER_DEVICE_BATCH=$PER_DEVICE_BATCH x NPROC=$NPROC x NNODES=$NNODES; set one of them"
@@ -83,6 +85,7 @@ common_flags() {
     else
         FLAGS+=(--bf16 True --tf32 True)
     fi
+    if [[ "$PER_DEVICE_BATCH" == auto ]]; then FLAGS+=(--global_batch_size "$BATCH"); fi
     if [[ -n "$DEEPSPEED" ]]; then FLAGS+=(--deepspeed "$DEEPSPEED"); fi
 }
 
@@ -119,6 +122,7 @@ launcher() {
 
 launch() {
     FLAGS+=("$@")
+    if [[ "${PLAN:=0}" == 1 ]]; then exec "$PYTHON" -m llava_sv.train.memory_plan --world_size $((NPROC * NNODES)) "${FLAGS[@]}"; fi
     launcher
     if [[ "$DRY_RUN" == 1 ]]; then
         printf '%s\n' "${RUN[@]}" llava_sv/train/train_mem.py "${FLAGS[@]}"

@@ -6,6 +6,7 @@ trace. P parameters, Q those that train, w bytes of a weight, N processes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -104,10 +105,10 @@ def estimate(trace: Trace, layout: Layout, weight_bytes: int, accumulating: bool
     """The worst moment of a step. weight_bytes: w. accumulating: whether gradients of earlier micro-batches are there,
     which `trace` was made with as well."""
     states, host = _states(trace, layout, weight_bytes)
-    share, fixed = _gradients(trace, layout, weight_bytes, accumulating)
-    moment = trace.worst(share)
+    kept, fixed = _gradients(trace, layout, weight_bytes, accumulating)
+    moment = trace.worst(kept)
     passing = _while_passing(trace, layout, weight_bytes)
-    busy = {**states, "gradients": fixed + int(share * moment.gradients), **passing, "activations": moment.activations}
+    busy = {**states, "gradients": fixed + kept(moment.gradients), **passing, "activations": moment.activations}
     stepping = {**states, **_while_stepping(trace, layout, weight_bytes, fixed)}
     if sum(stepping.values()) > sum(busy.values()):
         return Estimate(layout, _nonzero(stepping), "optimizer step", host)
@@ -141,19 +142,27 @@ def _states(trace: Trace, layout: Layout, w: int) -> tuple[dict[str, int], int]:
     return {**parts, "optimizer": optimizer}, host
 
 
-def _gradients(trace: Trace, layout: Layout, w: int, accumulating: bool) -> tuple[float, int]:
-    """(share of the gradients made so far that stays on the device, bytes that are there all the time)."""
+def _gradients(trace: Trace, layout: Layout, w: int, accumulating: bool) -> tuple[Callable[[int], int], int]:
+    """(bytes of gradients made so far -> bytes of them that stay on the device, bytes that are there all the time)."""
+    own = w * _padded(trace.trained, layout.world)
+
+    def all_of(made: int) -> int:
+        return made
+
+    def own_part(made: int) -> int:
+        return own if made else 0  # taken whole as the first gradient arrives
+
     if layout.stage is None:
-        return 1.0, trace.gradient_bytes if layout.world > 1 else 0  # DDP's buckets
+        return all_of, trace.gradient_bytes if layout.world > 1 else 0  # DDP's buckets
     if layout.stage == 0:
-        return 1.0, 0 if w == FP32 else FP32 * trace.trained
+        return all_of, 0 if w == FP32 else FP32 * trace.trained
     if layout.stage == 1:
-        return (1.0 if accumulating else 1.0 / layout.world), 0
+        return (all_of if accumulating else lambda made: made + own_part(made)), 0
     if layout.offload_optimizer:
-        return 0.0, 0
+        return (lambda made: 0), 0
     if layout.stage == 2:
-        return 1.0 / layout.world, 0
-    return 0.0, w * _padded(trace.trained, layout.world)
+        return (lambda made: 0, own) if accumulating else (own_part, 0)
+    return (lambda made: 0), own
 
 
 def _while_passing(trace: Trace, layout: Layout, w: int) -> dict[str, int]:

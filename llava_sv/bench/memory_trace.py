@@ -93,9 +93,10 @@ class Trace:
         """Parameters that train."""
         return sum(trained for _, trained in self.parameters.values())
 
-    def worst(self, gradient_share: float = 1.0) -> Moment:
-        """The moment of most memory where only a share of the gradients stays with this process."""
-        return max(self.moments, key=lambda moment: moment.activations + gradient_share * moment.gradients)
+    def worst(self, kept: Callable[[int], int] = lambda gradients: gradients) -> Moment:
+        """The moment of most memory. kept: bytes of gradients made so far -> those that this process then holds, never
+        fewer where more were made."""
+        return max(self.moments, key=lambda moment: moment.activations + kept(moment.gradients))
 
 
 class _Watch:

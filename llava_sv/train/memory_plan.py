@@ -323,6 +323,24 @@ class Planner:
         whole = self.global_batch()
         return 1 if whole is None else max(whole // (batch * self.asked.world), 1)
 
+    def too_small(self, own: Any, checkpointing: bool = True) -> str:
+        """What to change where a batch of one is too large."""
+        room, dense = self.asked.memory * GIB, not self.skips
+        least = self.estimate(own, 1, dense, checkpointing).device / GIB
+        fitting = [
+            row.name
+            for row in self.rows()
+            if row.name != own.name and self.estimate(row, 1, dense, checkpointing).device <= room
+        ]
+        ways = [] if checkpointing else ["--gradient_checkpointing True"]
+        ways += [f"{fitting[0]} (--deepspeed; scripts/zero3_offload.json)"] if fitting else []
+        ways += [] if self.asked.lora.lora_enable else ["--lora_enable True (adapters only)"]
+        ways += ["more processes", "a shorter --model_max_length"]
+        return (
+            f"a batch of 1 does not fit: it takes {least:.1f} GiB a device with {own.name} over {self.asked.world} "
+            f"process(es), and there are {self.asked.memory:.1f} ({self.asked.memory_from}); try {', or '.join(ways)}"
+        )
+
     def suggest(self, layout: Any, checkpointing: bool) -> int:
         """The largest power of two that fits and divides the global batch; 0 where none does.
 
@@ -402,7 +420,7 @@ def advise(planner: Planner, own: Any, batch: int, checkpointing: bool) -> dict[
     takes = planner.estimate(own, batch, not planner.skips, checkpointing).device
     best = {on: planner.suggest(own, on) for on in (False, True)}
     if not best[checkpointing] and not best[True]:
-        raise UserError(_too_small(planner, own))
+        raise UserError(planner.too_small(own))
     chosen = checkpointing if best[checkpointing] else True
     if best[False] >= best[True]:
         chosen = False
@@ -413,26 +431,6 @@ def advise(planner: Planner, own: Any, batch: int, checkpointing: bool) -> dict[
         "accumulation": planner.accumulation(best[chosen]),
         "largest": {"without checkpointing": best[False], "with checkpointing": best[True]},
     }
-
-
-def _too_small(planner: Planner, own: Any) -> str:
-    """What to change where a batch of one is too large."""
-    asked = planner.asked
-    least = planner.estimate(own, 1, not planner.skips, True).device / GIB
-    fitting = [
-        layout.name
-        for layout in planner.rows()
-        if layout.name != own.name
-        and planner.estimate(layout, 1, not planner.skips, True).device <= asked.memory * GIB
-    ]
-    ways = [f"use {fitting[0]} (--deepspeed)"] if fitting else []
-    ways += [] if asked.lora.lora_enable else ["train adapters only (--lora_enable True)"]
-    ways += ["use more processes (--world_size)", "shorten --model_max_length"]
-    return (
-        f"--gpu_memory: {asked.memory:.0f} GiB ({asked.memory_from}) do not hold a batch of 1 with {own.name} over "
-        f"{asked.world} process(es), which takes {least:.1f} GiB with --gradient_checkpointing True; "
-        + "; or ".join(ways)
-    )
 
 
 def render(plan: dict[str, Any]) -> str:
@@ -483,7 +481,9 @@ def _advice_lines(plan: dict[str, Any], device: dict[str, Any]) -> list[str]:
         f"{advice['checkpointing']}"
     )
     if run["global_batch"] is not None:
-        suggested += f" --gradient_accumulation_steps {advice['accumulation']} (a global batch of {run['global_batch']})"
+        suggested += (
+            f" --gradient_accumulation_steps {advice['accumulation']} (a global batch of {run['global_batch']})"
+        )
         suggested += f"; scripts: PER_DEVICE_BATCH={advice['batch']} CHECKPOINTING={advice['checkpointing']}"
     return [*lines, suggested]
 

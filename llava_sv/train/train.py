@@ -39,8 +39,10 @@ def train(attn_implementation: str | Callable[[], str] | None = None, argv: list
         if problems:
             raise UserError(preflight.message(problems))
 
+    from llava_sv.train import find_batch
     from llava_sv.train.flags import parse
 
+    argv = find_batch.settle(argv)
     model_args, data_args, args = parse(argv)
     fallback = attn_implementation() if callable(attn_implementation) else attn_implementation
     args.attn_implementation = args.attn_implementation or fallback
@@ -59,7 +61,8 @@ def _prepare_environment(flags: dict[str, str]) -> None:
 
 def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> int:
     """Train as the arguments say. Every rank runs this."""
-    from llava_sv.train import build, resume
+    from llava_sv.data.collator import DataCollatorForSupervisedDataset
+    from llava_sv.train import build, find_batch, resume
     from llava_sv.train.distributed import check_world, leave_together
 
     check_world(args)
@@ -79,6 +82,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     build.choose_trainable(model, model_args)
     dataset = build.build_dataset(tokenizer, image_processor, data_args, str(model_args.version), model.config)
     build.check_room(model.config, dataset, args)
+    if args.probe_batch:
+        find_batch.probe(model, dataset, DataCollatorForSupervisedDataset(tokenizer), args)
     parts = {"processing_class": tokenizer, "model": model, "image_processor": image_processor}
     trainer = make_trainer(args, parts, dataset, model_args.tune_mm_mlp_adapter, asked)
     _introduce(trainer, dataset, tokenizer, plan.note)
