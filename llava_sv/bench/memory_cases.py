@@ -73,7 +73,7 @@ class Case:
         """DeepSpeed's configuration: that of scripts/zero2.json and zero3.json, filled in as transformers does."""
         if not self.layout.startswith("ZeRO"):
             return None
-        zero = {
+        zero: dict[str, Any] = {
             "stage": int(self.layout[-1]),
             "overlap_comm": True,
             "contiguous_gradients": True,

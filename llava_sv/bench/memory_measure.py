@@ -1,7 +1,7 @@
 """The memory that real training steps take: a config and a `Work` in, bytes out. The yardstick of the plan.
 
-On CUDA the allocator's own peak; on CPU every allocation and release that torch's CPU allocator reports to the profiler,
-added up. Called by `bench memory` and by tests.
+On CUDA the allocator's own peak; on CPU every allocation and release that torch's CPU allocator reports to the
+profiler, added up. Called by `bench memory` and by tests.
 """
 
 from __future__ import annotations

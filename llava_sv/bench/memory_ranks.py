@@ -37,8 +37,7 @@ def measure(cases: Sequence[Case], world: int = 2) -> list[int]:
         done = subprocess.run(
             [*command, "-m", __spec__.name, str(listing), folder],
             env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             timeout=900,
             text=True,
             check=False,

@@ -1,7 +1,7 @@
 """One process' memory in training: a `Trace` and how the model's states are spread in, bytes of each part out.
 
-Weights, gradients, optimizer states and buffers follow from DeepSpeed's own layout (0.18 and 0.19), activations from the
-trace. P parameters, Q those that train, w bytes of a weight, N processes.
+Weights, gradients, optimizer states and buffers follow from DeepSpeed's own layout (0.18 and 0.19), activations from
+the trace. P parameters, Q those that train, w bytes of a weight, N processes.
 """
 
 from __future__ import annotations

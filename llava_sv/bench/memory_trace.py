@@ -174,9 +174,8 @@ def trace(config: Any, work: Work, prepare: Prepare, part_of: Callable[[str], st
     """
     config.tokenizer_model_max_length = None
     with Ghost() as ghost, _quiet():
-        with ghost.labelled("parameters"):
-            with _moved_by_hand():
-                model = prepare(model_class(config)._from_config(config, dtype=work.weights))
+        with ghost.labelled("parameters"), _moved_by_hand():
+            model = prepare(model_class(config)._from_config(config, dtype=work.weights))
         model.train()
         if work.checkpointing:
             enable_checkpointing(model)

@@ -1,6 +1,6 @@
 """`--per_device_train_batch_size auto`: the largest batch that fits each device, with the global batch kept.
 
-Two looks. Before anything is built, the memory plan says which powers of two fit (`settle`, on the command line: DeepSpeed
+Before anything is built, the memory plan says which powers of two fit (`settle`, on the command line: DeepSpeed
 reads batch sizes as the arguments are made). On GPUs without DeepSpeed, real steps on the longest samples then say
 whether the next larger ones fit or smaller ones are needed (`probe`); all ranks take the least. Accumulation follows
 from `--global_batch_size`, so that what is optimised is the same for every batch found.

@@ -14,10 +14,11 @@ from typing import Any
 
 from llava_sv.errors import UserError, exit_on_user_error
 from llava_sv.files import write_json
+from llava_sv.train.memory_model import model_config, prepare
 
 EXAMPLE = """example:
-  llava-sv doctor --plan --model_name_or_path playground/tiny/llm --vision_tower playground/tiny/clip --version llama_3 \\
-      --world_size 8 --gpu_memory 80 --deepspeed scripts/zero3.json --bf16 True --gradient_checkpointing True
+  llava-sv doctor --plan --model_name_or_path playground/tiny/llm --vision_tower playground/tiny/clip \\
+      --version llama_3 --world_size 8 --gpu_memory 80 --deepspeed scripts/zero3.json --bf16 True
   PLAN=1 bash scripts/v1_5/finetune_skip.sh"""
 
 GIB = 2**30
@@ -135,73 +136,6 @@ def _device_memory(given: float | None) -> tuple[float, str]:
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory / GIB, f"this machine's {torch.cuda.get_device_name(0)}"
     return USUAL, "assumed: no GPU here, say --gpu_memory"
-
-
-def model_config(asked: Asked, dense: bool = False) -> Any:
-    """The config of the model that training would build; `UserError` where a config.json is not here."""
-    from llava_sv.model.builders import get_builder
-    from llava_sv.model.builders.assemble import make_config
-    from llava_sv.model.builders.cos import with_defaults
-    from llava_sv.model.loading import check_config, is_llava, read_config
-    from llava_sv.model.multimodal_encoder.builder import read_vision_config
-    from llava_sv.train.preflight import find_model
-    from llava_sv.train.preflight import read_config as read_json
-
-    args = asked.model_args
-    family = args.mm_family or "llava"
-    get_builder(family)
-    own = find_model(str(args.model_name_or_path))
-    if own is None:
-        raise UserError(_no_config("model_name_or_path", args.model_name_or_path))
-    if is_llava(read_json(own)):
-        config = read_config(str(own))
-        if config.vision_config is None:
-            config.vision_config = _vision(config.mm_vision_tower, config.mm_vision_image_size, read_vision_config)
-        block = args.skip_vision(config.skip_vision.to_dict() if config.skip_vision else None)
-        config.skip_vision = None if dense else block
-        check_config(config, config.vision_config)
-        return config
-    if not args.vision_tower or find_model(args.vision_tower) is None:
-        raise UserError(_no_config("vision_tower", args.vision_tower))
-    tower = str(find_model(args.vision_tower))
-    settings = {**args.selected_state(), **args.family_settings()}
-    if family == "cos":
-        settings = with_defaults(tower, settings)
-    settings["image_aspect_ratio"] = asked.values.image_aspect_ratio
-    return make_config(family, str(own), tower, None if dense else args.skip_vision(), settings)
-
-
-def _vision(name: str, size: int | None, reader: Any) -> dict[str, Any]:
-    from llava_sv.train.preflight import find_model
-
-    found = find_model(name)
-    if found is None:
-        raise UserError(_no_config("vision_tower", name))
-    return reader(str(found), size).to_dict()
-
-
-def _no_config(flag: str, name: str | None) -> str:
-    if not name:
-        return f"--{flag} is needed: a folder or Hugging Face id whose config.json is here"
-    return (
-        f"--{flag} {name}: no config.json here to plan from, neither in a folder nor in the Hugging Face cache; it is "
-        f"enough to have that one file: hf download {name} config.json"
-    )
-
-
-def prepare(asked: Asked, model: Any) -> Any:
-    """What trains, as training chooses it; with LoRA, adapters on the decoder's linear layers."""
-    from llava_sv.bench.memory_cases import with_lora
-    from llava_sv.train.build import choose_trainable
-
-    choose_trainable(model, asked.model_args)
-    if not asked.lora.lora_enable:
-        return model
-    projector = [p for p in model.get_model().mm_projector.parameters() if p.requires_grad]
-    wrapped = with_lora(model, asked.lora.lora_r, asked.lora.lora_alpha, asked.lora.lora_dropout)
-    for parameter in projector:
-        parameter.requires_grad_(True)
-    return wrapped
 
 
 class Planner:
@@ -433,61 +367,6 @@ def advise(planner: Planner, own: Any, batch: int, checkpointing: bool) -> dict[
     }
 
 
-def render(plan: dict[str, Any]) -> str:
-    """The page a person reads."""
-    model, run, device = plan["model"], plan["run"], plan["device"]
-    kinds = list(model["sequence"])
-    lines = ["memory plan: no weights were read, nothing was run", ""]
-    for part, (total, trained) in model["parameters"].items():
-        lines.append(f"  {part:<17} {total:>16,} parameters, {trained:,} train")
-    lengths = ", ".join(f"{kind} {length}" for kind, length in model["sequence"].items())
-    lines.append(f"  {'tokens a sample':<17} {model['text_tokens']} of text and an image: {lengths}")
-    lines.append(f"  {'batch':<17} {run['batch']} a device x {run['world_size']} x {run['accumulation']} accumulated")
-    lines.append(f"  {'checkpointing':<17} {'on' if run['checkpointing'] else 'off'}")
-    lines += ["", f"GiB a device        {''.join(f'{kind:>12}' for kind in kinds)}{'on the host':>14}"]
-    for row in plan["rows"]:
-        figures = "".join(f"{row[kind]['device_bytes'] / GIB:>12.1f}" for kind in kinds)
-        host = row[kinds[-1]]["host_bytes"] / GIB
-        mark = "  <- this command" if row["own"] else ""
-        lines.append(f"  {_short(row['layout']):<18}{figures}{host:>14.1f}{mark}")
-    own = next(row for row in plan["rows"] if row["own"])
-    lines += ["", f"{run['layout']}, part by part, GiB at the worst moment"]
-    names = dict.fromkeys(name for kind in kinds for name in _breakdown(own[kind]))
-    for name in names:
-        lines.append(f"  {name:<34}" + "".join(f"{_breakdown(own[kind]).get(name, 0) / GIB:>10.2f}" for kind in kinds))
-    lines.append(f"  {'the moment':<34}" + "".join(f"  {kind}: {own[kind]['phase']}" for kind in kinds))
-    return "\n".join([*lines, "", *_advice_lines(plan, device)])
-
-
-def _short(layout: str) -> str:
-    return layout.replace("optimizer and weights on the host", "offload").replace("optimizer on the host", "offload")
-
-
-def _breakdown(facts: dict[str, Any]) -> dict[str, int]:
-    """Parts, activations by module, then what is assumed for allocator and driver."""
-    parts = {name: size for name, size in facts["parts"].items() if name != "activations"}
-    parts |= {f"activations: {name}": size for name, size in facts["activations"].items()}
-    return {**parts, "allocator and CUDA (assumed)": facts["device_bytes"] - facts["tensor_bytes"]}
-
-
-def _advice_lines(plan: dict[str, Any], device: dict[str, Any]) -> list[str]:
-    advice, run = plan["advice"], plan["run"]
-    verdict = "fits" if advice["fits"] else "does not fit"
-    lines = [f"{device['gib']:g} GiB a device ({device['from']}): this command {verdict}."]
-    if not advice["batch"]:
-        return lines
-    suggested = (
-        f"Largest that fits: --per_device_train_batch_size {advice['batch']} --gradient_checkpointing "
-        f"{advice['checkpointing']}"
-    )
-    if run["global_batch"] is not None:
-        suggested += (
-            f" --gradient_accumulation_steps {advice['accumulation']} (a global batch of {run['global_batch']})"
-        )
-        suggested += f"; scripts: PER_DEVICE_BATCH={advice['batch']} CHECKPOINTING={advice['checkpointing']}"
-    return [*lines, suggested]
-
-
 def plan_main(argv: list[str]) -> int:
     """`llava-sv doctor --plan ...`."""
     if {"-h", "--help"} & set(argv):
@@ -496,6 +375,8 @@ def plan_main(argv: list[str]) -> int:
         return _plan_of_script(argv[1:])
     own, _ = _own_parser().parse_known_args(argv)
     plan = make_plan(argv)
+    from llava_sv.train.memory_page import render
+
     print(render(plan))
     if own.json:
         write_json(own.json, plan)
