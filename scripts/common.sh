@@ -122,7 +122,7 @@ launcher() {
 
 launch() {
     FLAGS+=("$@")
-    if [[ "${PLAN:=0}" == 1 ]]; then exec "$PYTHON" -m llava_sv.train.memory_plan --world_size $((NPROC * NNODES)) "${FLAGS[@]}"; fi
+    if [[ "${PLAN:=0}" == 1 && "$DRY_RUN" != 1 ]]; then exec "$PYTHON" -m llava_sv.train.memory_plan --world_size $((NPROC * NNODES)) "${FLAGS[@]}"; fi
     launcher
     if [[ "$DRY_RUN" == 1 ]]; then
         printf '%s\n' "${RUN[@]}" llava_sv/train/train_mem.py "${FLAGS[@]}"
