@@ -74,9 +74,8 @@ def read(argv: list[str]) -> Asked:
         values.per_device_train_batch_size = "auto"
     names = {item.name for item in fields(ModelArguments) if item.init}
     model_args = ModelArguments(**{name: value for name, value in vars(values).items() if name in names})
-    for name in ("model_name_or_path", "vision_tower"):
-        if not getattr(model_args, name) and name == "model_name_or_path":
-            raise UserError(f"--{name} is needed: a folder or Hugging Face id whose config.json is here")
+    if not model_args.model_name_or_path:
+        raise UserError("--model_name_or_path is needed: a folder or Hugging Face id whose config.json is here")
     if own.world_size < 1:
         raise UserError(f"--world_size {own.world_size}: at least one process is needed")
     memory, where = _device_memory(own.gpu_memory)
