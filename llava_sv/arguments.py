@@ -256,6 +256,12 @@ class TrainingArguments(transformers.TrainingArguments):
     max_nonfinite_steps: int = _flag(
         10, "Stop after so many steps in a row whose loss or gradient was not finite (each is dropped); 0: never."
     )
+    global_batch_size: int | None = _flag(
+        None,
+        "Samples of one optimizer step, over all devices: sets --gradient_accumulation_steps. With it, "
+        "--per_device_train_batch_size auto finds the largest batch that fits.",
+    )
+    probe_batch: bool = _flag(False, "Set by --per_device_train_batch_size auto: real steps confirm the batch (GPU).")
     logging_steps: float = _flag(1, "Log every so many steps (below 1: a share of all steps).")
 
     def __post_init__(self) -> None:

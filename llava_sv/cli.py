@@ -24,6 +24,7 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "doctor": Command("llava_sv.doctor:main", "say what this machine has, what is missing and how to get it"),
+    "doctor --plan": Command("llava_sv.train.memory_plan:plan_main", "say what a training command needs of memory"),
     "data toy": Command("llava_sv.data.toy:main", "draw the toy images, conversations and benchmark"),
     "data check": Command("llava_sv.data.commands:check_main", "check a LLaVA data file before training on it"),
     "data index": Command("llava_sv.data.commands:index_main", "build the memory-mapped index of a data file"),
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Command] = {
     "flops": Command("llava_sv.bench.flops:main", "count FLOPs of a setting, as the paper does and exactly"),
     "bench train": Command("llava_sv.bench.train:main", "time a training step, dense against skipping"),
     "bench infer": Command("llava_sv.bench.infer:main", "time prefill and decode, and read the KV cache's bytes"),
+    "bench memory": Command("llava_sv.bench.memory:main", "plan the memory of small runs, measure it, compare"),
 }
 
 

@@ -3,7 +3,7 @@
 #
 # Environment that every training script reads (its own page has the defaults):
 #   LLM VISION_TOWER DATA IMAGE_FOLDER ADAPTER OUTPUT   models, data, where results go
-#   BATCH PER_DEVICE_BATCH GRAD_ACCUM EPOCHS LR MAX_LENGTH SEED VERSION CHECKPOINTING SAVE_STEPS WORKERS
+#   BATCH PER_DEVICE_BATCH (or auto) GRAD_ACCUM EPOCHS LR MAX_LENGTH SEED VERSION CHECKPOINTING SAVE_STEPS WORKERS
 #   NPROC NNODES NODE_RANK MASTER_ADDR MASTER_PORT HOSTFILE   processes a node, nodes, where they meet (docs/MultiNode.md)
 #   LAUNCHER    torchrun, deepspeed or python (default: chosen by the others)    MAX_RESTARTS   torchrun's
 #   JOIN_TIMEOUT   seconds that nodes wait for one another (300)   SSH_PORT NO_SSH   for HOSTFILE
@@ -11,6 +11,7 @@
 #   PROJECTOR ASPECT_RATIO   --mm_projector_type, --image_aspect_ratio
 #   DEEPSPEED   DeepSpeed configuration; empty: none       USE_CPU=1   train without a GPU
 #   PYTHON      interpreter (default: .venv's, else python)
+#   PLAN=1      print what each device's memory must hold, instead of training (docs/Memory.md)
 #   DRY_RUN=1   print the command instead of running it    PRESET=tiny   the embedded tiny models, on CPU
 # Any further argument is passed on to training: bash scripts/v1_5/finetune.sh --max_steps 10
 
@@ -61,6 +62,7 @@ plan() {
 # How many batches each process accumulates, so that one optimizer step sees BATCH samples on any number of devices.
 set_grad_accum() {
     plan
+    if [[ "$PER_DEVICE_BATCH" == auto ]]; then GRAD_ACCUM=1; return; fi # found as training starts; BATCH is kept
     if [[ -z "${GRAD_ACCUM:=}" ]]; then
         ((BATCH % (PER_DEVICE_BATCH * WORLD) == 0)) || fail "BATCH=$BATCH is no multiple of PER_DEVICE_BATCH=$PER_DEVICE_BATCH x $WORLD processes (NPROC x NNODES, or the hostfile's slots); set one of them"
         GRAD_ACCUM=$((BATCH / (PER_DEVICE_BATCH * WORLD)))
@@ -103,6 +105,7 @@ common_flags() {
     else
         FLAGS+=(--bf16 True --tf32 True)
     fi
+    if [[ "$PER_DEVICE_BATCH" == auto ]]; then FLAGS+=(--global_batch_size "$BATCH"); fi
     if [[ -n "$DEEPSPEED" ]]; then FLAGS+=(--deepspeed "$DEEPSPEED"); fi
 }
 
@@ -163,6 +166,7 @@ ask_to_stop() {
 # heeds from PET_SIGNALS_TO_HANDLE, and both inherit that the others are ignored.
 launch() {
     FLAGS+=("$@")
+    if [[ "${PLAN:=0}" == 1 && "$DRY_RUN" != 1 ]]; then exec "$PYTHON" -m llava_sv.train.memory_plan --world_size "$WORLD" "${FLAGS[@]}"; fi
     launcher
     if [[ "$DRY_RUN" == 1 ]]; then
         printf '%s\n' "${RUN[@]}" llava_sv/train/train_mem.py "${FLAGS[@]}"

@@ -54,7 +54,7 @@ class PackedDataset(Dataset):
     def __init__(self, dataset: Any, lengths: np.ndarray, capacity: int, seed: int) -> None:
         self.dataset, self.capacity = dataset, capacity
         self.members, self.starts = pack_by_length(lengths, capacity, seed)
-        self._tokens = int(np.minimum(lengths, capacity).sum())
+        self._lengths = np.minimum(lengths, capacity)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -75,6 +75,10 @@ class PackedDataset(Dataset):
         """See `LazySupervisedDataset.image_problems`."""
         return self.dataset.image_problems()
 
+    def lengths(self, visual_tokens: Any = None) -> list[int]:
+        """Tokens of each pack; `visual_tokens`, which a data set of samples asks, is counted already."""
+        return np.add.reduceat(self._lengths[self.members], self.starts[:-1]).tolist()
+
     def samples_in(self, packs: Iterable[int]) -> int:
         """How many samples these packs hold together."""
         return sum(len(self.pack(pack)) for pack in packs)
@@ -82,7 +86,7 @@ class PackedDataset(Dataset):
     def describe(self) -> str:
         """How full the packs are, in words."""
         samples, packs = len(self.dataset), len(self)
-        empty = 1 - self._tokens / (packs * self.capacity)
+        empty = 1 - int(self._lengths.sum()) / (packs * self.capacity)
         return (
             f"{samples:,} samples in {packs:,} packs of up to {self.capacity:,} tokens "
             f"({samples / packs:.1f} a pack, {empty:.1%} left empty)"

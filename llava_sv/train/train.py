@@ -47,8 +47,10 @@ def _train(attn_implementation: str | Callable[[], str] | None, argv: list[str])
         if problems:
             raise UserError(preflight.message(problems))
 
+    from llava_sv.train import find_batch
     from llava_sv.train.flags import parse
 
+    argv = find_batch.settle(argv)
     model_args, data_args, args = parse(argv)
     fallback = attn_implementation() if callable(attn_implementation) else attn_implementation
     args.attn_implementation = args.attn_implementation or fallback
@@ -70,7 +72,8 @@ def _prepare_environment(flags: dict[str, str]) -> None:
 
 def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> int:
     """Train as the arguments say. Every rank runs this."""
-    from llava_sv.train import best, build, evaluation, lora, resume, universal
+    from llava_sv.data.collator import DataCollatorForSupervisedDataset
+    from llava_sv.train import best, build, evaluation, find_batch, lora, resume, universal
     from llava_sv.train.distributed import check_processes_agree, check_world, leave_together
     from llava_sv.train.stopping import clear
 
@@ -103,6 +106,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     if data_args.packing:
         dataset = build.pack(model, dataset, args)
         say(f"packing: {dataset.describe()}")
+    if args.probe_batch:
+        find_batch.probe(model, dataset, DataCollatorForSupervisedDataset(tokenizer), args)
     parts = {"processing_class": tokenizer, "model": model, "image_processor": image_processor}
     parts["evaluator"] = evaluator
     trainer = make_trainer(args, parts, dataset, model_args.tune_mm_mlp_adapter, asked)

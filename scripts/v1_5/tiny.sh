@@ -3,6 +3,7 @@
 : "${LLM:=playground/tiny/llm}" "${VISION_TOWER:=playground/tiny/clip}"
 : "${IMAGE_FOLDER:=playground/data/toy/images}"
 : "${NPROC:=1}" "${USE_CPU:=1}" "${DEEPSPEED:=}" "${WORKERS:=0}" "${SAVE_STEPS:=200}" "${CHECKPOINTING:=False}"
+: "${BATCH:=32}" "${PER_DEVICE_BATCH:=$((BATCH / (NPROC * ${NNODES:-1})))}"
 
 script=$(basename "$0" .sh)
 case "$MM_FAMILY" in
@@ -14,12 +15,12 @@ case "$script" in *_lora) : "${LR:=2e-3}" "${PROJECTOR_LR:=5e-4}" "${LORA_R:=16}
 case "$script" in
     pretrain)
         : "${DATA:=playground/data/toy/pretrain.json}" "${OUTPUT:=checkpoints/tiny-${name}pretrain}"
-        : "${BATCH:=32}" "${PER_DEVICE_BATCH:=32}" "${EPOCHS:=1}" "${LR:=2e-3}"
+        : "${EPOCHS:=1}" "${LR:=2e-3}"
         ;;
     *)
         : "${DATA:=playground/data/toy/sft.json}" "${OUTPUT:=checkpoints/tiny-$name$script}"
         : "${ADAPTER:=checkpoints/tiny-${name}pretrain/mm_projector.bin}" "${VERSION:=llama_3}"
-        : "${BATCH:=32}" "${PER_DEVICE_BATCH:=32}" "${EPOCHS:=2}" "${LR:=5e-4}"
+        : "${EPOCHS:=2}" "${LR:=5e-4}"
         ;;
 esac
 case "$name$script" in
