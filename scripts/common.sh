@@ -63,6 +63,8 @@ plan() {
 set_grad_accum() {
     plan
     if [[ "$PER_DEVICE_BATCH" == auto ]]; then GRAD_ACCUM=1; return; fi # found as training starts; BATCH is kept
+    [[ "$BATCH" =~ ^[1-9][0-9]*$ ]] || fail "BATCH=$BATCH: give a whole number of samples, 1 or more"
+    [[ "$PER_DEVICE_BATCH" =~ ^[1-9][0-9]*$ ]] || fail "PER_DEVICE_BATCH=$PER_DEVICE_BATCH: each of $WORLD processes needs one sample or more (BATCH=$BATCH); give a whole number, or auto"
     if [[ -z "${GRAD_ACCUM:=}" ]]; then
         ((BATCH % (PER_DEVICE_BATCH * WORLD) == 0)) || fail "BATCH=$BATCH is no multiple of PER_DEVICE_BATCH=$PER_DEVICE_BATCH x $WORLD processes (NPROC x NNODES, or the hostfile's slots); set one of them"
         GRAD_ACCUM=$((BATCH / (PER_DEVICE_BATCH * WORLD)))

@@ -167,6 +167,27 @@ def test_fewer_devices_accumulate_to_the_same_batch():
     assert "BATCH=128 is no multiple of PER_DEVICE_BATCH=16 x 3 processes" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"PRESET": "tiny", "NPROC": "64"}, "PER_DEVICE_BATCH=0: each of 64 processes needs one sample or more"),
+        ({"PER_DEVICE_BATCH": "many"}, "PER_DEVICE_BATCH=many: each of 8 processes"),
+        ({"BATCH": "1o"}, "BATCH=1o: give a whole number of samples"),
+        ({"PRESET": "tiny", "BATCH": "0"}, "BATCH=0: give a whole number of samples"),
+    ],
+)
+def test_a_batch_that_is_none_is_refused(changes, said):
+    done = run("finetune.sh", DRY_RUN="1", **changes)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {said}")
+
+
+def test_the_tiny_batch_is_shared_between_processes():
+    for processes, each in (("1", "32"), ("2", "16")):
+        _, flags = flags_of("finetune_skip.sh", PRESET="tiny", NPROC=processes)
+        assert parse(flags)[2].per_device_train_batch_size == int(each)
+
+
 def test_further_flags_are_passed_on_and_win():
     _, flags = flags_of("finetune.sh", "--learning_rate", "3e-5", "--max_steps", "7", LR="2e-5")
     training = parse(on_cpu(flags))[2]

@@ -5,7 +5,7 @@
 : "${NPROC:=1}" "${USE_CPU:=1}" "${DEEPSPEED:=}" "${WORKERS:=0}" "${SAVE_STEPS:=200}" "${CHECKPOINTING:=False}"
 : "${BATCH:=32}"
 # shared between the processes where they are numbers; what is wrong with them is said later
-if [[ "$NPROC" =~ ^[1-9][0-9]*$ && "${NNODES:-1}" =~ ^[1-9][0-9]*$ ]]; then
+if [[ "$BATCH" =~ ^[1-9][0-9]*$ && "$NPROC" =~ ^[1-9][0-9]*$ && "${NNODES:-1}" =~ ^[1-9][0-9]*$ ]]; then
     : "${PER_DEVICE_BATCH:=$((BATCH / (NPROC * ${NNODES:-1})))}"
 fi
 : "${PER_DEVICE_BATCH:=$BATCH}"
