@@ -51,8 +51,19 @@ def two_ranks(*flags, restarts=0):
 
 def start(argv, fault=None, **extra):
     return subprocess.Popen(
-        argv, cwd=ROOT, env=environment(fault) | extra, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        argv,
+        cwd=ROOT,
+        env=environment(fault) | extra,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_ctrl_c,
     )
+
+
+def heed_ctrl_c():
+    """A test run in the background of a script ignores SIGINT, and so would everything below it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end_of(process):
