@@ -153,7 +153,8 @@ class LLaVATrainer(Trainer):
         self.args.logging_nan_inf_filter = False  # it would log the mean of earlier losses in place of a NaN
         self.nonfinite = Nonfinite(self)
         self.saving = Saving(self)
-        self.add_callback(FaultsCallback(self))
+        self.faults = FaultsCallback(self)
+        self.add_callback(self.faults)
 
     # -- order of the data ------------------------------------------------------------------------------------------
 
@@ -275,6 +276,11 @@ class LLaVATrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         self.window.exclude(time.perf_counter() - began)
         return found
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """The library's; a run that was asked to stop saves under `--save_strategy best` too, better or not."""
+        better = super()._determine_best_metric(*args, **kwargs)
+        return better or bool(self.faults.stopper.reason)
 
     def _load_best_model(self) -> None:
         """The library's, and a projector's own checkpoint, which it does not know."""

@@ -169,7 +169,7 @@ def script(world, tmp_path):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        variables = {"PYTHON": str(python), "USE_CPU": "1", "NPROC": str(nproc), "DEEPSPEED": ""}
+        variables = {"PYTHON": str(python), "USE_CPU": "1", "NPROC": str(nproc), "DEEPSPEED": "", "OUTPUT": str(output)}
         words = world.flags("skip", output, *COMMON, *flags)
         return ["bash", str(tmp_path / "train.sh"), *words], variables | {"MASTER_PORT": str(port)}
 
