@@ -21,7 +21,7 @@ from llava_sv.data.sampler import LengthGroupedSampler
 from llava_sv.errors import UserError
 from llava_sv.model.checkpoint_io import load_projector
 from llava_sv.train import checkpoint
-from llava_sv.train.best import Patience, best_checkpoint
+from llava_sv.train.best import Patience, best_checkpoint, owed
 from llava_sv.train.distributed import check_engine
 from llava_sv.train.evaluation import Evaluator
 from llava_sv.train.faults import FaultsCallback
@@ -71,6 +71,9 @@ class _EpochCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         check_engine(self.trainer.model_wrapped, args)
         self.trainer.start_window(state.global_step)
+        if owed(args, state):
+            found = self.trainer.evaluate()
+            self.trainer._determine_best_metric(metrics=found, trial=None)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer.sampler is not None:

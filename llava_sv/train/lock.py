@@ -34,6 +34,9 @@ def held(args: Any) -> Iterator[None]:
     from llava_sv.train.distributed import leave_together
     from llava_sv.train.saving import gather
 
+    if int(os.environ.get("WORLD_SIZE") or 1) != args.world_size:
+        yield  # each takes itself for rank 0: `check_world` says so
+        return
     output, file, problem = Path(args.output_dir), None, ""
     made = args.process_index == 0 and not output.exists()
     if args.process_index == 0:
@@ -71,8 +74,8 @@ def take(output: Path, patience: float | None = None) -> tuple[IO[str] | None, s
                     return None, ""
                 if time.monotonic() > deadline:
                     return None, (
-                        f"--output_dir {output}: another training is under way there{said}; wait for its end, ask it to "
-                        f"stop (touch {output}/stop.request), or choose another --output_dir"
+                        f"--output_dir {output}: another training is under way there{said}; wait for its end, ask it "
+                        f"to stop (touch {output}/stop.request), or choose another --output_dir"
                     )
                 time.sleep(0.5)
                 continue

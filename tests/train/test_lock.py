@@ -25,9 +25,9 @@ def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path, monkeypatch):
     with subprocess.Popen([sys.executable, "-c", HOLD, str(output)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
         args = SimpleNamespace(output_dir=str(output), process_index=0, world_size=1)
-        with pytest.raises(UserError, match=f"another training is under way there .process {holder.pid} on "):
-            with lock.held(args):
-                pass
+        said = f"another training is under way there .process {holder.pid} on "
+        with pytest.raises(UserError, match=said), lock.held(args):
+            pass
         os.kill(holder.pid, signal.SIGKILL)
         holder.wait()
     with lock.held(args):
