@@ -187,6 +187,11 @@ launch() {
         exec "${session[@]}" "${RUN[@]}" llava_sv/train/train_mem.py "${FLAGS[@]}"
     ) </dev/null &
     child=$!
+    # reads until this script ends: where it was killed, without a word, the training must not go on unseen
+    exec {alive}> >(
+        trap '' TERM USR1 INT HUP
+        exec "${session[@]}" bash -c "$(declare -f processes_below)"'; read -r _ || kill -s KILL $(processes_below "$0") "$0"' "$child" >/dev/null 2>&1
+    )
     trap 'ask_to_stop SIGTERM' TERM HUP
     trap 'ask_to_stop SIGUSR1' USR1
     trap 'ask_to_stop SIGINT' INT
@@ -195,6 +200,8 @@ launch() {
         kill -0 "$child" 2>/dev/null || break
     done
     trap - TERM HUP USR1 INT
+    trap '' PIPE
+    { echo done >&"$alive"; } 2>/dev/null || true
     rm -f "$OUTPUT_DIR/stop.request"
     own=$(sed -n 's/^ *"exit_code": \([0-9]*\).*/\1/p' "$OUTPUT_DIR/stopped.json" 2>/dev/null || true)
     if [[ -z "$own" ]] && ((interrupts > 0 && code != 0)); then own=130; fi

@@ -10,9 +10,9 @@ from __future__ import annotations
 import sys
 
 from llava_sv.cluster import roll_call
-from llava_sv.errors import UserError, exit_on_user_error
+from llava_sv.errors import CANNOT_WRITE, INTERRUPTED, PREEMPTED, UserError, exit_on_user_error
 
-QUIET = (2, 75)
+QUIET = (2, CANNOT_WRITE, PREEMPTED, INTERRUPTED)
 """Exit codes with which a process has said all there is to say."""
 
 

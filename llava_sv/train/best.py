@@ -33,6 +33,19 @@ def evaluations(history: list[dict[str, Any]], metric: str) -> list[tuple[int, f
     return [(step, value) for step, value in sorted(found.items()) if math.isfinite(value)]
 
 
+def owed(args: Any, state: Any) -> bool:
+    """Whether an epoch's evaluation is missing at the step that a run goes on from: its last step was saved, and the
+    run ended before it was evaluated."""
+    if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "epoch" or not state.global_step:
+        return False
+    known = any(entry["step"] == state.global_step and any(map(_is_evaluated, entry)) for entry in state.log_history)
+    return not known and state.epoch >= args.eval_delay and abs(state.epoch - round(state.epoch)) < 1e-6
+
+
+def _is_evaluated(name: str) -> bool:
+    return name.startswith("eval_")
+
+
 def best_of(values: list[tuple[int, float]], greater: bool) -> tuple[int, float] | None:
     """The first (step, value) that no other beats."""
     return max(values, key=lambda item: (item[1] if greater else -item[1], -item[0]), default=None)

@@ -110,6 +110,10 @@ def check_processes_agree(args: Any, settings: dict[str, Any]) -> None:
     files["data"] = Path(settings["data_path"]).expanduser()
     if settings["pretrain_mm_mlp_adapter"]:
         files["model projector"] = Path(settings["pretrain_mm_mlp_adapter"]).expanduser()
+    adapters = settings.get("lora")
+    if adapters and adapters["weight_path"]:  # may be written otherwise on each node, like the other paths
+        files["model adapters"] = Path(adapters["weight_path"]).expanduser()
+        settings = {**settings, "lora": {**adapters, "weight_path": "given"}}
     agree.check(files, settings)
 
 

@@ -93,11 +93,12 @@ def guarded(args: Any) -> Iterator[None]:
         stopped = stopping.stop(output, speak, code, line, why=stopping.REASONS[-2 if code == INTERRUPTED else -1])
         if args.world_size < 2:
             raise stopped from None
-        # others may be inside a collective operation, which the interpreter's orderly end would wait for
+        # others may be inside a collective operation, which the interpreter's orderly end would wait for; the launcher
+        # ends them where this process fails, so that the code is never 0
         if stopped.line:
             print(stopped.line, file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(stopped.code)
+        os._exit(code)
 
 
 def step_of(output: Path) -> int:

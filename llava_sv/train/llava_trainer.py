@@ -21,7 +21,7 @@ from llava_sv.data.sampler import LengthGroupedSampler
 from llava_sv.errors import UserError
 from llava_sv.model.checkpoint_io import load_projector
 from llava_sv.train import checkpoint
-from llava_sv.train.best import Patience, best_checkpoint
+from llava_sv.train.best import Patience, best_checkpoint, owed
 from llava_sv.train.distributed import check_engine
 from llava_sv.train.evaluation import Evaluator
 from llava_sv.train.faults import FaultsCallback
@@ -71,6 +71,9 @@ class _EpochCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         check_engine(self.trainer.model_wrapped, args)
         self.trainer.start_window(state.global_step)
+        if owed(args, state):
+            found = self.trainer.evaluate()
+            self.trainer._determine_best_metric(metrics=found, trial=None)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer.sampler is not None:
@@ -153,7 +156,8 @@ class LLaVATrainer(Trainer):
         self.args.logging_nan_inf_filter = False  # it would log the mean of earlier losses in place of a NaN
         self.nonfinite = Nonfinite(self)
         self.saving = Saving(self)
-        self.add_callback(FaultsCallback(self))
+        self.faults = FaultsCallback(self)
+        self.add_callback(self.faults)
 
     # -- order of the data ------------------------------------------------------------------------------------------
 
@@ -275,6 +279,11 @@ class LLaVATrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         self.window.exclude(time.perf_counter() - began)
         return found
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """The library's; a run that was asked to stop saves under `--save_strategy best` too, better or not."""
+        better = super()._determine_best_metric(*args, **kwargs)
+        return better or bool(self.faults.stopper.reason)
 
     def _load_best_model(self) -> None:
         """The library's, and a projector's own checkpoint, which it does not know."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from llava_sv.files import replacing, write_text
+from llava_sv.train.best import owed
 from llava_sv.train.step_flops import ON_DEVICE, ON_HOST
 
 FIELDS = (
@@ -179,6 +180,8 @@ class MetricsCallback(TrainerCallback):
         """Keep the lines up to the step that training goes on from."""
         self.began = time.perf_counter()
         rows = read_rows(self.path, up_to=state.global_step)
+        if owed(args, state):  # the evaluation will be made anew
+            rows = [row for row in rows if "loss" in row or row["step"] < state.global_step]
         self.seconds_before = rows[-1]["seconds"] if rows else 0.0
         if state.is_world_process_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -100,13 +100,18 @@ class Saving:
             self.keep(error)
         finally:
             self.active, SIGNALS.saving = False, False
-            for owner, name in watched:
-                delattr(owner, name)
+            for owner, name, before in watched:
+                if before is None:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, before)  # an adapter run has put its own in the engine's place
 
-    def _watch(self, engine: Any) -> list[tuple[Any, str]]:
-        """Keep what fails in DeepSpeed's writes, and know whether its barriers are passed; returns what to take off."""
+    def _watch(self, engine: Any) -> list[tuple[Any, str, Any]]:
+        """Keep what fails in DeepSpeed's writes, and know whether its barriers are passed; returns what to put back:
+        (owner, name, what the owner itself had under it)."""
         writes = [(engine.checkpoint_engine, "save"), (engine.checkpoint_engine, "makedirs")]
         writes = [(owner, name) for owner, name in [*writes, (engine, "_copy_recovery_script")] if hasattr(owner, name)]
+        before = [(owner, name, vars(owner).get(name)) for owner, name in [*writes, (engine, "save_checkpoint")]]
         for owner, name in writes:
             setattr(owner, name, self._deferring(getattr(owner, name)))
         save_checkpoint = engine.save_checkpoint
@@ -121,7 +126,7 @@ class Saving:
             return done
 
         engine.save_checkpoint = save_all
-        return [*writes, (engine, "save_checkpoint")]
+        return before
 
     def _deferring(self, write: Any) -> Any:
         def deferring(*args: Any, **kwargs: Any) -> Any:

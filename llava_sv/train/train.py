@@ -55,8 +55,9 @@ def _train(attn_implementation: str | Callable[[], str] | None, argv: list[str])
     fallback = attn_implementation() if callable(attn_implementation) else attn_implementation
     args.attn_implementation = args.attn_implementation or fallback
     from llava_sv.train.faults import guarded
+    from llava_sv.train.lock import held
 
-    with guarded(args):
+    with guarded(args), held(args):
         return run(model_args, data_args, args)
 
 

@@ -180,7 +180,7 @@ def script(world, tmp_path):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        variables = {"PYTHON": str(python), "USE_CPU": "1", "NPROC": str(nproc), "DEEPSPEED": ""}
+        variables = {"PYTHON": str(python), "USE_CPU": "1", "NPROC": str(nproc), "DEEPSPEED": "", "OUTPUT": str(output)}
         words = world.flags("skip", output, *COMMON, *flags)
         return ["bash", str(tmp_path / "train.sh"), *words], variables | {"MASTER_PORT": str(port)}
 
@@ -228,6 +228,22 @@ def test_ctrl_c_ends_with_one_line(script, tmp_path):
     kept = f"{output}/checkpoint-4 is the last complete checkpoint"
     assert lines == [f"interrupted after step 4: {kept}; the same command goes on from there"]
     assert "Traceback" not in err
+
+
+def test_a_killed_script_takes_its_training_along(script, tmp_path):
+    """kill -9 of the script: what it had started in a session of its own ends too, and does not write on unseen."""
+    output = tmp_path / "out"
+    argv, variables = script(output, nproc=1)
+    process = start(argv, {"wait_at": 3}, **variables)
+    wait_for((output / "step.now").exists, process)
+    trains = int((output / ".lock").read_text().split()[1])
+    os.kill(trains, 0)
+    process.kill()  # not waited for: its zombie must not pass for the script
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{trains}").exists() and Path(f"/proc/{trains}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline, "the training is still there"
+        time.sleep(0.05)
+    process.communicate()
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from llava_sv import cli
 from llava_sv.data import toy
 from llava_sv.data.split import check_split, hold_out
-from llava_sv.errors import UserError
+from llava_sv.errors import Stopped, UserError
 from llava_sv.model.builder import load_pretrained_model
-from llava_sv.train import best, checkpoint, evaluation
+from llava_sv.train import best, checkpoint, evaluation, stopping
 from llava_sv.train.flags import parse
+from llava_sv.train.llava_trainer import LLaVATrainer
 from llava_sv.train.metrics import read_evaluations, read_metrics, read_rows
 from llava_sv.train.train import main, train
 
@@ -369,6 +370,48 @@ def test_a_step_that_may_save_the_best_also_logs(world, tmp_path):
     run(world.flags("skip", tmp_path, *flags, "--max_steps", "4"))
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [2, 4]
     assert summary_of(tmp_path)["best_checkpoint"] is not None
+
+
+def asked_to_stop_at(step, monkeypatch):
+    """SIGTERM during `step` of this process's run."""
+    real = LLaVATrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step + 1 == step:
+            stopping.SIGNALS.received = "SIGTERM"
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(LLaVATrainer, "training_step", training_step)
+
+
+def test_a_preempted_run_saves_whether_it_is_the_best_or_not(world, tmp_path, monkeypatch):
+    given = iter([1.0, 2.0])
+    monkeypatch.setattr(evaluation, "mean_loss", lambda *_: {"loss": next(given), "tokens": 1})
+    flags = ["--validation_split", "1", "--eval_steps", "2", "--save_strategy", "best", "--max_steps", "8"]
+    with monkeypatch.context() as patch:
+        asked_to_stop_at(4, patch)
+        with pytest.raises(Stopped, match=r"saved .*checkpoint-4") as stopped:
+            train(argv=world.flags("skip", tmp_path, *flags))
+    assert stopped.value.code == 75
+    assert checkpoint.last_complete_checkpoint(tmp_path).name == "checkpoint-4"
+    assert not (tmp_path / checkpoint.SUMMARY).exists()
+
+
+def test_an_epochs_evaluation_is_made_up_for(world, tmp_path, monkeypatch):
+    """Stopped after the last step of an epoch, which is saved and left before the epoch's evaluation."""
+    flags = ["--validation_split", "4", "--eval_strategy", "epoch", "--num_train_epochs", "2"]
+    run(world.flags("skip", tmp_path / "whole", *flags))
+    with monkeypatch.context() as patch:
+        asked_to_stop_at(6, patch)
+        with pytest.raises(Stopped, match=r"saved .*checkpoint-6"):
+            train(argv=world.flags("skip", tmp_path / "torn", *flags))
+    run(world.flags("skip", tmp_path / "torn", *flags))
+    rows, whole = (
+        [(row["step"], row.get("loss"), row.get("eval_loss")) for row in read_rows(tmp_path / name / "metrics.jsonl")]
+        for name in ("torn", "whole")
+    )
+    assert [step for step, _, value in whole if value is not None] == [6, 12]
+    assert rows == whole
 
 
 def test_rotation_keeps_the_best_within_the_limit(tmp_path):

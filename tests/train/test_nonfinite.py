@@ -7,14 +7,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
 
+from llava_sv.data.index import open_index
+from llava_sv.data.split import hold_out
 from llava_sv.errors import UserError
 from llava_sv.train.flags import parse
 from llava_sv.train.metrics import draw_loss, read_metrics
-from llava_sv.train.nonfinite import read_log, without
+from llava_sv.train.nonfinite import Nonfinite, read_log, without
 
 FAULTY = "tests/train/faulty.py"
 FLAGS = ("--gradient_accumulation_steps", "2", "--num_train_epochs", "2")
@@ -150,3 +153,13 @@ def test_a_negative_number_is_refused(world, tmp_path):
 def test_the_curve_leaves_dropped_steps_out(tmp_path):
     draw_loss([{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 1.0}], tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_images_are_found_of_packs_and_beside_held_out_records(world):
+    """What names a record's images in nonfinite.jsonl, whatever stands between the trainer and the file."""
+    records = open_index(world.data / "sft.json")
+    some, _ = hold_out(records, 2, seed=0)
+    name = next(record.id for record in some if record.images)
+    for dataset in (SimpleNamespace(records=records), SimpleNamespace(dataset=SimpleNamespace(records=some))):
+        trainer = SimpleNamespace(train_dataset=dataset, args=SimpleNamespace(output_dir="."))
+        assert Nonfinite(trainer)._images({name}) == {name: (f"{name[1:]}.png",)}

@@ -1,13 +1,17 @@
 """Being asked to stop: which wish holds, what a record does to a restart, how a script's processes leave."""
 
+import errno
 import json
 import os
 import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from llava_sv.errors import Stopped, exit_on_user_error
-from llava_sv.train import stopping
+from llava_sv.errors import CANNOT_WRITE, Stopped, exit_on_user_error
+from llava_sv.train import faults, stopping
+from llava_sv.train.saving import Saving
 from llava_sv.train.stopping import SIGNALS, Stopper
 
 
@@ -61,3 +65,39 @@ def test_under_the_scripts_the_record_holds_the_exit_code(tmp_path, monkeypatch)
     stop = stopping.stop(blocked, True, 74, "full")
     assert isinstance(stop, Stopped)
     assert stop.code == 74, "no record could be written: the code must not be lost"
+
+
+def test_a_rank_that_cannot_write_fails_for_its_launcher(tmp_path, monkeypatch):
+    """Others may wait for it in a collective operation: with exit code 0 the launcher would let them."""
+    monkeypatch.setenv("LLAVA_SV_LAUNCHED", "1")
+    monkeypatch.setattr(SIGNALS, "received", "")
+    codes = []
+    monkeypatch.setattr(faults.os, "_exit", codes.append)
+    args = SimpleNamespace(output_dir=str(tmp_path), process_index=1, world_size=2)
+    with faults.guarded(args):
+        raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+    assert codes == [CANNOT_WRITE]
+
+
+def test_what_a_save_replaces_is_put_back(tmp_path):
+    """An engine's own save_checkpoint (an adapter run's, which leaves frozen weights out) stays."""
+
+    class Engine:
+        def __init__(self):
+            self.checkpoint_engine, self.global_rank, self.global_steps = SimpleNamespace(save=print), 1, 1
+
+        def save_checkpoint(self, folder, **kwargs):
+            return "the class's"
+
+    engine = Engine()
+    trainer = SimpleNamespace(model_wrapped=engine, is_deepspeed_enabled=True)
+    saving = Saving(trainer)
+    for _ in range(2):
+        with saving.collected(Path()):
+            assert engine.save_checkpoint(str(tmp_path)) == "the class's"
+        assert "save_checkpoint" not in vars(engine)
+        assert engine.checkpoint_engine.save is print
+    own = engine.save_checkpoint = lambda *_, **__: "its own"
+    with saving.collected(Path()):
+        assert engine.save_checkpoint(str(tmp_path)) == "its own"
+    assert engine.save_checkpoint is own
