@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,10 @@ class SomeRecords:
 
     def __iter__(self) -> Iterator[LlavaRecord]:
         return (self[index] for index in range(len(self)))
+
+    def images_of(self, ids: Collection[str]) -> dict[str, tuple[str, ...]]:
+        """See `Records.images_of`."""
+        return self.records.images_of(ids)
 
     @property
     def num_images(self) -> np.ndarray:

@@ -164,7 +164,8 @@ class Nonfinite:
         )
 
     def _images(self, ids: set[str]) -> dict[str, tuple[str, ...]]:
-        records: Any = getattr(self.trainer.train_dataset, "records", None)
+        dataset: Any = self.trainer.train_dataset
+        records: Any = getattr(getattr(dataset, "dataset", dataset), "records", None)  # of packs: those they are made of
         return records.images_of(ids) if hasattr(records, "images_of") else {}
 
     @staticmethod
