@@ -40,7 +40,7 @@ class SampleError(UserError):
 
 
 class LazySupervisedDataset(Dataset):
-    """Item i: `id`, `input_ids` [T], `labels` [T], `images` list of V tensors [3, H, W] (of an image in several views
+    """Item i: `id`, `index` (of the record, which `skip` may have replaced), `input_ids` [T], `labels` [T], `images` list of V tensors [3, H, W] (of an image in several views
     [views, 3, H, W]), `image_sizes` list of V (width, height) as in the files.
 
     data_args: has `image_folder`, `missing_images`, `is_multimodal`; image_config (default: data_args): what
@@ -97,6 +97,7 @@ class LazySupervisedDataset(Dataset):
         pixels = list(process_images(images, self.image_processor, self.image_config)) if images else []
         return {
             "id": record.id,
+            "index": index,
             **preprocess(record, self.tokenizer, self.template),
             "images": pixels,
             "image_sizes": [image.size for image in images],

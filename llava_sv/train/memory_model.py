@@ -17,8 +17,10 @@ def model_config(asked: Any, dense: bool = False) -> Any:
     from llava_sv.model.builders import get_builder
     from llava_sv.model.builders.assemble import make_config
     from llava_sv.model.builders.cos import with_defaults
-    from llava_sv.model.loading import check_config, is_llava, read_config
+    from llava_sv.model.loading import check_config, described_by, is_llava, read_config
     from llava_sv.model.multimodal_encoder.builder import read_vision_config
+    from llava_sv.model.token_counts import with_family_budget
+    from llava_sv.train.build import _set_anew
     from llava_sv.train.preflight import find_model
     from llava_sv.train.preflight import read_config as read_json
 
@@ -32,8 +34,10 @@ def model_config(asked: Any, dense: bool = False) -> Any:
         config = read_config(str(own))
         if config.vision_config is None:
             config.vision_config = _vision(config.mm_vision_tower, config.mm_vision_image_size, read_vision_config)
-        block = args.skip_vision(config.skip_vision.to_dict() if config.skip_vision else None)
-        config.skip_vision = None if dense else block
+        _set_anew(config, args, {"image_aspect_ratio": asked.values.image_aspect_ratio})
+        block = None if dense else args.skip_vision(config.skip_vision.to_dict() if config.skip_vision else None)
+        described = described_by(config, config.vision_config)
+        config.skip_vision = with_family_budget(described, block) if block else None
         check_config(config, config.vision_config)
         return config
     if not args.vision_tower or find_model(args.vision_tower) is None:
