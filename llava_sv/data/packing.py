@@ -62,7 +62,7 @@ class PackedDataset(Dataset):
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
         wanted = self.pack(index)
         samples = [self.dataset[int(sample)] for sample in wanted]
-        # what stands in for records whose pictures cannot be read may be longer than they are: it takes what room is left
+        # what stands in for a record whose pictures cannot be read may be longer than it: it takes what room is left
         own = [sample["index"] == place for sample, place in zip(samples, wanted)]
         room = self.capacity - int(self._lengths[wanted[own]].sum())
         kept = []

@@ -75,9 +75,7 @@ def read(argv: list[str]) -> Asked:
         raise UserError(f"--world_size {own.world_size}: at least one process is needed")
     memory, where = _device_memory(own.gpu_memory)
     deepspeed = read_config(values.deepspeed) if values.deepspeed else None
-    return Asked(
-        model_args, values, deepspeed, own.world_size, memory, where, own.text_tokens, own.global_batch_size
-    )
+    return Asked(model_args, values, deepspeed, own.world_size, memory, where, own.text_tokens, own.global_batch_size)
 
 
 def _own_parser() -> argparse.ArgumentParser:

@@ -179,8 +179,8 @@ def _refuse_other_packs(was: dict[str, Any], asked: dict[str, Any], folder: Path
     for name in ("packing", "model_max_length") if asked.get("packing") or was.get("packing") else ():
         if name in was and name in asked and was[name] != asked[name]:
             raise UserError(
-                f"{folder} was trained with --{name} {was[name]}, now {asked[name]}, which makes other packs: set it as "
-                "it was, or start over with --overwrite_output_dir True"
+                f"{folder} was trained with --{name} {was[name]}, now {asked[name]}, which makes other packs: set "
+                "it as it was, or start over with --overwrite_output_dir True"
             )
 
 

@@ -98,6 +98,18 @@ def test_a_script_says_its_plan():
     assert "<- this command" in done.stdout
 
 
+def test_tiling_flags_over_a_checkpoint_count(world, tmp_path):
+    """Going on from a whole LLaVA-HD with fewer tiles: the dense model's sequence is that of the flags."""
+    whole = tmp_path / "whole"
+    hd = ("--mm_family", "llava_hd", "--text_tokens", "20", "--gpu_memory", "80")
+    assert train.train(argv=world.flags("sft", whole, "--mm_family", "llava_hd", "--max_steps", "1")) == 0
+    sequences = {}
+    for tiles in ("2", "4"):
+        asked = world.flags("sft", tmp_path / "out", *hd, "--model_name_or_path", str(whole), "--hd_max_tiles", tiles)
+        sequences[tiles] = make_plan(asked)["model"]["sequence"]["dense"]
+    assert sequences == {"2": 20 + 16 * 3, "4": 20 + 16 * 5}
+
+
 def test_bad_input(world, capsys):
     assert "unknown family 'qwen'" in refused(capsys, plan_flags(world, "--mm_family", "qwen"))
     absent = refused(capsys, plan_flags(world, "--model_name_or_path", "nobody/nothing"))
@@ -133,6 +145,8 @@ def test_global_batch_sets_the_accumulation(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     flags = ["--per_device_train_batch_size", "4", "--global_batch_size", "32"]
     assert find_batch.settle(flags)[-2:] == ["--gradient_accumulation_steps", "4"]
+    old = ["--per-gpu-train-batch-size=4", "--global_batch_size", "32"]
+    assert find_batch.settle(old)[-2:] == ["--gradient_accumulation_steps", "4"]
     assert find_batch.settle(["--learning_rate", "1"]) == ["--learning_rate", "1"]
     for flags, said in (
         (["--per_device_train_batch_size", "3", "--global_batch_size", "32"], "no multiple of"),
@@ -161,7 +175,7 @@ def test_found_batch_trains_as_the_same_batch_by_hand(world, tmp_path, monkeypat
     monkeypatch.setattr(find_batch, "run_step", limited)
     monkeypatch.setattr(find_batch, "probes", lambda args: True)
     monkeypatch.setattr(find_batch, "_planned", lambda argv, given, world: 4)
-    auto = ["--per_device_train_batch_size", "auto", "--global_batch_size", "8"]
+    auto = ["--per_device_train_batch_size=auto", "--global_batch_size", "8"]
     hand = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
     for name, flags in (("auto", auto), ("hand", hand)):
         assert train.main(world.flags("skip", tmp_path / name, "--max_steps", "2", *flags)) == 0

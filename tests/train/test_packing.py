@@ -104,7 +104,7 @@ def test_flex_attention_is_refused_on_a_cpu(world, tmp_path, capsys):
 
 
 def test_what_stands_in_for_unreadable_pictures_takes_no_more_than_a_row(world, tmp_path, monkeypatch):
-    """Short records whose picture is missing, each followed by a long one, which would stand in for several of a row."""
+    """Short records whose picture is missing, each followed by a long one, which stands in for several of a row."""
     from llava_sv.train.llava_trainer import LLaVATrainer
 
     records = json.loads((world.data / "sft.json").read_text())
@@ -132,7 +132,7 @@ def test_what_stands_in_for_unreadable_pictures_takes_no_more_than_a_row(world, 
 
 
 @pytest.mark.parametrize(
-    "was, now, said",
+    ("was", "now", "said"),
     [
         (("True", "120"), ("False", "120"), "--packing True, now False"),
         (("True", "120"), ("True", "200"), "--model_max_length 120, now 200"),
