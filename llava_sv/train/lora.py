@@ -69,6 +69,8 @@ def _check_start(model_args: Any) -> None:
 
 def half(args: Any) -> torch.dtype | None:
     """The narrow type that training computes in, or None."""
+    if args.fp16 and not args.deepspeed and args.device.type == "cpu":
+        return None  # accelerate has no float16 autocast there: all is float32
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
