@@ -17,6 +17,7 @@ from llava_sv.bench.memory_trace import Work, trace
 from llava_sv.bench.models import make_config
 from llava_sv.bench.presets import LlmSize
 from llava_sv.bench.sizes import BenchSize
+from llava_sv.model import adapters
 
 TEXT = 256
 WIDTH = 256
@@ -108,9 +109,10 @@ class Case:
         return make_config(size, {"num_retained": retained, "num_skipped": skipped} if self.skips else None)
 
     def work(self) -> Work:
-        """Precision as training chooses it: DeepSpeed narrows the weights, elsewhere autocast the computation."""
+        """Precision as training chooses it: DeepSpeed narrows the weights, and so do adapters, which leave them frozen;
+        elsewhere autocast the computation."""
         narrow = torch.bfloat16 if self.precision == "bf16" else None
-        weights = narrow if narrow and self.deepspeed else torch.float32
+        weights = narrow if narrow and (self.deepspeed or self.trained == "LoRA") else torch.float32
         return Work(
             self.batch,
             TEXT,
@@ -132,20 +134,27 @@ class Case:
         if self.trained == "with encoder":
             for parameter, _ in tower.used_parameters().values():
                 parameter.requires_grad_(True)
+        if self.trained == "LoRA":
+            settle_precision(model, self.work().weights, self.deepspeed is not None)
         return model
 
 
 def with_lora(model: Any, rank: int = 16, alpha: int = 32, dropout: float = 0.05) -> Any:
     """Adapters on every linear layer of the decoder, the rest of it frozen."""
-    from peft import LoraConfig, get_peft_model
+    config = adapters.make_config(rank, alpha, dropout, "none", adapters.linear_names(model), "")
+    adapters.inject(model, config)
+    return model
 
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".layers." in name and "vision_tower" not in name
-    ]
-    targets = [name for name in names if "mm_projector" not in name]
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets))
+
+def settle_precision(model: Any, frozen: torch.dtype, deepspeed: bool) -> None:
+    """Weights as training with adapters holds them: what trains is float32 beside frozen ones, but under DeepSpeed,
+    which wants one precision and keeps its own float32 copy."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            wanted = torch.float32 if parameter.requires_grad and not deepspeed else frozen
+            if parameter.dtype != wanted:
+                made = torch.nn.Parameter(parameter.detach().to(wanted), requires_grad=parameter.requires_grad)
+                setattr(module, name, made)
 
 
 def plan_of(case: Case) -> Estimate:

@@ -40,8 +40,9 @@ class SampleError(UserError):
 
 
 class LazySupervisedDataset(Dataset):
-    """Item i: `id`, `input_ids` [T], `labels` [T], `images` list of V tensors [3, H, W] (of an image in several views
-    [views, 3, H, W]), `image_sizes` list of V (width, height) as in the files.
+    """Item i: `id`, `index` (of the record, which is another under `skip`), `input_ids` [T], `labels` [T], `images`
+    list of V tensors [3, H, W] (of an image in several views [views, 3, H, W]), `image_sizes` list of V (width,
+    height) as in the files.
 
     data_args: has `image_folder`, `missing_images`, `is_multimodal`; image_config (default: data_args): what
     `mm_utils.process_images` reads, the model's config or something with `image_aspect_ratio`.
@@ -97,6 +98,7 @@ class LazySupervisedDataset(Dataset):
         pixels = list(process_images(images, self.image_processor, self.image_config)) if images else []
         return {
             "id": record.id,
+            "index": index,
             **preprocess(record, self.tokenizer, self.template),
             "images": pixels,
             "image_sizes": [image.size for image in images],

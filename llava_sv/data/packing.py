@@ -46,7 +46,7 @@ def pack_by_length(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int
 
 
 class PackedDataset(Dataset):
-    """Item i: the samples of pack i, a list of what `dataset` gives.
+    """Item i: the samples of pack i, a list of what `dataset` gives; never more tokens than `capacity`.
 
     dataset: a `LazySupervisedDataset`; lengths: of its samples in the spliced sequence.
     """
@@ -60,7 +60,18 @@ class PackedDataset(Dataset):
         return len(self.starts) - 1
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
-        return [self.dataset[int(sample)] for sample in self.pack(index)]
+        wanted = self.pack(index)
+        samples = [self.dataset[int(sample)] for sample in wanted]
+        # what stands in for a record whose pictures cannot be read may be longer than it: it takes what room is left
+        own = [sample["index"] == place for sample, place in zip(samples, wanted)]
+        room = self.capacity - int(self._lengths[wanted[own]].sum())
+        kept = []
+        for sample, is_own in zip(samples, own):
+            length = 0 if is_own else int(self._lengths[sample["index"]])
+            if length <= room:
+                kept.append(sample)
+                room -= length
+        return kept
 
     def pack(self, index: int) -> np.ndarray:
         """Indices of the samples of pack `index`."""

@@ -19,6 +19,7 @@ from llava_sv.train.preflight import read_flags
 
 PER_DEVICE, GLOBAL, ACCUMULATE = "per_device_train_batch_size", "global_batch_size", "gradient_accumulation_steps"
 LIBRARYS_OWN = "auto_find_batch_size"
+OLD_PER_DEVICE = "per_gpu_train_batch_size"
 AUTO = "auto"
 LARGEST = 256
 
@@ -28,6 +29,7 @@ def settle(argv: list[str]) -> list[str]:
 
     Raises `UserError` for a global batch that cannot be cut, and where not even one sample fits.
     """
+    argv = [_renamed(word) for word in argv]
     given = read_flags(argv, (PER_DEVICE, GLOBAL, ACCUMULATE, LIBRARYS_OWN, "use_cpu", "no_cuda"))
     if given.get(LIBRARYS_OWN, "false").lower() not in ("false", "no", "0"):
         raise UserError(
@@ -48,6 +50,12 @@ def settle(argv: list[str]) -> list[str]:
     rest = _without(argv, (PER_DEVICE, ACCUMULATE))
     numbers = [f"--{PER_DEVICE}", str(batch), f"--{ACCUMULATE}", str(accumulation(whole, batch, world))]
     return [*rest, *numbers, "--probe_batch", "True"]
+
+
+def _renamed(word: str) -> str:
+    """A flag of older transformers by today's name; any other word as it is."""
+    name, equals, value = word.partition("=")
+    return f"--{PER_DEVICE}{equals}{value}" if name.replace("-", "_") == f"__{OLD_PER_DEVICE}" else word
 
 
 def _per_device(given: dict[str, str]) -> int:

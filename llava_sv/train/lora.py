@@ -69,6 +69,8 @@ def _check_start(model_args: Any) -> None:
 
 def half(args: Any) -> torch.dtype | None:
     """The narrow type that training computes in, or None."""
+    if args.fp16 and not args.deepspeed and args.device.type == "cpu":
+        return None  # accelerate has no float16 autocast there: all is float32
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
@@ -100,11 +102,28 @@ def attach(model: Any, model_args: Any, args: Any) -> None:
     """
     if not model_args.lora_enable:
         return
+    if model_args.bits != 16:
+        beside = _trained_beside(model)
+        _prepare_quantized(model, args)
+        for parameter in beside:
+            parameter.requires_grad_(True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        put_in(model, model_args)
+    if not args.deepspeed:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    if model_args.lora_weight_path:
+        adapters.load_state(model, model_args.lora_weight_path)
+
+
+def put_in(model: Any, model_args: Any) -> None:
+    """Fresh adapters where the flags say; they train, and of the rest what of encoder and projector did. `UserError`
+    for layers that are not there. The memory plan calls this too, on a model without numbers."""
     targets = model_args.lora_targets() or adapters.linear_names(model)
     adapters.check_targets(model, targets)
-    beside = [p for name, p in model.named_parameters() if p.requires_grad and trains_beside(name)]
-    if model_args.bits != 16:
-        _prepare_quantized(model, args)
+    beside = _trained_beside(model)
     config = adapters.make_config(
         model_args.lora_value("lora_r"),
         model_args.lora_value("lora_alpha"),
@@ -113,17 +132,13 @@ def attach(model: Any, model_args: Any, args: Any) -> None:
         targets,
         _remembered(str(model_args.model_name_or_path)),
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(args.seed)
-        adapters.inject(model, config)
+    adapters.inject(model, config)
     for parameter in beside:
         parameter.requires_grad_(True)
-    if not args.deepspeed:
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-    if model_args.lora_weight_path:
-        adapters.load_state(model, model_args.lora_weight_path)
+
+
+def _trained_beside(model: Any) -> list[torch.nn.Parameter]:
+    return [p for name, p in model.named_parameters() if p.requires_grad and trains_beside(name)]
 
 
 def trains_beside(name: str) -> bool:

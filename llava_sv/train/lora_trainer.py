@@ -53,6 +53,13 @@ class LoraTrainer(LLaVATrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         adapters.load_state(self.model if model is None else model, resume_from_checkpoint)
 
+    def _load_best_model(self) -> None:
+        """The library looks for a whole model there, or for a model in peft's wrapper; DeepSpeed reads its own."""
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            adapters.load_state(self.model, str(self.state.best_model_checkpoint))
+
 
 def keep_frozen_out(wrapped: Any) -> Any:
     """DeepSpeed's engine, told to leave frozen weights out of its checkpoints; anything else as it is."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from llava_sv.errors import UserError
 
 
@@ -15,8 +17,10 @@ def model_config(asked: Any, dense: bool = False) -> Any:
     from llava_sv.model.builders import get_builder
     from llava_sv.model.builders.assemble import make_config
     from llava_sv.model.builders.cos import with_defaults
-    from llava_sv.model.loading import check_config, is_llava, read_config
+    from llava_sv.model.loading import check_config, described_by, is_llava, read_config
     from llava_sv.model.multimodal_encoder.builder import read_vision_config
+    from llava_sv.model.token_counts import with_family_budget
+    from llava_sv.train.build import _set_anew
     from llava_sv.train.preflight import find_model
     from llava_sv.train.preflight import read_config as read_json
 
@@ -30,8 +34,10 @@ def model_config(asked: Any, dense: bool = False) -> Any:
         config = read_config(str(own))
         if config.vision_config is None:
             config.vision_config = _vision(config.mm_vision_tower, config.mm_vision_image_size, read_vision_config)
-        block = args.skip_vision(config.skip_vision.to_dict() if config.skip_vision else None)
-        config.skip_vision = None if dense else block
+        _set_anew(config, args, {"image_aspect_ratio": asked.values.image_aspect_ratio})
+        block = None if dense else args.skip_vision(config.skip_vision.to_dict() if config.skip_vision else None)
+        described = described_by(config, config.vision_config)
+        config.skip_vision = with_family_budget(described, block) if block else None
         check_config(config, config.vision_config)
         return config
     if not args.vision_tower or find_model(args.vision_tower) is None:
@@ -62,16 +68,42 @@ def _no_config(flag: str, name: str | None) -> str:
     )
 
 
-def prepare(asked: Any, model: Any) -> Any:
-    """What trains, as training chooses it; with LoRA, adapters on the decoder's linear layers."""
-    from llava_sv.bench.memory_cases import with_lora
+def prepare(asked: Any, model: Any, deepspeed: bool = False) -> Any:
+    """What trains, as training chooses it; with LoRA, the adapters that the flags ask for.
+
+    deepspeed: all weights are of one precision; elsewhere what trains beside frozen narrow weights is float32.
+    """
+    from llava_sv.bench.memory_cases import settle_precision
+    from llava_sv.train import lora
     from llava_sv.train.build import choose_trainable
 
     choose_trainable(model, asked.model_args)
-    if not asked.lora.lora_enable:
+    if not asked.model_args.lora_enable:
         return model
-    projector = [p for p in model.get_model().mm_projector.parameters() if p.requires_grad]
-    wrapped = with_lora(model, asked.lora.lora_r, asked.lora.lora_alpha, asked.lora.lora_dropout)
-    for parameter in projector:
-        parameter.requires_grad_(True)
-    return wrapped
+    frozen = next(model.parameters()).dtype
+    lora.put_in(model, asked.model_args)
+    settle_precision(model, frozen, deepspeed)
+    return model
+
+
+CONSTANTS = {8: 0.0, 4: 1 / 16}
+"""Bytes a weight of what quantisation notes beside it: at 4 bits a float32 for 64 weights; at 8 one a row."""
+
+DOUBLE = 1 / 64
+"""The same at 4 bits where those are quantised too: one byte for 64 weights."""
+
+
+def saved_by_bits(args: Any, model: Any) -> int:
+    """Bytes that `--bits` takes off the weights of a model before it has adapters.
+
+    One layer's weight is there in full while its product is made: the largest counts as not quantised.
+    """
+    if args.bits == 16:
+        return 0
+    from llava_sv.model.adapters import LAYERS
+
+    linear = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name.startswith(LAYERS)]
+    sizes = [module.weight.numel() for module in linear]
+    constants = DOUBLE if args.bits == 4 and args.double_quant is not False else CONSTANTS[args.bits]
+    before = linear[0].weight.element_size()
+    return int(sum(sizes) * (before - args.bits / 8 - constants)) - max(sizes) * before

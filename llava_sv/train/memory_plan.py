@@ -14,7 +14,7 @@ from typing import Any
 
 from llava_sv.errors import UserError, exit_on_user_error
 from llava_sv.files import write_json
-from llava_sv.train.memory_model import model_config, prepare
+from llava_sv.train.memory_model import model_config, prepare, saved_by_bits
 
 EXAMPLE = """example:
   llava-sv doctor --plan --model_name_or_path playground/tiny/llm --vision_tower playground/tiny/clip \\
@@ -30,9 +30,6 @@ POWERS = [2**power for power in range(9)]
 
 CHECKPOINTING = "gradient_checkpointing"
 
-LORA = {"lora_enable": False, "lora_r": 64, "lora_alpha": 16, "lora_dropout": 0.05}
-"""LLaVA's flags of adapters, and their defaults."""
-
 STAGES: tuple[tuple[int | None, bool], ...] = ((None, False), (1, False), (2, False), (2, True), (3, False), (3, True))
 """(ZeRO stage, whether on the host what can be): rows of the table."""
 
@@ -43,7 +40,6 @@ class Asked:
 
     model_args: Any
     values: SimpleNamespace
-    lora: SimpleNamespace
     deepspeed: dict[str, Any] | None
     world: int
     memory: float
@@ -65,7 +61,6 @@ def read(argv: list[str]) -> Asked:
     from llava_sv.train.distributed import read_config
 
     own, rest = _own_parser().parse_known_args(argv)
-    lora, rest = _take_lora(rest)
     rest, auto = _take_auto(rest)
     translated, _ = flags.translate(rest)
     flags._check_known(translated)
@@ -80,9 +75,7 @@ def read(argv: list[str]) -> Asked:
         raise UserError(f"--world_size {own.world_size}: at least one process is needed")
     memory, where = _device_memory(own.gpu_memory)
     deepspeed = read_config(values.deepspeed) if values.deepspeed else None
-    return Asked(
-        model_args, values, lora, deepspeed, own.world_size, memory, where, own.text_tokens, own.global_batch_size
-    )
+    return Asked(model_args, values, deepspeed, own.world_size, memory, where, own.text_tokens, own.global_batch_size)
 
 
 def _own_parser() -> argparse.ArgumentParser:
@@ -101,26 +94,15 @@ def _own_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _take_lora(argv: list[str]) -> tuple[SimpleNamespace, list[str]]:
-    """LLaVA's LoRA flags out of a command line, and the rest."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--lora_enable", type=_truth, nargs="?", const=True, default=LORA["lora_enable"])
-    parser.add_argument("--lora_r", type=int, default=LORA["lora_r"])
-    parser.add_argument("--lora_alpha", type=int, default=LORA["lora_alpha"])
-    parser.add_argument("--lora_dropout", type=float, default=LORA["lora_dropout"])
-    found, rest = parser.parse_known_args(argv)
-    return SimpleNamespace(**vars(found)), rest
-
-
-def _truth(text: str) -> bool:
-    return text.lower() in ("true", "yes", "y", "t", "1")
-
-
 def _take_auto(argv: list[str]) -> tuple[list[str], bool]:
     """`--per_device_train_batch_size auto` out of a command line, and whether it was there."""
-    for index, word in enumerate(argv[:-1]):
-        if word.replace("-", "_") == "__per_device_train_batch_size" and argv[index + 1] == "auto":
-            return [*argv[:index], *argv[index + 2 :]], True
+    for index, word in enumerate(argv):
+        name, _, value = word.replace("-", "_").partition("=")
+        if name == "__per_device_train_batch_size":
+            if value == "auto":
+                return [*argv[:index], *argv[index + 1 :]], True
+            if not value and argv[index + 1 : index + 2] == ["auto"]:
+                return [*argv[:index], *argv[index + 2 :]], True
     return argv, False
 
 
@@ -147,6 +129,9 @@ class Planner:
         self.skips = config.skip_vision is not None
         self.hidden = config.hidden_size
         self.text = self._text_tokens(config)
+        bits = asked.model_args.bits
+        if bits != 16 and self.layout().stage == 3:
+            raise UserError(f"--bits {bits} with ZeRO-3: quantised weights cannot be partitioned; use ZeRO-2")
 
     def _text_tokens(self, config: Any) -> int:
         from llava_sv.bench.memory_trace import image_tokens
@@ -164,11 +149,11 @@ class Planner:
         return longest - image
 
     def weights(self, stage: int | None) -> Any:
-        """Precision of the weights: DeepSpeed narrows them, and keeps a float32 copy."""
+        """Precision of the weights: DeepSpeed narrows them, and keeps a float32 copy; adapters leave them frozen."""
         import torch
 
         values = self.asked.values
-        if stage is None:
+        if stage is None and not self.asked.model_args.lora_enable:
             return torch.float32
         return torch.bfloat16 if values.bf16 else torch.float16 if values.fp16 else torch.float32
 
@@ -190,10 +175,17 @@ class Planner:
             checkpointing=checkpointing,
             accumulating=accumulating,
         )
-        key = (work, dense)
+        key = (work, dense, stage is None)
         if key not in self._traces:
             config = model_config(self.asked, dense=dense)
-            self._traces[key] = trace(config, work, lambda model: prepare(self.asked, model), part_of)
+            saved: list[int] = []
+
+            def ready(model: Any) -> Any:
+                saved.append(saved_by_bits(self.asked.model_args, model))
+                return prepare(self.asked, model, deepspeed=stage is not None)
+
+            self._traces[key] = trace(config, work, ready, part_of)
+            self._traces[key].weight_bytes -= saved[0]
         return self._traces[key]
 
     def layout(self) -> Any:
@@ -212,7 +204,9 @@ class Planner:
             auto = dict.fromkeys(("reduce_bucket_size", "stage3_prefetch_bucket_size"), "auto")
             zero = {**auto, "stage3_param_persistence_threshold": "auto", "overlap_comm": True}
             base = layout_of({"zero_optimization": zero}, self.asked.world, self.hidden)
-        rows = [with_stage(own if stage is None else base, stage, offload) for stage, offload in STAGES]
+        whole = self.asked.model_args.bits != 16  # quantised weights cannot be partitioned
+        stages = [(stage, offload) for stage, offload in STAGES if not (whole and stage == 3)]
+        rows = [with_stage(own if stage is None else base, stage, offload) for stage, offload in stages]
         rows = [own if row.name == own.name else row for row in rows]
         return rows if own in rows else [*rows, own]
 
@@ -267,7 +261,7 @@ class Planner:
         ]
         ways = [] if checkpointing else ["--gradient_checkpointing True"]
         ways += [f"{fitting[0]} (--deepspeed; scripts/zero3_offload.json)"] if fitting else []
-        ways += [] if self.asked.lora.lora_enable else ["--lora_enable True (adapters only)"]
+        ways += [] if self.asked.model_args.lora_enable else ["--lora_enable True (adapters only)"]
         ways += ["more processes", "a shorter --model_max_length"]
         return (
             f"a batch of 1 does not fit: it takes {least:.1f} GiB a device with {own.name} over {self.asked.world} "
@@ -319,7 +313,7 @@ def make_plan(argv: list[str]) -> dict[str, Any]:
             "parameters": {part: list(counts) for part, counts in found.parameters.items()},
             "text_tokens": planner.text,
             "sequence": {kind: planner.sequence(dense) for kind, dense in planner.kinds()},
-            "lora": bool(asked.lora.lora_enable),
+            "lora": bool(asked.model_args.lora_enable),
         },
         "device": {"gib": round(asked.memory, 2), "from": asked.memory_from, "allocator": planner.allocator()},
         "run": {

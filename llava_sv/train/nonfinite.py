@@ -164,8 +164,9 @@ class Nonfinite:
         )
 
     def _images(self, ids: set[str]) -> dict[str, tuple[str, ...]]:
-        dataset = self.trainer.train_dataset
-        records: Any = getattr(getattr(dataset, "dataset", dataset), "records", None)  # of packs, the samples'
+        dataset: Any = self.trainer.train_dataset
+        samples = getattr(dataset, "dataset", dataset)  # of packs: those they are made of
+        records: Any = getattr(samples, "records", None)
         return records.images_of(ids) if hasattr(records, "images_of") else {}
 
     @staticmethod

@@ -46,6 +46,9 @@ def settings_of(model_args: Any, data_args: Any, args: Any) -> dict[str, Any]:
         "data_path": data_args.data_path,
         "image_folder": data_args.image_folder,
         "packing": data_args.packing,
+        "missing_images": data_args.missing_images,
+        "group_by_modality_length": args.group_by_modality_length,
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         "model_max_length": args.model_max_length,
         "learning_rate": args.learning_rate,
         "mm_projector_lr": args.mm_projector_lr,
@@ -161,6 +164,7 @@ def _go_on(args: Any, folder: Path, asked: dict[str, Any]) -> Plan:
             f"{folder} was trained with a batch of {was['batch']} (per device x accumulated x processes), now "
             f"{asked['batch']}: set it as it was, or start over with --overwrite_output_dir True"
         )
+    _refuse_other_packs(was, asked, folder)
     torn = [other.name for step, other in checkpoint.checkpoints(folder.parent) if step > marker["step"]]
     note = f"going on from {folder}, step {marker['step']:,}"
     if torn:
@@ -168,6 +172,16 @@ def _go_on(args: Any, folder: Path, asked: dict[str, Any]) -> Plan:
     changed = what_changed(was, asked)
     note += f"\nnote: settings have changed since: {changed}" if changed else ""
     return Plan(checkpoint=folder, note=note, from_universal=from_universal)
+
+
+def _refuse_other_packs(was: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
+    """`UserError` where a step would hold other samples than it did: packed or not, or packs of another length."""
+    for name in ("packing", "model_max_length") if asked.get("packing") or was.get("packing") else ():
+        if name in was and name in asked and was[name] != asked[name]:
+            raise UserError(
+                f"{folder} was trained with --{name} {was[name]}, now {asked[name]}, which makes other packs: set "
+                "it as it was, or start over with --overwrite_output_dir True"
+            )
 
 
 def _rewind(args: Any, output: Path, folder: Path, asked: dict[str, Any]) -> Plan:

@@ -240,6 +240,7 @@ def _parts(model: Any) -> dict[str, list[Tensor]]:
     projector = getattr(inner, "mm_projector", None)
     modules = {"decoder": inner.layers, "head": model.lm_head}
     modules |= {"encoder": model.get_vision_tower(), "projector": projector}
-    apart = ("lora_", "summary.", "image_newline")
+    # biases may train beside frozen weights that have adapters: their gradient is a sum, no product
+    apart = ("lora_", "summary.", "image_newline", ".bias")
     named = {part: () if module is None else module.named_parameters() for part, module in modules.items()}
     return {part: [p for name, p in all_ if not any(word in name for word in apart)] for part, all_ in named.items()}

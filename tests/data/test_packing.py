@@ -62,7 +62,7 @@ class Numbers:
         import torch
 
         ids = torch.arange(index + 1)
-        return {"id": str(index), "input_ids": ids, "labels": ids, "images": [], "image_sizes": []}
+        return {"id": str(index), "index": index, "input_ids": ids, "labels": ids, "images": [], "image_sizes": []}
 
 
 def test_packs_become_a_batch_that_says_how_they_are_made_up():

@@ -1,5 +1,6 @@
 """Packed rows against the same samples apart: loss, every gradient, hidden states; and each way to keep them apart."""
 
+import inspect
 import itertools
 from types import SimpleNamespace
 
@@ -190,6 +191,37 @@ def test_a_kernel_for_unequal_lengths_is_called_as_it_wants(kernel):
     torch.testing.assert_close(found[0, :7], expected[0, :7])
     torch.testing.assert_close(found[1], expected[1])
     assert not expected[0, 7:].any()
+
+
+def test_the_kernel_serves_under_autocast_too(monkeypatch):
+    """Rotary positions leave query and key in float32 beside a narrow value."""
+    called = []
+
+    def kernel(q, k, v, *args, **kwargs):
+        called.append({x.dtype for x in (q, k, v)})
+        return kernel_like_torchs(q, k, v, *args, **kwargs)
+
+    kernel.__signature__ = inspect.signature(kernel_like_torchs)
+    monkeypatch.setattr(packed_attention, "_kernel_for", lambda device: kernel)
+    q, k, v = (torch.randn(1, 2, 9, 8) for _ in range(3))
+    module = SimpleNamespace(is_causal=True, num_key_value_groups=1, training=True)
+    bounds = packed_attention._bounds([[4, 5]], 9, q.device)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = packed_attention.sdpa_varlen_forward(
+            module, q, k, v.bfloat16(), None, sample_lengths=[[4, 5]], **bounds
+        )
+    assert called == [{torch.bfloat16}]
+    assert found.dtype == torch.bfloat16
+
+
+def test_a_sample_that_was_cut_to_nothing():
+    q, k, v = (torch.randn(1, 2, 9, 8) for _ in range(3))
+    module = SimpleNamespace(is_causal=True, num_key_value_groups=1, training=True)
+    found, expected = (
+        packed_attention.sdpa_varlen_forward(module, q, k, v, None, sample_lengths=[lengths])[0]
+        for lengths in ([4, 0, 5], [4, 5])
+    )
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.gpu

@@ -354,6 +354,19 @@ def test_a_projectors_best_checkpoint_is_loaded_too(world, tmp_path, monkeypatch
     assert any(not torch.equal(final[name], last[name]) for name in final)
 
 
+def test_adapters_that_were_best_are_loaded_too(world, tmp_path, monkeypatch):
+    given = iter([1.0, 2.0])
+    monkeypatch.setattr(evaluation, "mean_loss", lambda *_: {"loss": next(given), "tokens": 1})
+    flags = ["--validation_split", "1", *STEPS, "--load_best_model_at_end", "True", "--max_steps", "4"]
+    run(world.flags("skip", tmp_path, *flags, "--lora_enable", "True", "--lora_r", "2", "--packing", "True"))
+    for name in ("adapter_model", "non_lora_trainables"):
+        final, first, last = (
+            load_file(tmp_path / folder / f"{name}.safetensors") for folder in (".", "checkpoint-2", "checkpoint-4")
+        )
+        assert all(torch.equal(final[key], first[key]) for key in final)
+        assert any(not torch.equal(final[key], last[key]) for key in final)
+
+
 def test_early_stopping_stops_and_saves(world, tmp_path, monkeypatch):
     given = iter([1.0, 2.0, 3.0, 4.0])
     monkeypatch.setattr(evaluation, "mean_loss", lambda *_: {"loss": next(given), "tokens": 1})

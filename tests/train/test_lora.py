@@ -291,3 +291,13 @@ def test_what_is_quantised(world, tmp_path):
     chosen = {name for name in linear if rule.should_convert_module(name, list(KEPT))}
     assert chosen == {name for name in linear if name.startswith("model.layers.")}
     assert len(chosen) == 14 < len(linear)
+
+
+def test_float16_on_a_cpu_stays_float32(world, tmp_path):
+    """There is no autocast to float16 there, which narrow frozen weights would need."""
+    narrow, wide = tmp_path / "narrow", tmp_path / "wide"
+    flags = [*LORA, "--max_steps", "1"]
+    run(world.flags("skip", wide, *flags))
+    run(world.flags("skip", narrow, *flags, "--fp16", "True"))
+    rows = [read_metrics(output / "metrics.jsonl")[0] for output in (narrow, wide)]
+    assert rows[0]["loss"] == rows[1]["loss"]

@@ -11,6 +11,7 @@ import torch
 from llava_sv import cli
 from llava_sv.errors import UserError
 from llava_sv.train import find_batch, train
+from llava_sv.train.memory_plan import make_plan
 from tests.train.tiny import World
 
 
@@ -45,14 +46,49 @@ def test_the_page_and_its_json(world, tmp_path, capsys):
     assert "assumed" in page
 
 
-def test_lora_trains_little(world, tmp_path):
-    counts = {}
-    for enable in ("False", "True"):
-        out = tmp_path / f"{enable}.json"
-        flags = plan_flags(world, "--text_tokens", "20", "--lora_enable", enable, "--lora_r", "2", "--json", str(out))
-        assert cli.main(flags) == 0
-        counts[enable] = sum(n for _, n in json.loads(out.read_text())["model"]["parameters"].values())
-    assert counts["True"] < counts["False"] / 2
+LORA = ("--lora_enable", "True", "--lora_r", "2")
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        (),
+        (*LORA, "--lora_bias", "none", "--bf16", "True"),
+        (*LORA, "--lora_target_modules", "q_proj,v_proj", "--freeze_mm_mlp_adapter", "True"),
+        (*LORA, "--unfreeze_mm_vision_tower", "True"),
+    ],
+    ids=lambda extra: " ".join(extra[4:]) or "all",
+)
+def test_what_trains_is_what_training_trains(world, tmp_path, extra):
+    """Parameters part by part, and the bytes they take, of the plan and of the model that training makes."""
+    from llava_sv.train import build, flags, lora
+
+    asked = world.flags("skip", tmp_path, *extra)
+    model_args, data_args, args = flags.parse(asked)
+    _, model, _ = build.build(model_args, data_args, args)
+    build.choose_trainable(model, model_args)
+    lora.attach(model, model_args, args)
+    plan = make_plan([*asked, "--gpu_memory", "80"])
+    found = {part: tuple(counts) for part, counts in plan["model"]["parameters"].items()}
+    assert found == build.count_parameters(model)
+    own = next(row for row in plan["rows"] if row["own"])["skipping"]
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    assert own["parts"]["weights"] == pytest.approx(weights + buffers, abs=64)
+    assert own["parts"]["optimizer"] == 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_bits_take_off_what_they_do(world, tmp_path):
+    """The decoder's linear layers, all but the one whose product is made: 2 bytes a weight before."""
+    sizes = [32 * 32, 16 * 32, 16 * 32, 32 * 32, *[64 * 32] * 3]
+    weights = {}
+    for bits in ("16", "8", "4"):
+        asked = world.flags("skip", tmp_path, *LORA, "--bf16", "True", "--bits", bits)
+        plan = make_plan([*asked, "--gpu_memory", "80"])
+        weights[bits] = next(row for row in plan["rows"] if row["own"])["skipping"]["parts"]["weights"]
+        assert any(row["layout"].startswith("ZeRO-3") for row in plan["rows"]) == (bits == "16")
+    assert weights["16"] - weights["8"] == 2 * sum(sizes) * (2 - 1) - 64 * 32 * 2
+    assert weights["16"] - weights["4"] == 2 * sum(sizes) * (2 - 0.5 - 1 / 64) - 64 * 32 * 2
 
 
 def test_a_script_says_its_plan():
@@ -60,6 +96,18 @@ def test_a_script_says_its_plan():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "<- this command" in done.stdout
+
+
+def test_tiling_flags_over_a_checkpoint_count(world, tmp_path):
+    """Going on from a whole LLaVA-HD with fewer tiles: the dense model's sequence is that of the flags."""
+    whole = tmp_path / "whole"
+    hd = ("--mm_family", "llava_hd", "--text_tokens", "20", "--gpu_memory", "80")
+    assert train.train(argv=world.flags("sft", whole, "--mm_family", "llava_hd", "--max_steps", "1")) == 0
+    sequences = {}
+    for tiles in ("2", "4"):
+        asked = world.flags("sft", tmp_path / "out", *hd, "--model_name_or_path", str(whole), "--hd_max_tiles", tiles)
+        sequences[tiles] = make_plan(asked)["model"]["sequence"]["dense"]
+    assert sequences == {"2": 20 + 16 * 3, "4": 20 + 16 * 5}
 
 
 def test_bad_input(world, capsys):
@@ -73,6 +121,11 @@ def test_bad_input(world, capsys):
     small = refused(capsys, plan_flags(world, "--text_tokens", "20", "--gpu_memory", "0.5"))
     assert "a batch of 1 does not fit" in small
     assert "--lora_enable True" in small
+    assert "--lora_r without --lora_enable True" in refused(capsys, plan_flags(world, "--lora_r", "2"))
+    nowhere = plan_flags(world, *LORA, "--lora_target_modules", "nowhere")
+    assert "no linear layer of the decoder is called 'nowhere'" in refused(capsys, nowhere)
+    partitioned = plan_flags(world, *LORA, "--bits", "4", "--deepspeed", "scripts/zero3.json")
+    assert "--bits 4 with ZeRO-3" in refused(capsys, partitioned)
 
 
 def test_largest_is_looked_for_both_ways():
@@ -92,6 +145,8 @@ def test_global_batch_sets_the_accumulation(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     flags = ["--per_device_train_batch_size", "4", "--global_batch_size", "32"]
     assert find_batch.settle(flags)[-2:] == ["--gradient_accumulation_steps", "4"]
+    old = ["--per-gpu-train-batch-size=4", "--global_batch_size", "32"]
+    assert find_batch.settle(old)[-2:] == ["--gradient_accumulation_steps", "4"]
     assert find_batch.settle(["--learning_rate", "1"]) == ["--learning_rate", "1"]
     for flags, said in (
         (["--per_device_train_batch_size", "3", "--global_batch_size", "32"], "no multiple of"),
@@ -120,7 +175,7 @@ def test_found_batch_trains_as_the_same_batch_by_hand(world, tmp_path, monkeypat
     monkeypatch.setattr(find_batch, "run_step", limited)
     monkeypatch.setattr(find_batch, "probes", lambda args: True)
     monkeypatch.setattr(find_batch, "_planned", lambda argv, given, world: 4)
-    auto = ["--per_device_train_batch_size", "auto", "--global_batch_size", "8"]
+    auto = ["--per_device_train_batch_size=auto", "--global_batch_size", "8"]
     hand = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
     for name, flags in (("auto", auto), ("hand", hand)):
         assert train.main(world.flags("skip", tmp_path / name, "--max_steps", "2", *flags)) == 0

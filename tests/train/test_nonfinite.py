@@ -86,6 +86,19 @@ def test_what_is_written_about_it(poisoned):
     assert len(bad[0]["records"]) == 2
 
 
+def test_images_are_named_in_packs_of_a_split_too(world):
+    """The records' images are found through packs, and through what is left of a split."""
+    from llava_sv.data.index import open_index
+    from llava_sv.data.split import hold_out
+    from llava_sv.train.nonfinite import Nonfinite
+
+    kept, _ = hold_out(open_index(world.data / "sft.json"), 4, 0)
+    packs = SimpleNamespace(dataset=SimpleNamespace(records=kept))
+    trainer = SimpleNamespace(train_dataset=packs, args=SimpleNamespace(output_dir=world.folder))
+    name = next(record.id for record in kept if record.images)
+    assert Nonfinite(trainer)._images({name}) == {name: (f"{name[1:]}.png",)}
+
+
 @pytest.mark.parametrize("kind", ["ddp", "zero2", pytest.param("zero1", marks=pytest.mark.slow),
                                   pytest.param("zero0", marks=pytest.mark.slow),
                                   pytest.param("zero3", marks=pytest.mark.slow),

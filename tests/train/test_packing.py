@@ -101,3 +101,50 @@ def test_flex_attention_is_refused_on_a_cpu(world, tmp_path, capsys):
     flags = world.flags("skip", tmp_path, "--packing", "True", "--attn_implementation", "flex_attention")
     assert main(flags) == 2
     assert "flex_attention cannot train on a CPU; choose sdpa" in capsys.readouterr().err
+
+
+def test_what_stands_in_for_unreadable_pictures_takes_no_more_than_a_row(world, tmp_path, monkeypatch):
+    """Short records whose picture is missing, each followed by a long one, which stands in for several of a row."""
+    from llava_sv.train.llava_trainer import LLaVATrainer
+
+    records = json.loads((world.data / "sft.json").read_text())
+    for i, record in enumerate(records):
+        if i % 2 == 0:
+            record |= {"image": "gone.png", "conversations": record["conversations"][:2]}
+        else:
+            more = [{**turn, "value": turn["value"].replace("<image>\n", "")} for turn in record["conversations"]]
+            record["conversations"] = record["conversations"] + more + more
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    lengths = []
+    step = LLaVATrainer.training_step
+
+    def noting(self, *args, **kwargs):
+        loss = step(self, *args, **kwargs)
+        lengths.extend(sum(row) for row in self.model.last_sample_lengths)
+        return loss
+
+    monkeypatch.setattr(LLaVATrainer, "training_step", noting)
+    flags = ["--packing", "True", "--missing_images", "skip", "--model_max_length", "150"]
+    output = tmp_path / "output"
+    assert train(argv=world.flags("skip", output, "--data_path", str(tmp_path / "data.json"), *flags)) == 0
+    assert json.loads((output / "train_summary.json").read_text())["image_problems"]["missing"] > 0
+    assert 0 < max(lengths) <= 150
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "said"),
+    [
+        (("True", "120"), ("False", "120"), "--packing True, now False"),
+        (("True", "120"), ("True", "200"), "--model_max_length 120, now 200"),
+    ],
+)
+def test_going_on_with_other_packs_is_refused(world, tmp_path, capsys, was, now, said):
+    flags = ["--save_strategy", "steps", "--save_steps", "1", "--max_steps", "1"]
+
+    def argv(packing, longest):
+        return world.flags("skip", tmp_path, *flags, "--packing", packing, "--model_max_length", longest)
+
+    assert train(argv=argv(*was)) == 0
+    (tmp_path / "train_summary.json").unlink()
+    assert main(argv(*now)) == 2
+    assert said in capsys.readouterr().err

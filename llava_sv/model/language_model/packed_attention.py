@@ -90,13 +90,15 @@ def sdpa_varlen_forward(
     if window is not None and window < max((length for row in sample_lengths for length in row), default=0):
         raise ValueError(f"{VARLEN} knows no sliding windows, and a sample is longer than the window of {window}")
     kernel = _kernel_for(query.device)
+    if kernel and torch.is_autocast_enabled(query.device.type):  # rotary positions leave query and key in float32
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     half = query.dtype in (torch.float16, torch.bfloat16)
     if kernel and half and not dropout and cu_seq_lens_q is not None and max_length_q is not None:
         return _by_kernel(kernel, query, key, value, cu_seq_lens_q, max_length_q, scaling), None
     rows = []
     for index, lengths in enumerate(sample_lengths):
         start, parts = 0, []
-        for length in lengths:
+        for length in filter(None, lengths):  # a sample may be cut to nothing
             one = (slice(index, index + 1), slice(None), slice(start, start + length))
             parts.append(
                 sdpa_attention_forward(module, query[one], key[one], value[one], None, dropout, scaling, True)[0]
