@@ -11,12 +11,7 @@ import torch
 from llava_sv import cli
 from llava_sv.errors import UserError
 from llava_sv.train import find_batch, train
-from tests.train.tiny import World
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return World(tmp_path_factory.mktemp("world"))
+from tests.train.runs import losses
 
 
 def plan_flags(world, *extra):
@@ -45,14 +40,24 @@ def test_the_page_and_its_json(world, tmp_path, capsys):
     assert "assumed" in page
 
 
-def test_lora_trains_little(world, tmp_path):
-    counts = {}
-    for enable in ("False", "True"):
-        out = tmp_path / f"{enable}.json"
-        flags = plan_flags(world, "--text_tokens", "20", "--lora_enable", enable, "--lora_r", "2", "--json", str(out))
-        assert cli.main(flags) == 0
-        counts[enable] = sum(n for _, n in json.loads(out.read_text())["model"]["parameters"].values())
-    assert counts["True"] < counts["False"] / 2
+def test_lora_is_planned_as_it_is_trained(world, tmp_path):
+    """Adapters of rank 2 on q_proj of two layers of width 32; under bf16 all that is frozen is narrow."""
+    plans = {}
+    lora = ("--lora_enable", "True", "--lora_r", "2", "--lora_target_modules", "q_proj")
+    for name, flags in (("full", ()), ("lora", lora), ("narrow", (*lora, "--bf16", "True"))):
+        out = tmp_path / f"{name}.json"
+        assert cli.main(plan_flags(world, "--text_tokens", "20", *flags, "--json", str(out))) == 0
+        plans[name] = json.loads(out.read_text())
+    counts = {name: plan["model"]["parameters"] for name, plan in plans.items()}
+    assert counts["lora"]["language model adapters"] == [2 * 2 * (32 + 32)] * 2
+    assert counts["lora"]["language model"] == [counts["full"]["language model"][0], 0]
+    assert counts["lora"]["projector"] == counts["full"]["projector"]
+    frozen = sum(total - trains for total, trains in counts["lora"].values())
+    (wide,), (narrow,) = (
+        [row["skipping"]["parts"]["weights"] for row in plans[name]["rows"] if row["own"]]
+        for name in ("lora", "narrow")
+    )
+    assert wide - narrow == 2 * frozen
 
 
 def test_a_script_says_its_plan():
@@ -70,6 +75,8 @@ def test_bad_input(world, capsys):
     assert "unknown flag --modle" in refused(capsys, plan_flags(world, "--modle", "x"))
     assert "leaves no room for text" in refused(capsys, plan_flags(world, "--model_max_length", "8"))
     assert "--gpu_memory -1.0" in refused(capsys, plan_flags(world, "--gpu_memory", "-1"))
+    bits = refused(capsys, plan_flags(world, "--lora_enable", "True", "--bits", "4"))
+    assert "--bits 4 cannot be planned: plan with --bits 16" in bits
     small = refused(capsys, plan_flags(world, "--text_tokens", "20", "--gpu_memory", "0.5"))
     assert "a batch of 1 does not fit" in small
     assert "--lora_enable True" in small
@@ -104,11 +111,6 @@ def test_global_batch_sets_the_accumulation(monkeypatch):
             find_batch.settle(flags)
 
 
-def losses(output):
-    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [record["loss"] for record in records if "loss" in record]
-
-
 def test_found_batch_trains_as_the_same_batch_by_hand(world, tmp_path, monkeypatch):
     real = find_batch.run_step
 
@@ -119,7 +121,7 @@ def test_found_batch_trains_as_the_same_batch_by_hand(world, tmp_path, monkeypat
 
     monkeypatch.setattr(find_batch, "run_step", limited)
     monkeypatch.setattr(find_batch, "probes", lambda args: True)
-    monkeypatch.setattr(find_batch, "_planned", lambda argv, given, world: 4)
+    monkeypatch.setattr(find_batch, "_planned", lambda argv, world: 4)
     auto = ["--per_device_train_batch_size", "auto", "--global_batch_size", "8"]
     hand = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
     for name, flags in (("auto", auto), ("hand", hand)):

@@ -10,17 +10,13 @@ import torch
 from llava_sv import cli
 from llava_sv.errors import UserError
 from llava_sv.train import checkpoint, resume, universal
-from llava_sv.train.metrics import read_metrics
 from tests.train import ranks
+from tests.train.runs import losses
 
 TOLERANCE = 1e-6
 """Relative, in float32: one process adds in another order than two."""
 
 ALONE = ("--per_device_train_batch_size", "4")
-
-
-def losses(output):
-    return [row["loss"] for row in read_metrics(output / "metrics.jsonl")]
 
 
 def interrupted(whole, output):
