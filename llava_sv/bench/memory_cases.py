@@ -17,6 +17,7 @@ from llava_sv.bench.memory_trace import Work, trace
 from llava_sv.bench.models import make_config
 from llava_sv.bench.presets import LlmSize
 from llava_sv.bench.sizes import BenchSize
+from llava_sv.model import adapters
 
 TEXT = 256
 WIDTH = 256
@@ -135,17 +136,10 @@ class Case:
         return model
 
 
-def with_lora(model: Any, rank: int = 16, alpha: int = 32, dropout: float = 0.05) -> Any:
-    """Adapters on every linear layer of the decoder, the rest of it frozen."""
-    from peft import LoraConfig, get_peft_model
-
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".layers." in name and "vision_tower" not in name
-    ]
-    targets = [name for name in names if "mm_projector" not in name]
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets))
+def with_lora(model: Any) -> Any:
+    """Adapters on every linear layer of the decoder, as training puts them there; the rest of it frozen."""
+    adapters.inject(model, adapters.make_config(16, 32, 0.05, "none", adapters.linear_names(model), base=""))
+    return model
 
 
 def plan_of(case: Case) -> Estimate:

@@ -1,8 +1,8 @@
 """torchrun with a roll call of the nodes before it, and with the exit code of what it ran.
 
 `python -m llava_sv.cluster.torchrun [--meet NODE_RANK NNODES ADDRESS PORT] [--late] TORCHRUN'S ARGUMENTS`, as
-scripts/common.sh writes it. Exit code: 0, or that of the process that failed first (2: a line for the user was printed;
-75: stopped and saved, to be started again), where torchrun itself says 1 and prints a traceback.
+scripts/common.sh writes it. Exit code: 0, or that of the process that failed first (2, 74 and 75, whose line
+has been printed), where torchrun itself says 1 and prints a traceback.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import sys
 
 from llava_sv.cluster import roll_call
-from llava_sv.errors import UserError, exit_on_user_error
+from llava_sv.errors import CANNOT_WRITE, PREEMPTED, UserError, exit_on_user_error
 
-QUIET = (2, 75)
+QUIET = (2, CANNOT_WRITE, PREEMPTED)
 """Exit codes with which a process has said all there is to say."""
 
 

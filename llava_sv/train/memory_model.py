@@ -5,6 +5,7 @@ Called by `memory_plan`. `asked` is its `Asked`.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 from llava_sv.errors import UserError
@@ -62,16 +63,11 @@ def _no_config(flag: str, name: str | None) -> str:
     )
 
 
-def prepare(asked: Any, model: Any) -> Any:
-    """What trains, as training chooses it; with LoRA, adapters on the decoder's linear layers."""
-    from llava_sv.bench.memory_cases import with_lora
+def prepare(asked: Any, model: Any, stage: int | None) -> Any:
+    """What trains, as training chooses it under a ZeRO stage (None: without DeepSpeed), adapters put in place."""
+    from llava_sv.train import lora
     from llava_sv.train.build import choose_trainable
 
     choose_trainable(model, asked.model_args)
-    if not asked.lora.lora_enable:
-        return model
-    projector = [p for p in model.get_model().mm_projector.parameters() if p.requires_grad]
-    wrapped = with_lora(model, asked.lora.lora_r, asked.lora.lora_alpha, asked.lora.lora_dropout)
-    for parameter in projector:
-        parameter.requires_grad_(True)
-    return wrapped
+    lora.attach(model, asked.model_args, SimpleNamespace(**{**vars(asked.values), "deepspeed": stage is not None}))
+    return model

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any
 
+from llava_sv.constants import GIB
 from llava_sv.errors import UserError, exit_on_user_error
 from llava_sv.files import write_json
 from llava_sv.train.memory_model import model_config, prepare
@@ -21,7 +22,6 @@ EXAMPLE = """example:
       --version llama_3 --world_size 8 --gpu_memory 80 --deepspeed scripts/zero3.json --bf16 True
   PLAN=1 bash scripts/v1_5/finetune_skip.sh"""
 
-GIB = 2**30
 USUAL = 80
 """GiB of a GPU's memory where there is none here and none is said."""
 
@@ -29,9 +29,6 @@ POWERS = [2**power for power in range(9)]
 """Batches to choose from."""
 
 CHECKPOINTING = "gradient_checkpointing"
-
-LORA = {"lora_enable": False, "lora_r": 64, "lora_alpha": 16, "lora_dropout": 0.05}
-"""LLaVA's flags of adapters, and their defaults."""
 
 STAGES: tuple[tuple[int | None, bool], ...] = ((None, False), (1, False), (2, False), (2, True), (3, False), (3, True))
 """(ZeRO stage, whether on the host what can be): rows of the table."""
@@ -43,7 +40,6 @@ class Asked:
 
     model_args: Any
     values: SimpleNamespace
-    lora: SimpleNamespace
     deepspeed: dict[str, Any] | None
     world: int
     memory: float
@@ -65,7 +61,6 @@ def read(argv: list[str]) -> Asked:
     from llava_sv.train.distributed import read_config
 
     own, rest = _own_parser().parse_known_args(argv)
-    lora, rest = _take_lora(rest)
     rest, auto = _take_auto(rest)
     translated, _ = flags.translate(rest)
     flags._check_known(translated)
@@ -76,13 +71,14 @@ def read(argv: list[str]) -> Asked:
     model_args = ModelArguments(**{name: value for name, value in vars(values).items() if name in names})
     if not model_args.model_name_or_path:
         raise UserError("--model_name_or_path is needed: a folder or Hugging Face id whose config.json is here")
+    if model_args.bits != 16:
+        raise UserError(f"--bits {model_args.bits} cannot be planned: plan with --bits 16, which takes more")
+    model_args.lora_weight_path = None  # no weights are read
     if own.world_size < 1:
         raise UserError(f"--world_size {own.world_size}: at least one process is needed")
     memory, where = _device_memory(own.gpu_memory)
     deepspeed = read_config(values.deepspeed) if values.deepspeed else None
-    return Asked(
-        model_args, values, lora, deepspeed, own.world_size, memory, where, own.text_tokens, own.global_batch_size
-    )
+    return Asked(model_args, values, deepspeed, own.world_size, memory, where, own.text_tokens, own.global_batch_size)
 
 
 def _own_parser() -> argparse.ArgumentParser:
@@ -99,21 +95,6 @@ def _own_parser() -> argparse.ArgumentParser:
     parser.add_argument("--global_batch_size", type=int, help="samples of an optimizer step, to be kept [the flags']")
     parser.add_argument("--json", metavar="FILE", help="write the plan as JSON")
     return parser
-
-
-def _take_lora(argv: list[str]) -> tuple[SimpleNamespace, list[str]]:
-    """LLaVA's LoRA flags out of a command line, and the rest."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--lora_enable", type=_truth, nargs="?", const=True, default=LORA["lora_enable"])
-    parser.add_argument("--lora_r", type=int, default=LORA["lora_r"])
-    parser.add_argument("--lora_alpha", type=int, default=LORA["lora_alpha"])
-    parser.add_argument("--lora_dropout", type=float, default=LORA["lora_dropout"])
-    found, rest = parser.parse_known_args(argv)
-    return SimpleNamespace(**vars(found)), rest
-
-
-def _truth(text: str) -> bool:
-    return text.lower() in ("true", "yes", "y", "t", "1")
 
 
 def _take_auto(argv: list[str]) -> tuple[list[str], bool]:
@@ -167,33 +148,31 @@ class Planner:
         """Precision of the weights: DeepSpeed narrows them, and keeps a float32 copy."""
         import torch
 
+        from llava_sv.train import lora
+
         values = self.asked.values
         if stage is None:
-            return torch.float32
-        return torch.bfloat16 if values.bf16 else torch.float16 if values.fp16 else torch.float32
+            return lora.frozen_dtype(self.asked.model_args, values, torch.float32)
+        return lora.half(values) or torch.float32
 
     def trace(self, batch: int, stage: int | None, dense: bool, checkpointing: bool, accumulating: bool) -> Any:
         """One step at this batch."""
-        import torch
-
         from llava_sv.bench.memory_trace import Work, trace
         from llava_sv.train.build import part_of
+        from llava_sv.train.lora import half
 
-        values = self.asked.values
-        narrow = torch.bfloat16 if values.bf16 else torch.float16 if values.fp16 else None
-        weights = self.weights(stage)
         work = Work(
             batch,
             self.text,
-            weights=weights,
-            autocast=narrow if stage is None else None,
+            weights=self.weights(stage),
+            autocast=half(self.asked.values) if stage is None else None,
             checkpointing=checkpointing,
             accumulating=accumulating,
         )
-        key = (work, dense)
+        key = (work, dense, stage is None)
         if key not in self._traces:
             config = model_config(self.asked, dense=dense)
-            self._traces[key] = trace(config, work, lambda model: prepare(self.asked, model), part_of)
+            self._traces[key] = trace(config, work, lambda model: prepare(self.asked, model, stage), part_of)
         return self._traces[key]
 
     def layout(self) -> Any:
@@ -267,7 +246,7 @@ class Planner:
         ]
         ways = [] if checkpointing else ["--gradient_checkpointing True"]
         ways += [f"{fitting[0]} (--deepspeed; scripts/zero3_offload.json)"] if fitting else []
-        ways += [] if self.asked.lora.lora_enable else ["--lora_enable True (adapters only)"]
+        ways += [] if self.asked.model_args.lora_enable else ["--lora_enable True (adapters only)"]
         ways += ["more processes", "a shorter --model_max_length"]
         return (
             f"a batch of 1 does not fit: it takes {least:.1f} GiB a device with {own.name} over {self.asked.world} "
@@ -319,7 +298,7 @@ def make_plan(argv: list[str]) -> dict[str, Any]:
             "parameters": {part: list(counts) for part, counts in found.parameters.items()},
             "text_tokens": planner.text,
             "sequence": {kind: planner.sequence(dense) for kind, dense in planner.kinds()},
-            "lora": bool(asked.lora.lora_enable),
+            "lora": bool(asked.model_args.lora_enable),
         },
         "device": {"gib": round(asked.memory, 2), "from": asked.memory_from, "allocator": planner.allocator()},
         "run": {
