@@ -8,7 +8,8 @@ import os
 import pytest
 
 from tests.distributed.nodes import ADDRESS, ssh_between, two_nodes, why_no_ssh, why_not
-from tests.distributed.runs import FLAGS, SCRIPT, losses, settings
+from tests.distributed.runs import FLAGS, SCRIPT, settings
+from tests.train.runs import losses
 
 REASON = why_not()
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
@@ -74,7 +75,7 @@ def test_other_data_on_one_node_is_never_trained_on(nodes, world, tmp_path):
 
 
 def test_the_check_names_what_differs_between_nodes(nodes, world, tmp_path):
-    """OUTPUT is a folder of each node's own, and the flags are not the same data."""
+    """OUTPUT is a folder of each node's own."""
     output = tmp_path / "out"
     output.mkdir()
     nodes[1].run("mount", "-t", "tmpfs", "tmpfs", str(output))

@@ -71,10 +71,10 @@ def test_what_is_written_about_it(poisoned):
     assert len(bad[0]["records"]) == 2
 
 
-@pytest.mark.parametrize("kind", ["ddp", "zero2", pytest.param("zero1", marks=pytest.mark.slow),
-                                  pytest.param("zero0", marks=pytest.mark.slow),
-                                  pytest.param("zero3", marks=pytest.mark.slow),
-                                  pytest.param("bf16", marks=pytest.mark.slow)])  # fmt: skip
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("ddp", "zero0", "zero1", "zero3", "bf16")]
+
+
+@pytest.mark.parametrize("kind", ["zero2", *SLOW])
 def test_two_processes_drop_it_together(world, tmp_path, kind):
     """2 x 2 x 2 samples a step, of which one on one rank is bad: the later losses are those of one process with 8."""
     flags = [*FLAGS, "--num_train_epochs", "3", "--group_by_modality_length", "True"]

@@ -94,7 +94,7 @@ def test_the_saved_weights_are_those_of_one_process(runs, family, stage):
         torch.testing.assert_close(both[name], value, rtol=1e-3, atol=2e-4, msg=lambda text, name=name: name + text)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_without_the_dummy_image_a_text_batch_stops_all(world, mixed, tmp_path, stage):
     """The guard of the tests above: they can fail. The worker ends itself where processes wait for each other."""
     images = ("--image_folder", str(mixed.parent / "images"))
