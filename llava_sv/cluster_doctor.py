@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sv.cluster import agree, roll_call
+from llava_sv.constants import GIB, MIB
 from llava_sv.errors import UserError
 from llava_sv.files import write_json
 from llava_sv.train import preflight
@@ -25,8 +26,6 @@ from llava_sv.train import preflight
 MAX_CLOCK_SECONDS = 5.0
 """Clocks further apart confuse the order of checkpoints and logs on shared storage."""
 
-_GIB = 2**30
-_MIB = 2**20
 _ROUNDS = 5
 _SHARED_WITHIN = 10.0
 
@@ -47,7 +46,7 @@ def main(argv: list[str]) -> int:
     try:
         report = examine(training, device, args.max_clock_seconds)
     finally:
-        _leave()
+        agree.leave(together=False)
     if int(os.environ.get("RANK", "0")) == 0:
         print(render(report), flush=True)
         for problem in report["problems"]:
@@ -62,10 +61,8 @@ def _start(training: list[str]) -> Any:
     import torch
     import torch.distributed as dist
 
-    flags = preflight.read_flags(training, ("use_cpu", "no_cuda"))
-    wants_cpu = "true" in (flags.get("use_cpu", "").lower(), flags.get("no_cuda", "").lower())
     device = torch.device("cpu")
-    if torch.cuda.is_available() and not wants_cpu:
+    if torch.cuda.is_available() and not preflight.wants_cpu(training):
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():
             raise UserError(
@@ -79,21 +76,12 @@ def _start(training: list[str]) -> Any:
     return device
 
 
-def _leave() -> None:
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def examine(training: list[str], device: Any, max_clock_seconds: float) -> dict[str, Any]:
     """The report: `world`, `ranks` (a dict each), `all_reduce`, `output`, `problems`, `ok`. The same on every rank."""
     flags = preflight.read_flags(training, (*preflight.NEEDED, "output_dir", "mm_family"))
-    problem = ""
-    if training:
-        missing = preflight.missing_inputs(training[1:])
-        problem = "; ".join(missing)
-    row = {**agree.who(), **machine(device), "facts": agree.facts(files_of(flags), whole=True), "problem": problem}
+    facts = agree.facts(preflight.shared_inputs(flags), whole=True)
+    problem = "; ".join(preflight.missing_inputs(training[1:])) if training else ""
+    row = {**agree.who(), **machine(device), "facts": facts, "problem": problem}
     if not flags.get("output_dir"):
         output, seen = "", True
     else:
@@ -131,29 +119,16 @@ def _clock_problems(rows: list[dict[str, Any]], most: float) -> list[str]:
     ]
 
 
-def files_of(flags: dict[str, str]) -> dict[str, Path | None]:
-    """What the flags name that must be the same on every node, by content."""
-    files: dict[str, Path | None] = {}
-    if flags.get("data_path"):
-        files["data"] = Path(flags["data_path"]).expanduser()
-    for name, flag in (("model", "model_name_or_path"), ("model vision_tower", "vision_tower")):
-        if flags.get(flag):
-            files[name] = preflight.find_model(flags[flag])
-    if flags.get("pretrain_mm_mlp_adapter"):
-        files["model projector"] = Path(flags["pretrain_mm_mlp_adapter"]).expanduser()
-    return files
-
-
 def machine(device: Any) -> dict[str, Any]:
     """Memory, GPU and commit of this rank: shown, and free to differ. `gpu_id`: two ranks must not share one."""
     import psutil
     import torch
 
-    found: dict[str, Any] = {"memory_free_gib": round(psutil.virtual_memory().available / _GIB, 1)}
+    found: dict[str, Any] = {"memory_free_gib": round(psutil.virtual_memory().available / GIB, 1)}
     found |= {"commit": commit(), "gpu": "none", "gpu_free_gib": 0.0, "gpu_id": None}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found |= {"gpu": properties.name, "gpu_free_gib": round(torch.cuda.mem_get_info(device)[0] / _GIB, 1)}
+        found |= {"gpu": properties.name, "gpu_free_gib": round(torch.cuda.mem_get_info(device)[0] / GIB, 1)}
         found["gpu_id"] = str(getattr(properties, "uuid", "")) or None
     return found
 
@@ -248,7 +223,7 @@ def bandwidth(device: Any) -> dict[str, Any] | None:
 
     if not dist.is_initialized():
         return None
-    size = (256 if device.type == "cuda" else 32) * _MIB
+    size = (256 if device.type == "cuda" else 32) * MIB
     block = torch.ones(size // 4, dtype=torch.float32, device=device)
     seconds = []
     for _ in range(_ROUNDS + 1):
@@ -314,7 +289,7 @@ def render(report: dict[str, Any]) -> str:
     if speed:
         lines.append(
             f"{'all-reduce':<11} {speed['gb_per_s']:g} GB/s, on the bus of a ring {speed['bus_gb_per_s']:g} GB/s: "
-            f"{speed['bytes'] // _MIB} MiB of float32, {speed['backend']}, median of {speed['rounds']}, slowest rank"
+            f"{speed['bytes'] // MIB} MiB of float32, {speed['backend']}, median of {speed['rounds']}, slowest rank"
         )
     lines.append("All processes agree." if report["ok"] else f"{len(report['problems'])} to mend")
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""Sentinels shared by data and model. Values are LLaVA's, so that its checkpoints and scripts carry over."""
+"""Sentinels shared by data and model, and units of memory. Sentinels are LLaVA's, so that its checkpoints and scripts
+carry over."""
 
 IGNORE_INDEX = -100
 """Label of a position that is not supervised."""
@@ -8,3 +9,6 @@ IMAGE_TOKEN_INDEX = -200
 
 DEFAULT_IMAGE_TOKEN = "<image>"
 """Stands in text where an image goes."""
+
+MIB, GIB = 2**20, 2**30
+"""Bytes."""

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from llava_sv.constants import GIB
 from llava_sv.files import write_json
 
 OPTIONAL: dict[str, tuple[str, str]] = {
@@ -23,8 +24,6 @@ OPTIONAL: dict[str, tuple[str, str]] = {
     "bitsandbytes": ("8-bit and 4-bit loading (CUDA)", "bash scripts/setup.sh --extra train-gpu"),
 }
 """Package -> (what it brings, how to get it)."""
-
-_GIB = 2**30
 
 
 def _installed(name: str) -> str | None:
@@ -61,8 +60,8 @@ def gpu_facts() -> dict[str, Any]:
         devices.append(
             {
                 "name": properties.name,
-                "memory_gib": round(total / _GIB, 1),
-                "free_gib": round(free / _GIB, 1),
+                "memory_gib": round(total / GIB, 1),
+                "free_gib": round(free / GIB, 1),
                 "capability": f"{properties.major}.{properties.minor}",
                 "bf16": properties.major >= 8,
             }
@@ -94,9 +93,9 @@ def machine_facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / _GIB, 1),
-        "memory_free_gib": round(psutil.virtual_memory().available / _GIB, 1),
-        "disk_free_gib": round(shutil.disk_usage(Path.cwd()).free / _GIB, 1),
+        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
+        "memory_free_gib": round(psutil.virtual_memory().available / GIB, 1),
+        "disk_free_gib": round(shutil.disk_usage(Path.cwd()).free / GIB, 1),
     }
 
 

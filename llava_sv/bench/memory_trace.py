@@ -182,7 +182,7 @@ def trace(config: Any, work: Work, prepare: Prepare, part_of: Callable[[str], st
         found = _describe(model, part_of)
         found.buffer_bytes = sum(ghost.bytes_of(buffer) for buffer in model.buffers())
         found.sequence = work.text_tokens + (image_tokens(config) if work.image else 0)
-        tower = _inner(model).get_vision_tower()
+        tower = model.get_vision_tower()
         if not any(parameter.requires_grad for parameter in tower.parameters()):
             found.run_once = sum(parameter.numel() for parameter in tower.parameters())
         watch = _Watch(ghost)
@@ -197,11 +197,6 @@ def trace(config: Any, work: Work, prepare: Prepare, part_of: Callable[[str], st
         loss.backward()
         found.moments = watch.moments
     return found
-
-
-def _inner(model: Any) -> Any:
-    """The LLaVA itself, where adapters are wrapped around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _describe(model: nn.Module, part_of: Callable[[str], str]) -> Trace:
@@ -233,12 +228,11 @@ def _label_gradients(model: nn.Module, ghost: Ghost, accumulating: bool) -> None
 
 def _label_parts(model: Any, ghost: Ghost) -> None:
     """Allocations of encoder, projector and output layer on the way forward under their names."""
-    inner = _inner(model)
-    decoder = inner.get_model()
+    decoder = model.get_model()
     for label, module in (
         ("encoder", decoder.vision_tower),
         ("projector", decoder.mm_projector),
-        ("loss", inner.lm_head),
+        ("loss", model.lm_head),
     ):
         _label_module(module, ghost, label)
 

@@ -169,12 +169,16 @@ def gather(mine: Any) -> list[Any]:
     return rows
 
 
-def _leave_together() -> None:
-    """End the process group while all are there: the first to exit would tear the others down before they speak."""
+def leave(together: bool = True) -> None:
+    """End the process group; once all ranks are there, unless they are on their way out by themselves.
+
+    The first to exit would tear the others down before they have spoken.
+    """
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
-        dist.barrier()
+        if together:
+            dist.barrier()
         dist.destroy_process_group()
 
 
@@ -183,6 +187,6 @@ def check(files: Mapping[str, Path | None], settings: Mapping[str, Any]) -> None
     rows = gather({**who(), "facts": facts(files, settings)})
     problems = same_number(rows) + differences(rows)
     if problems:
-        _leave_together()
+        leave()
         more = f" (and {len(problems) - 3} more; CHECK_CLUSTER=1 lists all)" if len(problems) > 3 else ""
         raise UserError(f"nothing was trained: {' | '.join(problems[:3])}{more}")

@@ -1,8 +1,8 @@
 """torchrun with a roll call of the nodes before it, and with the exit code of what it ran.
 
 `python -m llava_sv.cluster.torchrun [--meet NODE_RANK NNODES ADDRESS PORT] [--late] TORCHRUN'S ARGUMENTS`, as
-scripts/common.sh writes it. Exit code: 0, or that of the process that failed first (2: a line for the user was printed;
-75: stopped and saved, to be started again), where torchrun itself says 1 and prints a traceback.
+scripts/common.sh writes it. Exit code: 0, or that of the process that failed first (2, 74 and 75, whose line
+has been printed), where torchrun itself says 1 and prints a traceback.
 """
 
 from __future__ import annotations

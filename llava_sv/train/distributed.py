@@ -11,7 +11,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from llava_sv.cluster import agree
 from llava_sv.errors import UserError
+from llava_sv.train import preflight
 from llava_sv.train.deepspeed_config import check_against_flags, check_config, fill_in
 
 
@@ -102,14 +104,7 @@ def check_processes_agree(args: Any, settings: dict[str, Any]) -> None:
     """Several processes must be about to train the same: versions, code, data, base models and settings."""
     if args.world_size < 2:
         return
-    from llava_sv.cluster import agree
-    from llava_sv.train import preflight
-
-    names = {"model": "model_name_or_path", "model vision_tower": "vision_tower"}
-    files = {name: preflight.find_model(str(settings[flag])) for name, flag in names.items() if settings[flag]}
-    files["data"] = Path(settings["data_path"]).expanduser()
-    if settings["pretrain_mm_mlp_adapter"]:
-        files["model projector"] = Path(settings["pretrain_mm_mlp_adapter"]).expanduser()
+    files = preflight.shared_inputs(settings)
     adapters = settings.get("lora")
     if adapters and adapters["weight_path"]:  # may be written otherwise on each node, like the other paths
         files["model adapters"] = Path(adapters["weight_path"]).expanduser()
@@ -125,12 +120,3 @@ def check_engine(model_wrapped: Any, args: Any) -> None:
 
     if not isinstance(model_wrapped, DeepSpeedEngine):
         raise RuntimeError(f"--deepspeed was given, but training runs on {type(model_wrapped).__name__}")
-
-
-def leave_together() -> None:
-    """Wait for every rank, then end the process group."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()

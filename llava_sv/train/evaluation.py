@@ -193,12 +193,11 @@ def undisturbed(model: Any, optimizer: Any = None) -> Iterator[None]:
 def spliced_as_in_training(model: Any) -> Iterator[None]:
     """`model` in evaluation, but for the splice and the loss, which go training's way: no logits are made of positions
     that carry no loss, and a batch without images runs the encoder too, so that ranks stay in step under ZeRO-3."""
-    top = model.get_base_model() if hasattr(model, "get_base_model") else model
-    top.training = True
+    model.training = True
     try:
         yield
     finally:
-        top.training = False
+        model.training = False
 
 
 # -- the loss -------------------------------------------------------------------------------------------------------

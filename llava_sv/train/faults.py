@@ -15,9 +15,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from llava_sv.cluster.agree import gather, leave
 from llava_sv.errors import CANNOT_WRITE, INTERRUPTED, Stopped
 from llava_sv.train import checkpoint, stopping
-from llava_sv.train.saving import free_space, gather, line_of, stopped_by
+from llava_sv.train.saving import free_space, line_of, stopped_by
 from llava_sv.train.stopping import SIGNALS, Stopper, describe
 
 
@@ -64,7 +65,7 @@ class FaultsCallback(TrainerCallback):
             error = self.trainer.metrics_callback.failed
             where = Path(args.output_dir)
             own = line_of(where / "metrics.jsonl", error, kept, free_space(where)) if error else ""
-            line = next((said for said in gather(own, args.world_size) if said), line)
+            line = next((said for said in gather(own) if said), line)
         more = {"why": self.stopper.reason, "step": step, "checkpoint": kept and str(kept)}
         return stopping.stop(args.output_dir, main, code, line, **more)
 
@@ -78,7 +79,7 @@ def guarded(args: Any) -> Iterator[None]:
     try:
         yield
     except Stopped:
-        end_group()
+        leave(together=False)
         raise
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) or SIGNALS.received == "SIGINT":
@@ -107,11 +108,3 @@ def step_of(output: Path) -> int:
 
     rows = read_metrics(output / "metrics.jsonl")
     return rows[-1]["step"] if rows else 0
-
-
-def end_group() -> None:
-    """Leave the process group without waiting: every rank is on its way out."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()

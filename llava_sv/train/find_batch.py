@@ -14,8 +14,9 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from llava_sv.cluster.agree import gather
 from llava_sv.errors import UserError
-from llava_sv.train.preflight import read_flags
+from llava_sv.train.preflight import read_flags, wants_cpu
 
 PER_DEVICE, GLOBAL, ACCUMULATE = "per_device_train_batch_size", "global_batch_size", "gradient_accumulation_steps"
 LIBRARYS_OWN = "auto_find_batch_size"
@@ -30,7 +31,7 @@ def settle(argv: list[str]) -> list[str]:
     Raises `UserError` for a global batch that cannot be cut, and where not even one sample fits.
     """
     argv = [_renamed(word) for word in argv]
-    given = read_flags(argv, (PER_DEVICE, GLOBAL, ACCUMULATE, LIBRARYS_OWN, "use_cpu", "no_cuda"))
+    given = read_flags(argv, (PER_DEVICE, GLOBAL, ACCUMULATE, LIBRARYS_OWN))
     if given.get(LIBRARYS_OWN, "false").lower() not in ("false", "no", "0"):
         raise UserError(
             f"--{LIBRARYS_OWN}: it would change the global batch, and each rank would find its own; use "
@@ -46,7 +47,7 @@ def settle(argv: list[str]) -> list[str]:
         return [*argv, f"--{ACCUMULATE}", str(accumulation(whole, _per_device(given), world))]
     if whole % world:
         raise UserError(f"--{GLOBAL} {whole}: no multiple of the {world} processes; choose one that is")
-    batch = _planned(argv, given, world)
+    batch = _planned(argv, world)
     rest = _without(argv, (PER_DEVICE, ACCUMULATE))
     numbers = [f"--{PER_DEVICE}", str(batch), f"--{ACCUMULATE}", str(accumulation(whole, batch, world))]
     return [*rest, *numbers, "--probe_batch", "True"]
@@ -103,12 +104,11 @@ def free_gib(use_cpu: bool) -> float:
     return psutil.virtual_memory().available / 2**30 / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _planned(argv: list[str], given: dict[str, str], world: int) -> int:
+def _planned(argv: list[str], world: int) -> int:
     """The batch that the memory plan suggests, with checkpointing as the command has it."""
     from llava_sv.train.memory_plan import CHECKPOINTING, Planner, read
 
-    use_cpu = "true" in (given.get("use_cpu", "").lower(), given.get("no_cuda", "").lower())
-    memory = str(free_gib(use_cpu))
+    memory = str(free_gib(wants_cpu(argv)))
     planner = Planner(read([*argv, "--world_size", str(world), "--gpu_memory", memory]))
     checkpointing = bool(getattr(planner.asked.values, CHECKPOINTING))
     found = planner.suggest(planner.layout(), checkpointing)
@@ -242,12 +242,7 @@ def agreed(fits: bool, args: Any) -> bool:
 
 def check_ranks(args: Any) -> None:
     """`UserError` where the plan found another batch on another rank: their memories differ."""
-    if args.world_size < 2:
-        return
-    import torch.distributed as dist
-
-    seen: list[Any] = [None] * args.world_size
-    dist.all_gather_object(seen, args.per_device_train_batch_size)
+    seen = gather(args.per_device_train_batch_size)
     if len(set(seen)) > 1:
         raise UserError(
             f"--{PER_DEVICE} {AUTO}: the ranks' devices hold different batches ({sorted(set(seen))}); give "

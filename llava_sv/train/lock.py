@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from llava_sv.cluster import agree
 from llava_sv.errors import UserError
 
 LOCK = ".lock"
@@ -31,9 +32,6 @@ def held(args: Any) -> Iterator[None]:
 
     Where the storage knows no locks, or cannot be written, there is none.
     """
-    from llava_sv.train.distributed import leave_together
-    from llava_sv.train.saving import gather
-
     if int(os.environ.get("WORLD_SIZE") or 1) != args.world_size:
         yield  # each takes itself for rank 0: `check_world` says so
         return
@@ -41,9 +39,9 @@ def held(args: Any) -> Iterator[None]:
     made = args.process_index == 0 and not output.exists()
     if args.process_index == 0:
         file, problem = take(output)
-    problem = gather(problem, args.world_size)[0]
+    problem = agree.gather(problem)[0]
     if problem:
-        leave_together()
+        agree.leave()
         raise UserError(problem)
     try:
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-GIB = 2**30
+from llava_sv.constants import GIB
 
 
 def render(plan: dict[str, Any]) -> str:
@@ -13,11 +13,11 @@ def render(plan: dict[str, Any]) -> str:
     kinds = list(model["sequence"])
     lines = ["memory plan: no weights were read, nothing was run", ""]
     for part, (total, trained) in model["parameters"].items():
-        lines.append(f"  {part:<17} {total:>16,} parameters, {trained:,} train")
+        lines.append(f"  {part:<24} {total:>16,} parameters, {trained:,} train")
     lengths = ", ".join(f"{kind} {length}" for kind, length in model["sequence"].items())
-    lines.append(f"  {'tokens a sample':<17} {model['text_tokens']} of text and an image: {lengths}")
-    lines.append(f"  {'batch':<17} {run['batch']} a device x {run['world_size']} x {run['accumulation']} accumulated")
-    lines.append(f"  {'checkpointing':<17} {'on' if run['checkpointing'] else 'off'}")
+    lines.append(f"  {'tokens a sample':<24} {model['text_tokens']} of text and an image: {lengths}")
+    lines.append(f"  {'batch':<24} {run['batch']} a device x {run['world_size']} x {run['accumulation']} accumulated")
+    lines.append(f"  {'checkpointing':<24} {'on' if run['checkpointing'] else 'off'}")
     lines += ["", f"GiB a device        {''.join(f'{kind:>12}' for kind in kinds)}{'on the host':>14}"]
     for row in plan["rows"]:
         figures = "".join(f"{row[kind]['device_bytes'] / GIB:>12.1f}" for kind in kinds)

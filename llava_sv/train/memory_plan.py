@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any
 
+from llava_sv.constants import GIB
 from llava_sv.errors import UserError, exit_on_user_error
 from llava_sv.files import write_json
 from llava_sv.train.memory_model import model_config, prepare, saved_by_bits
@@ -21,7 +22,6 @@ EXAMPLE = """example:
       --version llama_3 --world_size 8 --gpu_memory 80 --deepspeed scripts/zero3.json --bf16 True
   PLAN=1 bash scripts/v1_5/finetune_skip.sh"""
 
-GIB = 2**30
 USUAL = 80
 """GiB of a GPU's memory where there is none here and none is said."""
 
@@ -71,6 +71,9 @@ def read(argv: list[str]) -> Asked:
     model_args = ModelArguments(**{name: value for name, value in vars(values).items() if name in names})
     if not model_args.model_name_or_path:
         raise UserError("--model_name_or_path is needed: a folder or Hugging Face id whose config.json is here")
+    if model_args.bits != 16:
+        raise UserError(f"--bits {model_args.bits} cannot be planned: plan with --bits 16, which takes more")
+    model_args.lora_weight_path = None  # no weights are read
     if own.world_size < 1:
         raise UserError(f"--world_size {own.world_size}: at least one process is needed")
     memory, where = _device_memory(own.gpu_memory)
@@ -159,19 +162,15 @@ class Planner:
 
     def trace(self, batch: int, stage: int | None, dense: bool, checkpointing: bool, accumulating: bool) -> Any:
         """One step at this batch."""
-        import torch
-
         from llava_sv.bench.memory_trace import Work, trace
         from llava_sv.train.build import part_of
+        from llava_sv.train.lora import half
 
-        values = self.asked.values
-        narrow = torch.bfloat16 if values.bf16 else torch.float16 if values.fp16 else None
-        weights = self.weights(stage)
         work = Work(
             batch,
             self.text,
-            weights=weights,
-            autocast=narrow if stage is None else None,
+            weights=self.weights(stage),
+            autocast=half(self.asked.values) if stage is None else None,
             checkpointing=checkpointing,
             accumulating=accumulating,
         )

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
+from llava_sv.cluster.agree import gather
 from llava_sv.files import write_text
-from llava_sv.train.saving import gather
 from llava_sv.train.stopping import stop
 
 LOG = "nonfinite.jsonl"
@@ -92,7 +92,7 @@ class Nonfinite:
             return
         losses = [float(loss) for _, loss in batches]
         mine = {"losses": losses, "ids": [ids for ids, _ in batches]}
-        ranks = gather(mine, self.trainer.args.world_size)
+        ranks = gather(mine)
         in_losses = not all(math.isfinite(loss) for rank in ranks for loss in rank["losses"])
         if self.trainer.args.fp16 and not in_losses:
             return

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 HUB = "https://huggingface.co"
 
@@ -53,6 +55,11 @@ def read_flags(argv: list[str], names: tuple[str, ...] = NEEDED) -> dict[str, st
     return found
 
 
+def wants_cpu(argv: list[str]) -> bool:
+    """Whether a command line says `--use_cpu True`, or `--no_cuda True` as older ones do."""
+    return "true" in (value.lower() for value in read_flags(argv, ("use_cpu", "no_cuda")).values())
+
+
 def hub_cache() -> Path:
     """Where Hugging Face keeps downloaded models, by its own rules."""
     if os.environ.get("HF_HUB_CACHE"):
@@ -73,6 +80,19 @@ def find_model(name: str) -> Path | None:
         key=lambda file: file.stat().st_mtime,
     )
     return snapshots[-1].parent if snapshots else None
+
+
+def shared_inputs(flags: Mapping[str, Any]) -> dict[str, Path | None]:
+    """What the flags name that must be the same on every node, by content: the data, and base models' folders."""
+    files: dict[str, Path | None] = {}
+    if flags.get("data_path"):
+        files["data"] = Path(flags["data_path"]).expanduser()
+    for name, flag in (("model", "model_name_or_path"), ("model vision_tower", "vision_tower")):
+        if flags.get(flag):
+            files[name] = find_model(flags[flag])
+    if flags.get("pretrain_mm_mlp_adapter"):
+        files["model projector"] = Path(flags["pretrain_mm_mlp_adapter"]).expanduser()
+    return files
 
 
 def looks_like_hub_id(name: str) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava_sv.cluster.agree import gather
 from llava_sv.errors import UserError
 from llava_sv.train import checkpoint, lora, universal
 from llava_sv.train.stopping import restarted
@@ -115,12 +116,7 @@ def _step(folder: Path) -> int:
 
 def check_agreement(found: Plan, args: Any) -> None:
     """Every rank must have read the same OUTPUT; `UserError` where nodes do not share it."""
-    if args.world_size < 2:
-        return
-    import torch.distributed as dist
-
-    seen: list[Any] = [None] * args.world_size
-    dist.all_gather_object(seen, (str(found.checkpoint), found.finished))
+    seen = gather((str(found.checkpoint), found.finished))
     if len(set(seen)) > 1:
         raise UserError(
             f"--output_dir {args.output_dir}: processes see different contents there ({sorted(map(str, set(seen)))}); "

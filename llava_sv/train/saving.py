@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llava_sv.cluster.agree import gather
 from llava_sv.errors import CANNOT_WRITE, Stopped
 from llava_sv.files import write_text
 from llava_sv.train import checkpoint
@@ -143,7 +144,7 @@ class Saving:
             kept = checkpoint.last_complete_checkpoint(args.output_dir)
             kept = None if kept == remove else kept
             mine = (is_write_failure(self.error), line_of(what, self.error, kept, self.free))
-        seen = gather(mine, args.world_size)
+        seen = gather(mine)
         failed = [one for one in seen if one is not None]
         if not failed:
             return
@@ -151,20 +152,9 @@ class Saving:
             shutil.rmtree(remove, ignore_errors=True)
         if self.error is not None and not is_write_failure(self.error):
             raise self.error
-        gather(None, args.world_size)  # the space is free before the record is written
+        gather(None)  # the space is free before the record is written
         line = next((said for written, said in failed if written), "")
         raise stop(args.output_dir, self.trainer.is_world_process_zero(), CANNOT_WRITE, line, why="not written")
-
-
-def gather(value: Any, world_size: int) -> list[Any]:
-    """`value` of every rank, by rank. Every rank calls it."""
-    if world_size < 2:
-        return [value]
-    import torch.distributed as dist
-
-    seen: list[Any] = [None] * world_size
-    dist.all_gather_object(seen, value)
-    return seen
 
 
 def end_at_once(what: Path, error: BaseException) -> None:
@@ -181,7 +171,7 @@ def save_final(trainer: Any) -> None:
     beside = output / UNFINISHED
     if trainer.args.should_save:
         shutil.rmtree(beside, ignore_errors=True)
-    gather(None, trainer.args.world_size)
+    gather(None)
     trainer.saving = saving
     if trainer.metrics_callback.failed is not None:
         saving.keep(trainer.metrics_callback.failed)

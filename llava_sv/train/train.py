@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_sv.cluster.agree import leave
 from llava_sv.errors import UserError, exit_on_user_error
 from llava_sv.train.stopping import SIGNALS
 
@@ -41,7 +42,7 @@ def _train(attn_implementation: str | Callable[[], str] | None, argv: list[str])
     from llava_sv.train import preflight
 
     if not {"-h", "--help"} & set(argv):
-        _prepare_environment(preflight.read_flags(argv, ("cache_dir", "use_cpu", "no_cuda")))
+        _prepare_environment(preflight.read_flags(argv, ("cache_dir",)).get("cache_dir", ""), preflight.wants_cpu(argv))
         problems = preflight.missing_inputs(argv)
         meet_ranks(preflight.message(problems) if problems else "")
         if problems:
@@ -61,11 +62,11 @@ def _train(attn_implementation: str | Callable[[], str] | None, argv: list[str])
         return run(model_args, data_args, args)
 
 
-def _prepare_environment(flags: dict[str, str]) -> None:
+def _prepare_environment(cache_dir: str, use_cpu: bool) -> None:
     """What libraries read from the environment as they are imported."""
-    if flags.get("cache_dir"):
-        os.environ["HF_HUB_CACHE"] = flags["cache_dir"]
-    if "true" in (flags.get("use_cpu", "").lower(), flags.get("no_cuda", "").lower()):
+    if cache_dir:
+        os.environ["HF_HUB_CACHE"] = cache_dir
+    if use_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # it lists the layers that are not split between devices, where nothing is
     logging.getLogger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)
@@ -75,7 +76,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     """Train as the arguments say. Every rank runs this."""
     from llava_sv.data.collator import DataCollatorForSupervisedDataset
     from llava_sv.train import best, build, evaluation, find_batch, lora, resume, universal
-    from llava_sv.train.distributed import check_processes_agree, check_world, leave_together
+    from llava_sv.train.distributed import check_processes_agree, check_world
     from llava_sv.train.stopping import clear
 
     check_world(args)
@@ -88,7 +89,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     evaluation.check_resumption(plan.checkpoint, asked)
     if plan.finished:
         say(plan.note)
-        leave_together()
+        leave()
         return 0
     if args.should_save:
         clear(str(args.output_dir))
@@ -117,7 +118,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     _introduce(trainer, dataset, tokenizer, plan.note)
     output = trainer.train(resume_from_checkpoint=str(plan.checkpoint) if plan.checkpoint else None)
     finish(trainer, output.training_loss, asked)
-    leave_together()
+    leave()
     return 0
 
 

@@ -27,7 +27,6 @@ SAMPLE = [
 @pytest.mark.parametrize("case", SAMPLE, ids=lambda case: case.name)
 def test_plan_is_what_the_allocator_gives_out(case):
     row = memory.run_alone(case, CPU)
-    assert row["ratio"] == pytest.approx(1, abs=0.15)
     # nothing is fitted: torch's own engine runs on shapes, so that hardly a byte differs
     assert row["ratio"] == pytest.approx(1, abs=0.01)
 

@@ -1,7 +1,8 @@
 import pytest
 
 from llava_sv.train.train import train
-from tests.distributed.runs import losses, run_script
+from tests.distributed.runs import run_script
+from tests.train.runs import losses
 from tests.train.tiny import World
 
 

@@ -12,10 +12,12 @@ import subprocess
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.train.runs import ROOT
+
 ADDRESS = {"a": "10.111.7.1", "b": "10.111.7.2"}
 HOSTS = "127.0.0.1 localhost\n" + "".join(f"{address} node-{name}\n" for name, address in ADDRESS.items())
 KEPT = ("PATH", "HOME", "LANG", "TMPDIR")
+"""Variables that a node, or a script on this machine, is given of ours."""
 
 
 def why_not() -> str:

@@ -6,8 +6,8 @@ import os
 import subprocess
 from pathlib import Path
 
-from llava_sv.train.metrics import read_metrics
-from tests.distributed.nodes import ROOT
+from tests.distributed.nodes import KEPT
+from tests.train.runs import ROOT
 
 SCRIPT = "scripts/v1_5/finetune_skip.sh"
 FLAGS = ("--max_steps", "2", "--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "True")
@@ -36,12 +36,8 @@ def settings(world, output: Path, **more: str) -> dict[str, str]:
 
 def run_script(world, output: Path, *flags: str, **more: str) -> subprocess.CompletedProcess:
     """The script on this machine, with a clean environment."""
-    clean = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
+    clean = {name: os.environ[name] for name in KEPT if name in os.environ}
     clean |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | settings(world, output, **more)
     return subprocess.run(
         ["bash", SCRIPT, *FLAGS, *flags], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=300
     )
-
-
-def losses(output: Path) -> list[float]:
-    return [row["loss"] for row in read_metrics(output / "metrics.jsonl")]

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from tests.distributed.runs import losses, run_script
+from tests.distributed.runs import run_script
+from tests.train.runs import losses
 
 
 @pytest.mark.parametrize(

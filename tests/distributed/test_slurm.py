@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from tests.distributed.nodes import ROOT
+from tests.train.runs import ROOT
 
 BODY = "scripts/slurm/finetune_skip.sbatch"
 SRUN = """#!/usr/bin/env bash

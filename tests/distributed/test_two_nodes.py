@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 
 import pytest
 
 from tests.distributed.nodes import ADDRESS, ssh_between, two_nodes, why_no_ssh, why_not
-from tests.distributed.runs import FLAGS, SCRIPT, losses, settings
+from tests.distributed.runs import FLAGS, SCRIPT, settings
+from tests.train.runs import losses
 
 REASON = why_not()
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
@@ -30,7 +32,18 @@ def on_both(nodes, world, output, *flags, ranks=("0", "1"), more=({}, {}), **com
     for node, rank, own in zip(nodes, ranks, more):
         variables = settings(world, output, NPROC="1", NNODES="2", NODE_RANK=rank, MASTER_ADDR=ADDRESS["a"], **common)
         processes.append(node.start(["bash", SCRIPT, *FLAGS, *flags], **{**variables, "MASTER_PORT": str(PORT), **own}))
-    return [(process.wait(), text) for process in processes for text in [process.communicate(timeout=240)[0]]]
+    return [end_of(process) for process in processes]
+
+
+def end_of(process):
+    """(exit code, output); of one that hangs, what it has said so far: the other node's words tell why."""
+    try:
+        text = process.communicate(timeout=240)[0]
+    except subprocess.TimeoutExpired as late:
+        process.kill()  # of nsenter alone: what runs in the node ends with it
+        process.stdout.close()
+        text = f"it hung: {late.output!r}"
+    return process.wait(), text
 
 
 def test_torchrun_with_zero3_trains_as_one_node_does(nodes, world, one_node, tmp_path):
@@ -74,7 +87,7 @@ def test_other_data_on_one_node_is_never_trained_on(nodes, world, tmp_path):
 
 
 def test_the_check_names_what_differs_between_nodes(nodes, world, tmp_path):
-    """OUTPUT is a folder of each node's own, and the flags are not the same data."""
+    """OUTPUT is a folder of each node's own."""
     output = tmp_path / "out"
     output.mkdir()
     nodes[1].run("mount", "-t", "tmpfs", "tmpfs", str(output))

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -18,9 +17,9 @@ from safetensors.torch import load_file
 
 from llava_sv.train.checkpoint import checkpoints, last_complete_checkpoint, what_is_torn
 from llava_sv.train.metrics import read_metrics
+from tests.train import runs
 from tests.train.tiny import World
 
-ROOT = Path(__file__).resolve().parents[2]
 FAULTY = "tests/train/faulty.py"
 STEPS = 12
 """20 records: 3 steps an epoch of 2 a device x 2 processes x 2 accumulated (the last one short), 4 epochs."""
@@ -36,52 +35,20 @@ def world(tmp_path_factory):
     return World(tmp_path_factory.mktemp("world"), count=20)
 
 
-def environment(fault=None):
-    outer = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_RESTART_COUNT")
-    clean = {name: value for name, value in os.environ.items() if name not in outer}
-    clean |= {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "FAULT": json.dumps(fault or {})}
-    return clean
-
-
 def two_ranks(*flags, restarts=0):
     """The command of two processes under torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", str(restarts)]
-    return [sys.executable, *launcher, FAULTY, *map(str, flags)]
+    return [sys.executable, *runs.TWO, "--max-restarts", str(restarts), FAULTY, *map(str, flags)]
 
 
-def start(argv, fault=None, **extra):
-    return subprocess.Popen(
-        argv,
-        cwd=ROOT,
-        env=environment(fault) | extra,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_ctrl_c,
-    )
+def start(argv, fault=None, **more):
+    return runs.start(argv, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", FAULT=json.dumps(fault or {}), **more)
 
 
-def heed_ctrl_c():
-    """A test run in the background of a script ignores SIGINT, and so would everything below it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def end_of(process):
-    """(exit code, stdout, stderr); a process that hangs is killed, and the test fails."""
-    try:
-        out, err = process.communicate(timeout=400)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        out, err = process.communicate()
-        pytest.fail(f"it hung\n{out[-2000:]}\n{err[-4000:]}")
-    return process.returncode, out, err
-
-
-def run(argv, fault=None, code=0, **extra):
+def run(argv, fault=None, code=0, **more):
     """Run to the end; returns (stdout, stderr)."""
-    got, out, err = end_of(start(argv, fault, **extra))
-    assert got == code, f"exit code {got}\n{out[-2000:]}\n{err[-4000:]}"
-    return out, err
+    done = runs.end_of(start(argv, fault, **more))
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout, done.stderr
 
 
 def wait_for(condition, process):
@@ -149,7 +116,8 @@ def test_a_killed_rank_is_replaced_and_nothing_changes(world, whole, tmp_path):
     assert [step for step, _ in checkpoints(tmp_path)] == [10, 12]
 
 
-@pytest.mark.parametrize("zero", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
 def test_a_killed_rank_under_deepspeed(world, whole, tmp_path, zero):
     """Steps before and after the interruption are those without DeepSpeed; the resumption is exact."""
     flags = [*world.flags("skip", tmp_path, *COMMON), "--deepspeed", f"scripts/{zero}.json"]
@@ -174,15 +142,12 @@ def script(world, tmp_path):
         f'exec {sys.executable} "${{args[@]}}"\n'
     )
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
-    (tmp_path / "train.sh").write_text(f'source {ROOT}/scripts/common.sh\nFLAGS=()\nlaunch "$@"\n')
+    (tmp_path / "train.sh").write_text(f'source {runs.ROOT}/scripts/common.sh\nFLAGS=()\nlaunch "$@"\n')
 
     def command(output, *flags, nproc=2):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        variables = {"PYTHON": str(python), "USE_CPU": "1", "NPROC": str(nproc), "DEEPSPEED": "", "OUTPUT": str(output)}
+        variables = {"PYTHON": str(python), "OUTPUT": str(output), "USE_CPU": "1", "NPROC": str(nproc), "DEEPSPEED": ""}
         words = world.flags("skip", output, *COMMON, *flags)
-        return ["bash", str(tmp_path / "train.sh"), *words], variables | {"MASTER_PORT": str(port)}
+        return ["bash", str(tmp_path / "train.sh"), *words], variables
 
     return command
 
@@ -200,8 +165,9 @@ def test_preemption_saves_leaves_with_75_and_goes_on(whole, script, tmp_path):
     wait_for((output / "saving.now").exists, process)
     process.send_signal(signal.SIGTERM)
     (output / "go.on.save").write_text("")
-    code, out, err = end_of(process)
-    assert code == 75, err[-3000:]
+    done = runs.end_of(process)
+    err = done.stderr
+    assert done.returncode == 75, err[-3000:]
     assert "Traceback" not in err
     assert f"after step 5: saved {output}/checkpoint-5; the same command goes on from there" in err
     record = json.loads((output / "stopped.json").read_text())
@@ -222,8 +188,9 @@ def test_ctrl_c_ends_with_one_line(script, tmp_path):
     process = start(argv, {"wait_at": 5}, **variables)
     wait_for((output / "step.now").exists, process)
     process.send_signal(signal.SIGINT)
-    code, _, err = end_of(process)
-    assert code == 130, err[-3000:]
+    done = runs.end_of(process)
+    err = done.stderr
+    assert done.returncode == 130, err[-3000:]
     lines = [line for line in err.splitlines() if "interrupted" in line]
     kept = f"{output}/checkpoint-4 is the last complete checkpoint"
     assert lines == [f"interrupted after step 4: {kept}; the same command goes on from there"]
@@ -257,8 +224,9 @@ def test_plain_python_and_its_workers_take_the_signal(world, tmp_path, name):
     for pid in (*map(int, below), process.pid):
         os.kill(pid, getattr(signal, name))
     (tmp_path / "go.on.step").write_text("")
-    code, _, err = end_of(process)
-    assert code == 75, err[-3000:]
+    done = runs.end_of(process)
+    err = done.stderr
+    assert done.returncode == 75, err[-3000:]
     assert f"asked to stop by {name} after step 3: saved {tmp_path}/checkpoint-3" in err
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from llava_sv.model.language_model import loss as loss_module
 from llava_sv.model.language_model.loss import LMHead, supervised_positions
+from llava_sv.model.token_groups import TokenRole, is_visual
 from tests.parity.tiny import ragged_batch, tiny_images, tiny_model
 
 
@@ -117,15 +118,11 @@ def test_a_text_only_batch_in_float16_is_finite():
     assert model(input_ids=ids, labels=ids).loss.isfinite()
 
 
-def test_splice_stats_of_the_latest_training_batch():
+def test_roles_of_the_latest_training_batch():
     model = tiny_model().train()
     ids, mask, labels, images = ragged_batch()
     model(input_ids=ids, attention_mask=mask, labels=labels, images=tiny_images(images))
-    text = int(mask.sum()) - images
-    visual = images * 11
-    longest = 6 + 2 * 11
-    assert model.last_splice_stats == {
-        "tokens": text + visual,
-        "visual_tokens": visual,
-        "padding": 3 * longest - text - visual,
-    }
+    roles = model.last_roles
+    assert roles.shape == (3, 6 + 2 * 11)
+    assert int((roles == TokenRole.TEXT).sum()) == int(mask.sum()) - images
+    assert int(is_visual(roles).sum()) == images * 11

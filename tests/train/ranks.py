@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 from PIL import Image
 
+from tests.train import runs
 from tests.train.tiny import COLOURS
 
 WORKER = Path(__file__).with_name("zero_worker.py")
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
-
-FAMILIES = {
-    "llava": ("--sv_num_retained", "4", "--sv_num_skipped", "5"),
-    "llava_hd": ("--mm_family", "llava_hd", "--sv_num_retained", "16", "--sv_num_skipped", "8"),
-    "cos": (
-        *("--mm_family", "cos", "--mm_projector_type", "cos_80", "--sv_num_retained", "16"),
-        *("--sv_num_skipped", "8", "--model_max_length", "512"),
-    ),
-}
-"""Flags of each family for the 32-pixel encoder of `tiny`, with skipping on."""
 
 
 def mixed_records(folder: Path, count: int = 16, seed: int = 3) -> Path:
@@ -51,39 +37,12 @@ def mixed_records(folder: Path, count: int = 16, seed: int = 3) -> Path:
     return path
 
 
-def environment() -> dict[str, str]:
-    """This one without what a launcher sets."""
-    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in os.environ.items() if name not in launched}
-    root = str(WORKER.parents[2])
-    path = os.pathsep.join(filter(None, (root, kept.get("PYTHONPATH"))))
-    return {**kept, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": path}
-
-
-def launch(command: list[str], timeout: float, extra: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    """Run to the end, or kill the whole group of processes: `subprocess.TimeoutExpired`."""
-    with subprocess.Popen(
-        [sys.executable, *command],
-        env={**environment(), **(extra or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=timeout)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
-
-
 def run_jobs(folder: Path, jobs: list[dict], ranks: int = 2, timeout: float = 240) -> dict[str, list[dict]]:
     """Each job's results, one from each rank. Fails with what was printed."""
     folder.mkdir(parents=True, exist_ok=True)
     plan = folder / "plan.json"
     plan.write_text(json.dumps({"folder": str(folder), "jobs": jobs}))
-    done = launch([*TORCHRUN, str(ranks), str(WORKER), str(plan)], timeout)
+    done = runs.launch([*runs.TORCHRUN, ranks, WORKER, plan], timeout, DS_ACCELERATOR="cpu")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return {
         job["name"]: [json.loads((folder / f"{job['name']}.{rank}.json").read_text()) for rank in range(ranks)]

@@ -1,14 +1,8 @@
 """Evaluation while training: exact losses, a benchmark asked as `llava-sv eval` asks it, and an unchanged run."""
 
-import contextlib
-import io
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,29 +12,18 @@ from safetensors.torch import load_file
 from llava_sv import cli
 from llava_sv.data import toy
 from llava_sv.data.split import check_split, hold_out
-from llava_sv.errors import Stopped, UserError
+from llava_sv.errors import UserError
 from llava_sv.model.builder import load_pretrained_model
-from llava_sv.train import best, checkpoint, evaluation, stopping
+from llava_sv.train import checkpoint, evaluation
 from llava_sv.train.flags import parse
-from llava_sv.train.llava_trainer import LLaVATrainer
 from llava_sv.train.metrics import read_evaluations, read_metrics, read_rows
-from llava_sv.train.train import main, train
+from llava_sv.train.train import main
+from tests.train.runs import TWO, losses, run
+from tests.train.runs import train as train_apart
 
 torch.set_num_threads(1)
 
-LOAD_BEST = ("--save_strategy", "steps", "--load_best_model_at_end", "True")
 STEPS = ("--eval_steps", "2", "--save_strategy", "steps", "--save_steps", "2")
-
-
-def run(argv):
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        assert train(argv=argv) == 0
-    return out.getvalue()
-
-
-def losses(output):
-    return [row["loss"] for row in read_metrics(output / "metrics.jsonl")]
 
 
 def summary_of(output):
@@ -217,6 +200,12 @@ def test_questions_are_shared_out_and_each_counts_once():
         assert sorted(counted) == list(range(7))
 
 
+def test_a_benchmark_without_its_images_is_one_line(world, bench, tmp_path, capsys):
+    shutil.copy(bench / "bench.jsonl", tmp_path / "bench.jsonl")
+    assert main(world.flags("sft", tmp_path / "out", "--eval_benchmark", str(tmp_path / "bench.jsonl"))) == 2
+    assert "no such image file: " in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 # -- what is held out -----------------------------------------------------------------------------------------------
 
 
@@ -306,237 +295,7 @@ def test_another_split_does_not_go_on_from_a_checkpoint(world, tmp_path, capsys,
     assert "other records would be held out" in error
 
 
-# -- the best checkpoint --------------------------------------------------------------------------------------------
-
-
-def history(*values):
-    return [{"step": 2 * i, "eval_loss": value} for i, value in enumerate(values, 1)]
-
-
-def test_patience_counts_evaluations_without_a_better_one():
-    patience = best.Patience(2, "loss", greater=False)
-    assert [patience.waited(history(3, 2, 2.5, 2, 1.9)[:n]) for n in range(1, 6)] == [0, 0, 1, 2, 0]
-    assert best.Patience(2, "eval_loss", greater=True).waited(history(3, 2, 4, 4)) == 1
-    assert patience.waited(history(3, float("nan"), 2)) == 0, "what is no number is no evaluation"
-    twice = [*history(3, 2), {"step": 4, "eval_loss": 2}]
-    assert patience.waited(twice) == 0, "an evaluation made again after a resumption counts once"
-
-
-def test_the_best_checkpoint_is_kept_named_exported_and_loaded(world, tmp_path, monkeypatch):
-    """Validation losses as given: the second of four is best, and would be rotated away."""
-    given = iter([3.0, 1.0, 2.0, 4.0])
-    monkeypatch.setattr(evaluation, "mean_loss", lambda *_: {"loss": next(given), "tokens": 1})
-    flags = ["--validation_split", "1", *STEPS, "--save_total_limit", "2", "--load_best_model_at_end", "True"]
-    printed = run(world.flags("skip", tmp_path, *flags, "--export_best", "copy", "--max_steps", "8"))
-    assert [folder.name for _, folder in checkpoint.checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-8"]
-    wanted = {"best_checkpoint": "checkpoint-4", "best_metric": 1.0, "best_step": 4, "best_metric_name": "eval_loss"}
-    assert wanted.items() <= summary_of(tmp_path).items()
-    assert "best checkpoint: " in printed
-    state = [
-        load_file(tmp_path / folder / "model.safetensors") for folder in (".", "checkpoint-4", "best", "checkpoint-8")
-    ]
-    assert all(torch.equal(state[0][name], other[name]) for other in state[1:3] for name in state[0])
-    assert any(not torch.equal(state[0][name], state[3][name]) for name in state[0])
-    assert not list((tmp_path / "best").glob("optimizer*"))
-    load_pretrained_model(str(tmp_path / "best"), device="cpu")
-
-
-def test_a_projectors_best_checkpoint_is_loaded_too(world, tmp_path, monkeypatch):
-    given = iter([1.0, 2.0])
-    monkeypatch.setattr(evaluation, "mean_loss", lambda *_: {"loss": next(given), "tokens": 1})
-    flags = ["--validation_split", "1", *STEPS, "--load_best_model_at_end", "True", "--max_steps", "4"]
-    run(world.flags("pretrain", tmp_path, *flags, "--export_best", "link"))
-    final, first, last = (
-        load_file(tmp_path / folder / "mm_projector.safetensors") for folder in (".", "best", "checkpoint-4")
-    )
-    assert (tmp_path / "best").resolve().name == "checkpoint-2"
-    assert all(torch.equal(final[name], first[name]) for name in final)
-    assert any(not torch.equal(final[name], last[name]) for name in final)
-
-
-def test_adapters_that_were_best_are_loaded_too(world, tmp_path, monkeypatch):
-    given = iter([1.0, 2.0])
-    monkeypatch.setattr(evaluation, "mean_loss", lambda *_: {"loss": next(given), "tokens": 1})
-    flags = ["--validation_split", "1", *STEPS, "--load_best_model_at_end", "True", "--max_steps", "4"]
-    run(world.flags("skip", tmp_path, *flags, "--lora_enable", "True", "--lora_r", "2", "--packing", "True"))
-    for name in ("adapter_model", "non_lora_trainables"):
-        final, first, last = (
-            load_file(tmp_path / folder / f"{name}.safetensors") for folder in (".", "checkpoint-2", "checkpoint-4")
-        )
-        assert all(torch.equal(final[key], first[key]) for key in final)
-        assert any(not torch.equal(final[key], last[key]) for key in final)
-
-
-def test_early_stopping_stops_and_saves(world, tmp_path, monkeypatch):
-    given = iter([1.0, 2.0, 3.0, 4.0])
-    monkeypatch.setattr(evaluation, "mean_loss", lambda *_: {"loss": next(given), "tokens": 1})
-    flags = ["--validation_split", "1", "--eval_steps", "1", "--early_stopping_patience", "2"]
-    printed = run(world.flags("skip", tmp_path, *flags))
-    assert "stopping at step 3: 2 evaluations in a row without a better eval_loss" in printed
-    found = summary_of(tmp_path)
-    assert (found["steps"], found["best_checkpoint"], found["best_metric"]) == (3, None, 1.0)
-    assert (tmp_path / "model.safetensors").is_file()
-
-
-def test_a_step_that_may_save_the_best_also_logs(world, tmp_path):
-    flags = ["--validation_split", "2", "--eval_steps", "2", "--save_strategy", "best", "--logging_steps", "100"]
-    run(world.flags("skip", tmp_path, *flags, "--max_steps", "4"))
-    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [2, 4]
-    assert summary_of(tmp_path)["best_checkpoint"] is not None
-
-
-def asked_to_stop_at(step, monkeypatch):
-    """SIGTERM during `step` of this process's run."""
-    real = LLaVATrainer.training_step
-
-    def training_step(self, *args, **kwargs):
-        if self.state.global_step + 1 == step:
-            stopping.SIGNALS.received = "SIGTERM"
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(LLaVATrainer, "training_step", training_step)
-
-
-def test_a_preempted_run_saves_whether_it_is_the_best_or_not(world, tmp_path, monkeypatch):
-    given = iter([1.0, 2.0])
-    monkeypatch.setattr(evaluation, "mean_loss", lambda *_: {"loss": next(given), "tokens": 1})
-    flags = ["--validation_split", "1", "--eval_steps", "2", "--save_strategy", "best", "--max_steps", "8"]
-    with monkeypatch.context() as patch:
-        asked_to_stop_at(4, patch)
-        with pytest.raises(Stopped, match=r"saved .*checkpoint-4") as stopped:
-            train(argv=world.flags("skip", tmp_path, *flags))
-    assert stopped.value.code == 75
-    assert checkpoint.last_complete_checkpoint(tmp_path).name == "checkpoint-4"
-    assert not (tmp_path / checkpoint.SUMMARY).exists()
-
-
-def test_an_epochs_evaluation_is_made_up_for(world, tmp_path, monkeypatch):
-    """Stopped after the last step of an epoch, which is saved and left before the epoch's evaluation."""
-    flags = ["--validation_split", "4", "--eval_strategy", "epoch", "--num_train_epochs", "2"]
-    run(world.flags("skip", tmp_path / "whole", *flags))
-    with monkeypatch.context() as patch:
-        asked_to_stop_at(6, patch)
-        with pytest.raises(Stopped, match=r"saved .*checkpoint-6"):
-            train(argv=world.flags("skip", tmp_path / "torn", *flags))
-    run(world.flags("skip", tmp_path / "torn", *flags))
-    rows, whole = (
-        [(row["step"], row.get("loss"), row.get("eval_loss")) for row in read_rows(tmp_path / name / "metrics.jsonl")]
-        for name in ("torn", "whole")
-    )
-    assert [step for step, _, value in whole if value is not None] == [6, 12]
-    assert rows == whole
-
-
-def test_rotation_keeps_the_best_within_the_limit(tmp_path):
-    for step in (2, 4, 6, 8):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        checkpoint.mark_complete(tmp_path / f"checkpoint-{step}", step, 1)
-    first, last = tmp_path / "checkpoint-2", tmp_path / "checkpoint-8"
-    checkpoint.rotate(tmp_path, 3, keep=last, best=first)
-    assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [2, 6, 8]
-    checkpoint.rotate(tmp_path, 1, keep=last, best=first)
-    assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [2, 8]
-    checkpoint.rotate(tmp_path, 1, keep=last, best=last)
-    assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [8]
-
-
-# -- when, and what is refused --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("flags", "strategy", "steps"),
-    [
-        ([], "no", None),
-        (["--validation_split", "1"], "epoch", None),
-        (["--validation_split", "1", "--eval_steps", "5"], "steps", 5),
-        (["--validation_split", "1", *LOAD_BEST, "--save_steps", "7"], "steps", 7),
-        (["--validation_split", "1", "--eval_strategy", "steps", "--eval_steps", "3"], "steps", 3),
-    ],
-)  # fmt: skip
-def test_when_it_evaluates(world, flags, strategy, steps):
-    _, _, args = parse(world.flags("sft", world.folder / "unused", *flags))
-    assert (args.eval_strategy, args.eval_steps) == (strategy, steps)
-
-
-MISTAKES: list = [
-    (["--eval_data_path", "no/such.json"], "validation data (--eval_data_path): no file no/such.json"),
-    (["--eval_benchmark", "no/such"], "--eval_benchmark no/such: neither a benchmark (toy) nor a folder or file"),
-    (["--eval_benchmark", "mme=/tmp"], "unknown benchmark 'mme'; known: toy"),
-    (["--validation_split", "16"], "that is 16 of the 16 records in"),
-    (["--validation_split", "-0.1"], "--validation_split: expected a share of the records below 1"),
-    (["--validation_split", "2", "--eval_data_path", "{sft}"], "both name validation data: drop one"),
-    (["--early_stopping_patience", "2"], "--early_stopping_patience needs an evaluation to go by"),
-    (["--early_stopping_patience", "0", "--validation_split", "2"], "--early_stopping_patience: expected 1 or more"),
-    (["--export_best", "link"], "--export_best needs an evaluation to go by"),
-    (["--export_best", "zip", "--validation_split", "2"], "--export_best: unknown value 'zip'; known: no, link, copy"),
-    (["--export_best", "link", "--validation_split", "2"], "no checkpoints are saved with --save_strategy no"),
-    (["--eval_strategy", "epoch"], "--eval_strategy epoch: there is nothing to evaluate; add --eval_data_path"),
-    (["--eval_strategy", "no", "--validation_split", "2"], "--eval_strategy no: nothing would be evaluated"),
-    (["--load_best_model_at_end", "True"], "--load_best_model_at_end needs an evaluation to go by"),
-    (
-        ["--validation_split", "2", *LOAD_BEST, "--save_steps", "3", "--eval_steps", "2"],
-        "--load_best_model_at_end requires the saving steps to be a round multiple of the evaluation",
-    ),
-    (["--validation_split", "2", "--metric_for_best_model", "accuracy"], "not among what is evaluated: loss"),
-    (["--eval_benchmark_limit", "0"], "--eval_benchmark_limit: expected 1 or more, got 0"),
-]
-
-
-@pytest.mark.parametrize(("flags", "said"), MISTAKES)
-def test_a_mistake_is_one_line_and_exit_code_2(world, tmp_path, capsys, flags, said):
-    flags = [flag.format(sft=world.data / "sft.json") for flag in flags]
-    assert main(world.flags("sft", tmp_path, *flags)) == 2
-    assert said in capsys.readouterr().err.strip().splitlines()[-1]
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("", "is empty; expected LLaVA records"),
-        ("[]", "holds no records"),
-        ('[{"id": 1}', "line 1"),
-        ('[{"id": "a", "conversations": [{"from": "human", "value": "<image>"}]}]', "no question with an answer"),
-        (
-            '[{"id": "a", "image": "gone.png", "conversations": [{"from": "human", "value": "<image>"}, '
-            '{"from": "gpt", "value": "x"}]}]',
-            "evaluation: record 'a': no such image file",
-        ),
-    ],
-)  # fmt: skip
-def test_a_broken_validation_file_is_one_line(world, tmp_path, capsys, content, said):
-    path = tmp_path / "eval.json"
-    path.write_text(content)
-    assert main(world.flags("sft", tmp_path / "out", "--eval_data_path", str(path))) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ")
-    assert said in error
-    assert not read_rows(tmp_path / "out" / "metrics.jsonl")
-
-
-def test_a_benchmark_without_its_images_is_one_line(world, bench, tmp_path, capsys):
-    shutil.copy(bench / "bench.jsonl", tmp_path / "bench.jsonl")
-    assert main(world.flags("sft", tmp_path / "out", "--eval_benchmark", str(tmp_path / "bench.jsonl"))) == 2
-    assert "no such image file: " in capsys.readouterr().err.strip().splitlines()[-1]
-
-
-def test_fsdp_cannot_generate():
-    with pytest.raises(UserError, match="--eval_benchmark does not work with --fsdp"):
-        evaluation.check(SimpleNamespace(eval_benchmark="toy", fsdp=["full_shard"]))
-
-
 # -- several processes ----------------------------------------------------------------------------------------------
-
-
-def launch(flags, processes):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    return subprocess.run(
-        [sys.executable, *launcher, "llava_sv/train/train_mem.py", *flags],
-        env={**clean, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 @pytest.mark.slow
@@ -551,8 +310,8 @@ def test_several_processes_find_what_one_finds(world, bench, tmp_path, zero):
     flags += ["--per_device_eval_batch_size", "1", "--group_by_modality_length", "True"]
     one, two = tmp_path / "one", tmp_path / "two"
     run(world.flags("skip", one, *flags, "--per_device_train_batch_size", "4"))
-    done = launch(world.flags("skip", two, *flags, *(["--deepspeed", f"scripts/{zero}.json"] if zero else [])), 2)
-    assert done.returncode == 0, done.stderr[-3000:]
+    zero_flags = ["--deepspeed", f"scripts/{zero}.json"] if zero else []
+    train_apart(world.flags("skip", two, *flags, *zero_flags), TWO)
     alone, both = (read_evaluations(output / "metrics.jsonl") for output in (one, two))
     assert len(alone) == len(both) == 2
     for a, b in zip(alone, both):

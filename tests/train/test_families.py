@@ -1,7 +1,5 @@
 """LLaVA-HD and CoS trained end to end on random tiny bases: pretraining, dense and skipping SFT, and going on."""
 
-import contextlib
-import io
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +16,7 @@ from llava_sv.train import build
 from llava_sv.train.flags import parse
 from llava_sv.train.metrics import read_metrics
 from llava_sv.train.train import main, train
+from tests.train.runs import run
 
 torch.set_num_threads(1)
 
@@ -31,14 +30,6 @@ FAMILIES = {
         ],
     },
 }
-
-
-def run(argv):
-    """Train; returns what was printed."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        assert train(argv=argv) == 0
-    return out.getvalue()
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

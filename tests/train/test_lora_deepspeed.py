@@ -1,39 +1,17 @@
 """LoRA under ZeRO-2 and ZeRO-3 on CPU: the same losses as plain training, exact resumption, small checkpoints."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from llava_sv.model.builder import load_pretrained_model
-from llava_sv.train.metrics import read_metrics
 from tests.train.lora_runs import LORA, logits, run
+from tests.train.runs import TWO, losses, train
 
-TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 SAVES = ("--save_strategy", "steps", "--save_steps", "2")
-
-
-def train(flags, launcher=()):
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    done = subprocess.run(
-        [sys.executable, *launcher, "llava_sv/train/train_mem.py", *flags],
-        env={**kept, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[:2000]}\n...\n{done.stderr[-2000:]}"
-    return done.stdout
-
-
-def losses(output):
-    return [row["loss"] for row in read_metrics(output / "metrics.jsonl")]
 
 
 def test_two_processes_under_zero3_agree_with_one(world, tmp_path):
@@ -72,7 +50,7 @@ def test_resumed_exactly(world, tmp_path, zero, more, launcher):
     shutil.copytree(whole, torn)
     shutil.rmtree(torn / "checkpoint-4")
     (torn / "train_summary.json").unlink()
-    assert "going on from" in train(world.flags("skip", torn, *flags), launcher)
+    assert "going on from" in train(world.flags("skip", torn, *flags), launcher).stdout
     assert losses(torn) == losses(whole)
     for name in ("adapter_model.safetensors", "non_lora_trainables.safetensors"):
         assert (torn / name).read_bytes() == (whole / name).read_bytes()

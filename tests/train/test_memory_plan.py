@@ -12,12 +12,7 @@ from llava_sv import cli
 from llava_sv.errors import UserError
 from llava_sv.train import find_batch, train
 from llava_sv.train.memory_plan import make_plan
-from tests.train.tiny import World
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return World(tmp_path_factory.mktemp("world"))
+from tests.train.runs import losses
 
 
 def plan_flags(world, *extra):
@@ -118,6 +113,8 @@ def test_bad_input(world, capsys):
     assert "unknown flag --modle" in refused(capsys, plan_flags(world, "--modle", "x"))
     assert "leaves no room for text" in refused(capsys, plan_flags(world, "--model_max_length", "8"))
     assert "--gpu_memory -1.0" in refused(capsys, plan_flags(world, "--gpu_memory", "-1"))
+    bits = refused(capsys, plan_flags(world, "--lora_enable", "True", "--bits", "4"))
+    assert "--bits 4 cannot be planned: plan with --bits 16" in bits
     small = refused(capsys, plan_flags(world, "--text_tokens", "20", "--gpu_memory", "0.5"))
     assert "a batch of 1 does not fit" in small
     assert "--lora_enable True" in small
@@ -159,11 +156,6 @@ def test_global_batch_sets_the_accumulation(monkeypatch):
             find_batch.settle(flags)
 
 
-def losses(output):
-    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [record["loss"] for record in records if "loss" in record]
-
-
 def test_found_batch_trains_as_the_same_batch_by_hand(world, tmp_path, monkeypatch):
     real = find_batch.run_step
 
@@ -174,7 +166,7 @@ def test_found_batch_trains_as_the_same_batch_by_hand(world, tmp_path, monkeypat
 
     monkeypatch.setattr(find_batch, "run_step", limited)
     monkeypatch.setattr(find_batch, "probes", lambda args: True)
-    monkeypatch.setattr(find_batch, "_planned", lambda argv, given, world: 4)
+    monkeypatch.setattr(find_batch, "_planned", lambda argv, world: 4)
     auto = ["--per_device_train_batch_size=auto", "--global_batch_size", "8"]
     hand = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
     for name, flags in (("auto", auto), ("hand", hand)):

@@ -3,9 +3,6 @@ that step's optimizer did nothing."""
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +15,7 @@ from llava_sv.errors import UserError
 from llava_sv.train.flags import parse
 from llava_sv.train.metrics import draw_loss, read_metrics
 from llava_sv.train.nonfinite import Nonfinite, read_log, without
+from tests.train import runs
 
 FAULTY = "tests/train/faulty.py"
 FLAGS = ("--gradient_accumulation_steps", "2", "--num_train_epochs", "2")
@@ -25,17 +23,7 @@ FLAGS = ("--gradient_accumulation_steps", "2", "--num_train_epochs", "2")
 
 
 def train(flags, fault, launcher=(), code=0):
-    outer = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    clean = {name: value for name, value in os.environ.items() if name not in outer}
-    done = subprocess.run(
-        [sys.executable, *launcher, FAULTY, *flags],
-        env={**clean, "OMP_NUM_THREADS": "1", "FAULT": json.dumps(fault)},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == code, done.stderr[-3000:]
-    return done
+    return runs.train(flags, launcher, code, FAULTY, FAULT=json.dumps(fault))
 
 
 def rows_of(output):
@@ -86,26 +74,12 @@ def test_what_is_written_about_it(poisoned):
     assert len(bad[0]["records"]) == 2
 
 
-def test_images_are_named_in_packs_of_a_split_too(world):
-    """The records' images are found through packs, and through what is left of a split."""
-    from llava_sv.data.index import open_index
-    from llava_sv.data.split import hold_out
-    from llava_sv.train.nonfinite import Nonfinite
-
-    kept, _ = hold_out(open_index(world.data / "sft.json"), 4, 0)
-    packs = SimpleNamespace(dataset=SimpleNamespace(records=kept))
-    trainer = SimpleNamespace(train_dataset=packs, args=SimpleNamespace(output_dir=world.folder))
-    name = next(record.id for record in kept if record.images)
-    assert Nonfinite(trainer)._images({name}) == {name: (f"{name[1:]}.png",)}
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("ddp", "zero0", "zero1", "zero3", "bf16")]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "zero2", pytest.param("zero1", marks=pytest.mark.slow),
-                                  pytest.param("zero0", marks=pytest.mark.slow),
-                                  pytest.param("zero3", marks=pytest.mark.slow),
-                                  pytest.param("bf16", marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize("kind", ["zero2", *SLOW])
 def test_two_processes_drop_it_together(world, tmp_path, kind):
     """2 x 2 x 2 samples a step, of which one on one rank is bad: the later losses are those of one process with 8."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     flags = [*FLAGS, "--num_train_epochs", "3", "--group_by_modality_length", "True"]
     stage = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3, "bf16": 2}.get(kind)
     more = []
@@ -115,7 +89,7 @@ def test_two_processes_drop_it_together(world, tmp_path, kind):
         (tmp_path / "zero.json").write_text(json.dumps(config))
         more = ["--deepspeed", str(tmp_path / "zero.json"), "--bf16", str(kind == "bf16")]
     two, one = tmp_path / "two", tmp_path / "one"
-    train(world.flags("skip", two, *flags, *more), {"poison": ["s2"], "record": str(tmp_path / "ids")}, launcher)
+    train(world.flags("skip", two, *flags, *more), {"poison": ["s2"], "record": str(tmp_path / "ids")}, runs.TWO)
     steps = sorted(set(steps_with("s2", tmp_path / "ids")))
     assert len(steps) == 3, "once an epoch"
     train(world.flags("skip", one, *flags, "--per_device_train_batch_size", "4"), {"drop": steps})

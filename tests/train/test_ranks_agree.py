@@ -9,12 +9,7 @@ import torch
 
 from llava_sv.train import build
 from llava_sv.train.flags import parse
-
-FAMILIES = {
-    "llava": (),
-    "llava_hd": ("--mm_family", "llava_hd", "--sv_num_retained", "16", "--sv_num_skipped", "8"),
-    "cos": ("--mm_family", "cos", "--mm_projector_type", "cos_336", "--sv_num_retained", "80", "--sv_num_skipped", "8"),
-}
+from tests.train.tiny import SKIPPING
 
 
 def built(world, *extra):
@@ -50,10 +45,10 @@ def events_of_a_step(model, rows, views, packs=None):
     return events
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SKIPPING)
 @pytest.mark.parametrize("unfrozen", [False, True], ids=["frozen", "unfrozen"])
 def test_the_same_modules_whatever_the_batch(world, family, unfrozen):
-    model = built(world, *FAMILIES[family], "--unfreeze_mm_vision_tower", str(unfrozen))
+    model = built(world, *SKIPPING[family], "--unfreeze_mm_vision_tower", str(unfrozen))
     model.gradient_checkpointing_enable({"use_reentrant": False})
     most = 5 if family == "llava_hd" else 1
     batches = {

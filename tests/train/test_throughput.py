@@ -14,17 +14,10 @@ from llava_sv.train.flags import parse
 from llava_sv.train.metrics import read_metrics
 from llava_sv.train.step_flops import ON_DEVICE, Counter
 from llava_sv.train.train import train
+from tests.train.tiny import FAMILIES
 
 torch.set_num_threads(1)
 
-FAMILIES = {
-    "llava": ((), ()),
-    "llava_hd": (("--mm_family", "llava_hd"), ("--sv_num_retained", "16", "--sv_num_skipped", "8")),
-    "cos": (
-        ("--mm_family", "cos", "--mm_projector_type", "cos_336"),
-        ("--sv_num_retained", "80", "--sv_num_skipped", "8"),
-    ),
-}
 STAGES = {
     "pretrain": ("pretrain",),
     "dense": ("sft",),

@@ -1,7 +1,5 @@
 """Training end to end on random tiny bases: what trains, at which rate, what is saved, and that it reloads."""
 
-import contextlib
-import io
 import json
 import shutil
 
@@ -15,17 +13,10 @@ from llava_sv.train import build
 from llava_sv.train.flags import parse
 from llava_sv.train.llava_trainer import EpochRandomSampler, split_parameters
 from llava_sv.train.metrics import read_metrics
-from llava_sv.train.train import main, total_steps, train
+from llava_sv.train.train import main, total_steps
+from tests.train.runs import run
 
 torch.set_num_threads(1)
-
-
-def run(argv):
-    """Train; returns what was printed."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        assert train(argv=argv) == 0
-    return out.getvalue()
 
 
 @pytest.fixture(scope="module")

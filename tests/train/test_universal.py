@@ -10,17 +10,13 @@ import torch
 from llava_sv import cli
 from llava_sv.errors import UserError
 from llava_sv.train import checkpoint, resume, universal
-from llava_sv.train.metrics import read_metrics
 from tests.train import ranks
+from tests.train.runs import losses
 
 TOLERANCE = 1e-6
 """Relative, in float32: one process adds in another order than two."""
 
 ALONE = ("--per_device_train_batch_size", "4")
-
-
-def losses(output):
-    return [row["loss"] for row in read_metrics(output / "metrics.jsonl")]
 
 
 def interrupted(whole, output):
@@ -31,40 +27,57 @@ def interrupted(whole, output):
     return output / "checkpoint-3"
 
 
+def go_on(pairs, two_processes, mixed_flags, folder):
+    """(folder, what each run saw): runs of two processes went on in one, and runs of one went on in two.
+
+    pairs: (ZeRO stage of the interrupted run, that of the one which goes on).
+    """
+
+    def job(name, stage, *more):
+        return {"name": name, "argv": mixed_flags(folder / name, "--deepspeed", f"scripts/zero{stage}.json", *more)}
+
+    def converted(whole, name):
+        assert cli.main(["convert", "--universal", str(interrupted(whole, folder / name))]) == 0
+
+    in_one, in_two = [job(f"one-{stage}", stage, *ALONE) for stage in (2, 3)], []
+    for was, now in pairs:
+        converted(two_processes[was], f"two-{was}-one-{now}")
+        in_one.append(job(f"two-{was}-one-{now}", now, *ALONE))
+    seen = ranks.run_jobs(folder / "one", in_one, ranks=1)
+    for was, now in pairs:
+        converted(folder / f"one-{was}", f"one-{was}-two-{now}")
+        in_two.append(job(f"one-{was}-two-{now}", now))
+    return folder, seen | ranks.run_jobs(folder / "two", in_two)
+
+
 @pytest.fixture(scope="module")
-def resumed(two_processes, mixed_flags, tmp_path_factory):
-    """{name: OUTPUT}: runs of two processes went on in one, under the same stage and another; then in two again."""
-    folder = tmp_path_factory.mktemp("universal")
-    jobs = []
-    for was, now in ((2, 2), (2, 3), (3, 2), (3, 3)):
-        name = f"two-{was}-one-{now}"
-        assert cli.main(["convert", "--universal", str(interrupted(two_processes[was], folder / name))]) == 0
-        zero = ("--deepspeed", f"scripts/zero{now}.json")
-        jobs.append({"name": name, "argv": mixed_flags(folder / name, *zero, *ALONE)})
-    for zero in (2, 3):
-        argv = mixed_flags(folder / f"one-{zero}", "--deepspeed", f"scripts/zero{zero}.json", *ALONE)
-        jobs.append({"name": f"one-{zero}", "argv": argv})
-    seen = ranks.run_jobs(folder / "one", jobs, ranks=1)
-    jobs = []
-    for was, now in ((2, 2), (2, 3), (3, 2), (3, 3)):
-        name = f"one-{was}-two-{now}"
-        assert cli.main(["convert", "--universal", str(interrupted(folder / f"one-{was}", folder / name))]) == 0
-        argv = mixed_flags(folder / name, "--deepspeed", f"scripts/zero{now}.json")
-        jobs.append({"name": name, "argv": argv})
-    return folder, seen | ranks.run_jobs(folder / "two", jobs)
+def to_another_stage(two_processes, mixed_flags, tmp_path_factory):
+    return go_on([(2, 3), (3, 2)], two_processes, mixed_flags, tmp_path_factory.mktemp("another"))
 
 
-@pytest.mark.parametrize("ranks_changed", ["two-{}-one-{}", "one-{}-two-{}"])
-@pytest.mark.parametrize("was", [2, 3])
-@pytest.mark.parametrize("now", [2, 3])
-def test_the_losses_of_the_undisturbed_run(resumed, two_processes, ranks_changed, was, now):
-    folder, seen = resumed
-    name = ranks_changed.format(was, now)
+@pytest.fixture(scope="module")
+def to_the_same_stage(two_processes, mixed_flags, tmp_path_factory):
+    return go_on([(2, 2), (3, 3)], two_processes, mixed_flags, tmp_path_factory.mktemp("same"))
+
+
+def assert_undisturbed(gone_on, two_processes, name):
+    folder, seen = gone_on
     assert losses(folder / name) == pytest.approx(losses(two_processes[2]), rel=TOLERANCE)
     (whole,) = seen["one-2"]
     for step in range(3):
         rows = [row for rank in seen[name] for row in rank["seen"][step]["rows"]]
         assert sorted(rows) == sorted(whole["seen"][step + 3]["rows"]), "the samples that were still to come"
+
+
+@pytest.mark.parametrize("name", ["two-2-one-3", "two-3-one-2", "one-2-two-3", "one-3-two-2"])
+def test_other_processes_and_another_stage_go_on(to_another_stage, two_processes, name):
+    assert_undisturbed(to_another_stage, two_processes, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["two-2-one-2", "two-3-one-3", "one-2-two-2", "one-3-two-3"])
+def test_other_processes_go_on_under_the_same_stage(to_the_same_stage, two_processes, name):
+    assert_undisturbed(to_the_same_stage, two_processes, name)
 
 
 def saved(folder, world_size=2, zero3=False):

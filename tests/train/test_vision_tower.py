@@ -1,7 +1,5 @@
 """The vision encoder trained in SFT: what of it trains, at which rate, what is saved; and CoS' two stages."""
 
-import contextlib
-import io
 import itertools
 from types import SimpleNamespace
 
@@ -15,8 +13,9 @@ from llava_sv.train import build
 from llava_sv.train.flags import parse
 from llava_sv.train.llava_trainer import LLaVATrainer, split_parameters
 from llava_sv.train.metrics import read_metrics
-from llava_sv.train.train import main, train
-from tests.train import test_deepspeed_cpu
+from llava_sv.train.train import main
+from tests.train import runs
+from tests.train.runs import run
 
 torch.set_num_threads(1)
 
@@ -25,12 +24,6 @@ COS = ("--mm_family", "cos", "--mm_projector_type", "cos_336", "--model_max_leng
 FAMILIES = {"llava": (), "llava_hd": ("--mm_family", "llava_hd"), "cos": COS}
 DEPTHS = {"embeddings": 0, "pre_layrnorm": 0, "encoder.layers.0": 1, "encoder.layers.1": 2}
 """Parts of the 3-block encoder that run up to hidden state -2 (LLaVA), or to block 1 (CoS), and their depth."""
-
-
-def run(argv):
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert train(argv=argv) == 0
-    return out.getvalue()
 
 
 def built(world, *extra, stage="sft"):
@@ -239,13 +232,10 @@ def test_cos_under_zero3_gives_the_same_losses(world, tmp_path):
         "--mm_vision_tower_lr_decay", "0.8", "--max_steps", "4", "--group_by_modality_length", "True",
         "--sv_num_retained", "80", "--sv_num_skipped", "64",
     )  # fmt: skip
-    alone = test_deepspeed_cpu.train(world.flags("skip", one, *common, "--per_device_train_batch_size", "4"))
-    assert alone.returncode == 0, alone.stderr[-3000:]
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    runs.train(world.flags("skip", one, *common, "--per_device_train_batch_size", "4"))
     zero = ("--deepspeed", "scripts/zero3.json", "--gradient_checkpointing", "True")
-    both = test_deepspeed_cpu.train(world.flags("skip", two, *common, *zero), launcher)
-    assert both.returncode == 0, both.stderr[-3000:]
-    losses = [test_deepspeed_cpu.losses(output) for output in (one, two)]
+    runs.train(world.flags("skip", two, *common, *zero), runs.TWO)
+    losses = [runs.losses(output) for output in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     towers = [load_pretrained_model(str(o), device="cpu")[1].get_vision_tower().state_dict() for o in (one, two)]
     for name, value in towers[0].items():

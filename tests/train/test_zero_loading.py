@@ -15,7 +15,7 @@ from llava_sv.model.loading import load_whole, read_config
 from llava_sv.model.multimodal_encoder.builder import load_vision_tower
 from llava_sv.model.partitioned_loading import chunks
 from tests.model.checkpoints import make_clip, make_llm, make_siglip
-from tests.train import loading_worker, ranks
+from tests.train import loading_worker, runs
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 50}
 LARGE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 5, "num_attention_heads": 8}
@@ -118,8 +118,8 @@ def results(tmp_path_factory):
     plan = folder / "cases.json"
     plan.write_text(json.dumps({"folder": str(folder), "cases": cases}))
     # blocks of 1 MB go back to the system as soon as they are free: what is in memory is what is in use
-    done = ranks.launch(
-        [*ranks.TORCHRUN, "2", loading_worker.__file__, str(plan)], 240, {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+    done = runs.launch(
+        [*runs.TWO, loading_worker.__file__, plan], 240, DS_ACCELERATOR="cpu", MALLOC_MMAP_THRESHOLD_="1000000"
     )
     assert done.returncode == 0, done.stderr[-5000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)], said, large

@@ -23,6 +23,18 @@ PATCHES = (SIDE // PATCH) ** 2
 SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<pad>")
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 220), "white": (250, 250, 250)}
 
+FAMILIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "llava": ((), ("--sv_num_retained", "4", "--sv_num_skipped", "5")),
+    "llava_hd": (("--mm_family", "llava_hd"), ("--sv_num_retained", "16", "--sv_num_skipped", "8")),
+    "cos": (
+        ("--mm_family", "cos", "--mm_projector_type", "cos_80", "--model_max_length", "512"),
+        ("--sv_num_retained", "16", "--sv_num_skipped", "8"),
+    ),
+}
+"""(Flags of each family, and those of its skipping) for the encoder made here."""
+
+SKIPPING = {name: (*family, *budget) for name, (family, budget) in FAMILIES.items()}
+
 
 def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer with LLaMA-3's markers, saved in `folder`."""

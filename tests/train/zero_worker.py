@@ -82,13 +82,13 @@ def run_job(argv: list[str], begun: Path | None = None) -> dict[str, Any]:
     """Train as `argv` says in this process, which may go on to another job. begun: given, the anchor is taken out."""
     from llava_sv.errors import exit_on_user_error
     from llava_sv.model.llava_arch import LlavaMetaForCausalLM as Model
-    from llava_sv.train import distributed, train
+    from llava_sv.train import train
     from llava_sv.train.llava_trainer import LLaVATrainer
 
     seen: list[dict] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(patched(LLaVATrainer, "training_step", watched_step(seen, begun)))
-        stack.enter_context(patched(distributed, "leave_together", lambda: None))
+        stack.enter_context(patched(train, "leave", lambda: None))
         if begun is not None:
             name = "prepare_inputs_labels_for_multimodal"
             stack.enter_context(patched(Model, name, without_anchor(getattr(Model, name))))

@@ -29,8 +29,9 @@ from llava_sv.model.llava_arch import Images, LlavaMetaForCausalLM, LlavaMetaMod
 from llava_sv.model.multimodal_encoder.builder import VISION_TOWERS
 from llava_sv.model.multimodal_projector.mlp import LinearProjector, Projector
 from llava_sv.model.multimodal_projector.resampler import ResamplerScale
+from llava_sv.model.splice import SplicedBatch
 from llava_sv.model.token_counts import check_has_middle
-from llava_sv.model.token_groups import KV_LEVELS, is_visual
+from llava_sv.model.token_groups import KV_LEVELS
 
 DEFAULT_NEW_TOKENS = 20
 """What transformers' `generate` makes where neither `max_new_tokens` nor `max_length` is given."""
@@ -98,15 +99,6 @@ class LlavaCausalLM(LlavaMetaForCausalLM, Stock):
         """Roles [B, T] of the latest training batch as spliced; None where there is nothing to splice."""
         return self._last_roles
 
-    @property
-    def last_splice_stats(self) -> dict[str, int] | None:
-        """Of the latest training batch as spliced: real `tokens`, `visual_tokens` among them, and `padding`."""
-        if self._last_roles is None:
-            return None
-        real = int((self._last_roles > 0).sum())
-        visual = int(is_visual(self._last_roles).sum())
-        return {"tokens": real, "padding": self._last_roles.numel() - real, "visual_tokens": visual}
-
     @can_return_tuple
     def forward(
         self,
@@ -133,25 +125,16 @@ class LlavaCausalLM(LlavaMetaForCausalLM, Stock):
         packs: how many of the samples, one after another, share each row that the decoder reads, without seeing each
         other; logits are those of the rows then.
         """
-        if (
-            input_ids is not None
-            and inputs_embeds is None
-            and self._wants_splice(input_ids, past_key_values, images, packs)
-        ):
+        written = input_ids if inputs_embeds is None else None
+        if written is not None and self._wants_splice(written, past_key_values, images, packs):
             batch = self.prepare_inputs_labels_for_multimodal(
-                input_ids, attention_mask, labels, images, image_sizes, packs=packs
+                written, attention_mask, labels, images, image_sizes, packs=packs
             )
-            input_ids, inputs_embeds, labels = None, batch.inputs_embeds, batch.labels
-            attention_mask, position_ids, token_roles = batch.attention_mask, batch.position_ids, batch.token_roles
+            input_ids, inputs_embeds, labels, token_roles = None, batch.inputs_embeds, batch.labels, batch.token_roles
             self.last_sample_lengths = batch.sample_lengths
-            if batch.sample_lengths is not None:
-                backend = str(self.config._attn_implementation)
-                kwargs |= packed_inputs(batch.position_ids, batch.sample_lengths, backend)
-                attention_mask, position_ids = kwargs.pop("attention_mask"), kwargs.pop("position_ids")
-                use_cache = False  # with one, transformers would not look for positions that restart
-            elif self.training and self.config.tokenizer_padding_side == "right":
-                # nothing real attends to padding on its right: without a mask, the plain causal kernels serve
-                attention_mask = position_ids = None
+            use_cache = False if batch.sample_lengths else use_cache  # transformers looks for restarts without one
+            kwargs |= self._attended(batch)
+            attention_mask, position_ids = kwargs.pop("attention_mask"), kwargs.pop("position_ids")
         if self.training:
             self._last_roles = token_roles
         ffn_rows = (
@@ -173,10 +156,9 @@ class LlavaCausalLM(LlavaMetaForCausalLM, Stock):
         loss = None if labels is None else self._loss(hidden, labels, num_items_in_batch)
         logits = None
         if labels is None or not self.training:
-            keep = (
-                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-            )
-            logits = self.lm_head(hidden if isinstance(keep, int) else hidden[:, keep])
+            count = isinstance(logits_to_keep, int)
+            keep = slice(-logits_to_keep if logits_to_keep else None, None) if count else logits_to_keep
+            logits = self.lm_head(hidden[:, keep])
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -184,6 +166,15 @@ class LlavaCausalLM(LlavaMetaForCausalLM, Stock):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _attended(self, batch: SplicedBatch) -> dict[str, Any]:
+        """`attention_mask` and `position_ids` of a spliced batch, and what its backend needs to keep packs apart."""
+        if batch.sample_lengths is not None:
+            return packed_inputs(batch.position_ids, batch.sample_lengths, str(self.config._attn_implementation))
+        if self.training and self.config.tokenizer_padding_side == "right":
+            # nothing real attends to padding on its right: without a mask, the plain causal kernels serve
+            return {"attention_mask": None, "position_ids": None}
+        return {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
 
     def _wants_splice(
         self, input_ids: Tensor, past: Cache | None, images: Images, packs: list[int] | None = None
