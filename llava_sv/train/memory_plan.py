@@ -71,9 +71,6 @@ def read(argv: list[str]) -> Asked:
     model_args = ModelArguments(**{name: value for name, value in vars(values).items() if name in names})
     if not model_args.model_name_or_path:
         raise UserError("--model_name_or_path is needed: a folder or Hugging Face id whose config.json is here")
-    if model_args.bits != 16:
-        raise UserError(f"--bits {model_args.bits} cannot be planned: plan with --bits 16, which takes more")
-    model_args.lora_weight_path = None  # no weights are read
     if own.world_size < 1:
         raise UserError(f"--world_size {own.world_size}: at least one process is needed")
     memory, where = _device_memory(own.gpu_memory)

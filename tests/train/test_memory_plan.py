@@ -113,8 +113,6 @@ def test_bad_input(world, capsys):
     assert "unknown flag --modle" in refused(capsys, plan_flags(world, "--modle", "x"))
     assert "leaves no room for text" in refused(capsys, plan_flags(world, "--model_max_length", "8"))
     assert "--gpu_memory -1.0" in refused(capsys, plan_flags(world, "--gpu_memory", "-1"))
-    bits = refused(capsys, plan_flags(world, "--lora_enable", "True", "--bits", "4"))
-    assert "--bits 4 cannot be planned: plan with --bits 16" in bits
     small = refused(capsys, plan_flags(world, "--text_tokens", "20", "--gpu_memory", "0.5"))
     assert "a batch of 1 does not fit" in small
     assert "--lora_enable True" in small
