@@ -71,6 +71,7 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--family", help="llava, llava_hd or cos only")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="each N-th run only [1: all]")
     parser.add_argument("--ranks", action="store_true", help="the runs over two processes (DDP, ZeRO-1 to 3) instead")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one; --ranks: cpu)")
     parser.add_argument("--json", metavar="FILE", help="write the rows here")
@@ -78,6 +79,9 @@ def main(argv: list[str]) -> int:
     cases = [case for case in (ranked_cases() if args.ranks else every_case()) if args.family in (None, case.family)]
     if not cases:
         raise UserError(f"--family: unknown family {args.family!r}; known: llava, llava_hd, cos")
+    if args.every < 1:
+        raise UserError(f"--every {args.every}: expected 1 or more")
+    cases = cases[:: args.every]
     device = clock.pick_device("cpu" if args.ranks else args.device)
     rows = run_ranked(cases) if args.ranks else [run_alone(case, device) for case in tqdm(cases, unit="run")]
     environment = clock.environment(device, torch.float32)

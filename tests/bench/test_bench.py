@@ -237,7 +237,8 @@ def test_gpu_script_says_that_there_is_no_gpu(tmp_path):
 
 @pytest.mark.slow
 def test_gpu_script_runs_both_benchmarks_and_ends_with_the_tables(tmp_path):
-    done = run_script(OUT=str(tmp_path), DEVICE="cpu", SIZES="tiny", TESTS="0", REPEATS="1")
+    done = run_script(OUT=str(tmp_path), DEVICE="cpu", SIZES="tiny", TESTS="0", REPEATS="1", MEMORY_EVERY="40")
+    assert all(abs(row["ratio"] - 1) < 0.15 for row in json.loads((tmp_path / "memory/cpu.json").read_text())["rows"])
     assert done.returncode == 0, done.stderr
     names = {f"{what}-tiny-{family}.json" for what in ("train", "infer") for family in ("llava", "llava_hd", "cos")}
     assert {path.name for path in tmp_path.glob("*.json")} == names
