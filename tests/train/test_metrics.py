@@ -55,6 +55,9 @@ def test_saving_does_not_count_as_training_time():
     assert window.seconds() < 1
 
 
+ARGS = SimpleNamespace(eval_strategy="no")
+
+
 def state(step, epoch=0.5):
     return SimpleNamespace(global_step=step, epoch=epoch, is_world_process_zero=True)
 
@@ -66,7 +69,7 @@ def log(callback, step, loss):
 
 def test_lines_and_the_truncation_on_resume(tmp_path):
     callback = MetricsCallback(tmp_path)
-    callback.on_train_begin(None, state(0), None)
+    callback.on_train_begin(ARGS, state(0), None)
     for step in range(1, 6):
         log(callback, step, 1 / step)
     callback.on_log(None, state(5), None, logs={"train_loss": 0.4})  # the closing summary is no step
@@ -78,7 +81,7 @@ def test_lines_and_the_truncation_on_resume(tmp_path):
     with open(path, "a") as file:
         file.write('{"step": 6, "lo')  # as a killed process leaves it
     resumed = MetricsCallback(tmp_path)
-    resumed.on_train_begin(None, state(3), None)
+    resumed.on_train_begin(ARGS, state(3), None)
     log(resumed, 4, 0.25)
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4]
     assert resumed.seconds() >= rows[2]["seconds"]
@@ -86,7 +89,7 @@ def test_lines_and_the_truncation_on_resume(tmp_path):
 
 def test_evaluations_have_lines_of_their_own_and_are_dropped_with_their_steps(tmp_path):
     callback = MetricsCallback(tmp_path)
-    callback.on_train_begin(None, state(0), None)
+    callback.on_train_begin(ARGS, state(0), None)
     for step in (1, 2):
         log(callback, step, 1.0)
         callback.on_log(None, state(step), None, logs={"eval_loss": 0.5 * step, "eval_accuracy": 0.25, "epoch": 0.1})
@@ -96,7 +99,7 @@ def test_evaluations_have_lines_of_their_own_and_are_dropped_with_their_steps(tm
         (1, 0.5, 0.25),
         (2, 1.0, 0.25),
     ]
-    MetricsCallback(tmp_path).on_train_begin(None, state(1), None)
+    MetricsCallback(tmp_path).on_train_begin(ARGS, state(1), None)
     assert [("loss" in row, row["step"]) for row in read_rows(path)] == [(True, 1), (False, 1)]
 
 
