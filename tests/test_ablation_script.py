@@ -78,7 +78,7 @@ def test_every_command_of_a_dry_run_can_be_parsed(family, tmp_path):
         ({"ROWS": "table7"}, "has none"),
         ({"SEEDS": "one"}, "SEEDS: expected whole numbers"),
         ({"PRESET": "huge", "TASK": "toy"}, "PRESET=huge: unknown preset"),
-        ({"BATCH": "33"}, "is no multiple of"),
+        ({"BATCH": "33", "PER_DEVICE_BATCH": "32"}, "is no multiple of"),
         ({"MAX_STEPS": "0"}, "MAX_STEPS: expected a whole number of 1 or more, got '0'"),
         ({"EVAL_FLAGS": "--blnd"}, "EVAL_FLAGS: llava-sv eval has no '--blnd'"),
     ],

@@ -69,7 +69,7 @@ def test_the_whole_batch_is_compared_not_its_parts(tmp_path, monkeypatch):
     assert batch() == batch(PER_DEVICE_BATCH="8") == batch(NPROC="2", PER_DEVICE_BATCH="4") == "32"
     assert batch(BATCH="64") == "64"
     assert batch(GRAD_ACCUM="3") == "96"
-    assert batch(GRAD_ACCUM="1", NPROC="2", NNODES="3") == "192"
+    assert batch(GRAD_ACCUM="1", PER_DEVICE_BATCH="32", NPROC="2", NNODES="3", MASTER_ADDR="::1") == "192"
     hosts = tmp_path / "hosts"
     hosts.write_text("# c slots=9\na slots=2\nb slots=4\n")
     devices = {"USE_CPU": "0", "DEEPSPEED": "scripts/zero2.json", "HOSTFILE": str(hosts), "GRAD_ACCUM": "1"}
