@@ -136,7 +136,8 @@ def test_packed_rows_count_each_sample(world):
     packed = counter.flops(counts)
     assert (counts["samples"], counts["positions"], counts["padded_squares"]) == (2, 17, 14**2 + 3**2)
     scores = compression_flops(Tokens(0, 0, pooled=1), model.config.hidden_size)["summaries"] / 2
-    assert found - of_angles(model, 17) == packed["hardware"] - counts["pooled_run"] * scores * counter.factors["summaries"]
+    unseen = counts["pooled_run"] * scores * counter.factors["summaries"]
+    assert found - of_angles(model, 17) == packed["hardware"] - unseen
     assert packed["model"] == packed["hardware"] == apart["model"]
 
 
