@@ -276,7 +276,8 @@ def render(report: dict[str, Any]) -> str:
         for row in rows
     ]
     widths = [max(map(len, column)) for column in zip(head, *body)]
-    lines = [f"{report['world']} processes on {len({row['host'] for row in rows})} nodes"]
+    nodes = len({row["host"] for row in rows})
+    lines = [f"{report['world']} processes on {nodes} node{'s' * (nodes > 1)}"]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in (head, *body)]
     for name in ("python", "code", "data", "model"):
         values = list(dict.fromkeys(row["facts"][name] for row in rows if name in row["facts"]))
