@@ -156,7 +156,7 @@ def test_preemption_saves_leaves_with_75_and_goes_on(whole, script, tmp_path):
     """SIGTERM to the script under torchrun, a second one while it saves; then the same command again."""
     output = tmp_path / "out"
     argv, variables = script(output)
-    fault = {"record": str(tmp_path / "ids"), "wait_at": 5, "heed": True, "wait_in_save": 5}
+    fault = {"record": str(tmp_path / "ids"), "wait_at": 5, "wait_in_save": 5}
     process = start(argv, fault, **variables)
     wait_for((output / "step.now").exists, process)
     process.send_signal(signal.SIGTERM)

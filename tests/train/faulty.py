@@ -3,7 +3,7 @@
 record: a file that gets a line a forward, {step, rank, ids}; poison: ids of records whose loss becomes infinite;
 drop: steps whose optimizer does nothing (by hand); kill_at: {step: rank} ends that rank by SIGKILL before the step's
 first forward, once; kill_in_save: the step in whose save rank 0 does so, once; wait_at: a step before which rank 0
-writes OUTPUT/step.now and waits for OUTPUT/go.on.step, and with heed for a signal too; wait_in_save: a save in which it writes OUTPUT/saving.now and
+writes OUTPUT/step.now and waits for OUTPUT/go.on.step; wait_in_save: a save in which it writes OUTPUT/saving.now and
 waits for OUTPUT/go.on.save; fill: {step: path} fills the disk of `path` before that step.
 """
 
@@ -61,8 +61,7 @@ def training_step(self, model, inputs, *args, **kwargs):
     if FAULT.get("wait_at") == step and RANK == 0 and once("wait_at", output):
         (Path(output) / "step.now").write_text("")
         wait_for(Path(output) / "go.on.step")
-        while FAULT.get("heed") and not stopping.SIGNALS.received:
-            time.sleep(0.02)  # the script asks by its file first, and signals then
+        time.sleep(stopping.POLL_SECONDS)  # so long ago rank 0 has looked for a request: it looks again
     if FAULT.get("kill_at", {}).get(str(step)) == RANK and once("kill_at", output):
         os.kill(os.getpid(), signal.SIGKILL)
     if str(step) in FAULT.get("fill", {}) and RANK == 0:
