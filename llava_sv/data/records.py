@@ -6,13 +6,11 @@ Called by `data.index` for every record of a file, once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava_sv.constants import DEFAULT_IMAGE_TOKEN
+from llava_sv.data.image_refs import parse_ref
 from llava_sv.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 SPEAKERS = ("human", "gpt")
 
@@ -90,6 +88,11 @@ def _images(raw: dict[str, Any], where: str) -> tuple[str, ...]:
     images = [given] if isinstance(given, str) else given
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
         raise UserError(f"{where}: field 'image' is {_kind(given)}; expected a path or a list of paths")
+    for image in images:
+        try:
+            parse_ref(image)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
     return tuple(images)
 
 

@@ -1,0 +1,25 @@
+"""From a source's own public format to LLaVA records: one file a family of formats, and the table that names them.
+
+A converter is a generator function: `Inputs` arrive (the source and its annotation files, found), `Item`s leave, in the
+files' order, the same ones in each run. It holds no more than one annotation file's lookup tables in memory, and opens
+no picture. `data.mix` and `llava-sv data convert` call it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+
+from llava_sv.data.converters.items import Inputs, Item
+from llava_sv.errors import UserError
+
+CONVERTERS: dict[str, str] = {}
+"""Name (as in a source's `converter`) -> `module:function`, the module being one of this package."""
+
+
+def get_converter(name: str) -> Callable[[Inputs], Iterator[Item]]:
+    """The converter of that name. `UserError` lists the known ones."""
+    if name not in CONVERTERS:
+        raise UserError(f"unknown converter {name!r}; known: {', '.join(sorted(CONVERTERS))}")
+    module, function = CONVERTERS[name].split(":")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), function)

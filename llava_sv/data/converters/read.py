@@ -1,0 +1,111 @@
+"""Annotation files, read in a stream with where each entry stands: JSON, JSONL, CSV, TSV, parquet, Arrow. Called by the
+converters. What is wrong with a file as a whole is a `UserError`; wrong entries are for the converter to name."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llava_sv.data.json_stream import read_values
+from llava_sv.errors import UserError
+
+ROWS_AT_ONCE = 256
+
+
+def entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """(where, value) of each element of a JSON array or line of JSONL, as a stream."""
+    for line, value in read_values(path):
+        yield f"{path} line {line}", value
+
+
+def document(path: Path) -> Any:
+    """A whole JSON file's value, for formats that are one object (COCO, VQAv2, SQuAD)."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: malformed JSON at line {error.lineno} column {error.colno}: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (near byte {error.start}); save it as UTF-8") from error
+
+
+def table(path: Path, delimiter: str | None = None) -> Iterator[tuple[str, dict[str, str]]]:
+    """(where, row by column name) of a CSV or, by its suffix, TSV file with a header."""
+    if delimiter is None:
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    csv.field_size_limit(1 << 28)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter=delimiter)
+            for row in reader:
+                yield f"{path} line {reader.line_num}", row
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (near byte {error.start}); save it as UTF-8") from error
+    except csv.Error as error:
+        raise UserError(f"{path}: malformed table: {error}") from error
+
+
+def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """(row number, where, values) of a parquet or Arrow file, reading `columns` only (leave pictures out: refer to them
+    with `image_refs.row_ref`). `UserError` for a column that is not there."""
+    number = 0
+    for batch in _batches(path, list(columns)):
+        for values in batch.to_pylist():
+            yield number, f"{path} row {number}", values
+            number += 1
+
+
+def column_type(path: Path, column: str) -> pa.DataType:
+    """The Arrow type of a column of a parquet or Arrow file: a list of pictures, or one?"""
+    schema = _schema(path)
+    _check_columns(path, schema, [column])
+    return schema.field(column).type
+
+
+def _schema(path: Path) -> pa.Schema:
+    try:
+        if path.suffix.lower() == ".parquet":
+            return pq.read_schema(path)
+        with pa.memory_map(str(path)) as source:
+            return _arrow_reader(source).schema
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+
+
+def _batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    _check_columns(path, _schema(path), columns)
+    try:
+        if path.suffix.lower() == ".parquet":
+            with pq.ParquetFile(path) as file:
+                yield from file.iter_batches(ROWS_AT_ONCE, columns=columns)
+        else:
+            with pa.memory_map(str(path)) as source:
+                reader = _arrow_reader(source)
+                if isinstance(reader, pa.RecordBatchFileReader):
+                    parts: Any = (reader.get_batch(index) for index in range(reader.num_record_batches))
+                else:
+                    parts = reader
+                for part in parts:
+                    yield part.select(columns)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+
+
+def _arrow_reader(source: Any) -> Any:
+    """Arrow's file format, or the stream format that `datasets` writes."""
+    try:
+        return pa.ipc.open_file(source)
+    except pa.ArrowInvalid:
+        source.seek(0)
+        return pa.ipc.open_stream(source)
+
+
+def _check_columns(path: Path, schema: pa.Schema, columns: list[str]) -> None:
+    for column in columns:
+        if column not in schema.names:
+            raise UserError(f"{path}: has no column {column!r}; it has {', '.join(schema.names)}")
