@@ -71,6 +71,7 @@ def source_of(name: str, group: str, given: Any, where: str) -> Source:
     for needed in ("title", "home", "licence", "annotations", "converter"):
         if not given.get(needed):
             raise UserError(f"{where}: has no field {needed!r}")
+    _check_kinds(given, where)
     values = dict(given, options=given.get("options") or {})
     for name_of_list in ("annotations", "contaminates"):
         value = given.get(name_of_list) or ()
@@ -79,6 +80,21 @@ def source_of(name: str, group: str, given: Any, where: str) -> Source:
         if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
             raise UserError(f"{where}: path {pattern!r} leaves the data folder; give it relative to that")
     return Source(name=name, group=group, **values)
+
+
+def _check_kinds(given: dict[str, Any], where: str) -> None:
+    """`UserError` for a field that is not of its kind: text, a list of text, or a mapping."""
+    for name, value in given.items():
+        if name == "options":
+            expected, right = "a mapping", isinstance(value or {}, dict)
+        elif name in ("annotations", "contaminates"):
+            several = [value] if isinstance(value, str) else value or []
+            expected = "text or a list of text"
+            right = isinstance(several, list | tuple) and all(isinstance(one, str) for one in several)
+        else:
+            expected, right = "text", isinstance(value or "", str)
+        if not right:
+            raise UserError(f"{where}: field {name!r} is {value!r}; expected {expected}")
 
 
 @lru_cache(maxsize=1)

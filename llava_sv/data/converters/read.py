@@ -12,18 +12,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llava_sv.data.converters.clock import timed, timed_stream
 from llava_sv.data.json_stream import read_values
 from llava_sv.errors import UserError
 
 ROWS_AT_ONCE = 256
 
 
+@timed_stream
 def entries(path: Path) -> Iterator[tuple[str, Any]]:
     """(where, value) of each element of a JSON array or line of JSONL, as a stream."""
     for line, value in read_values(path):
         yield f"{path} line {line}", value
 
 
+@timed
 def document(path: Path) -> Any:
     """A whole JSON file's value, for formats that are one object (COCO, VQAv2, SQuAD)."""
     try:
@@ -34,6 +37,7 @@ def document(path: Path) -> Any:
         raise UserError(f"{path}: is not UTF-8 text (near byte {error.start}); save it as UTF-8") from error
 
 
+@timed_stream
 def table(path: Path, delimiter: str | None = None) -> Iterator[tuple[str, dict[str, str]]]:
     """(where, row by column name) of a CSV or, by its suffix, TSV file with a header."""
     if delimiter is None:
@@ -50,6 +54,7 @@ def table(path: Path, delimiter: str | None = None) -> Iterator[tuple[str, dict[
         raise UserError(f"{path}: malformed table: {error}") from error
 
 
+@timed_stream
 def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """(row number, where, values) of a parquet or Arrow file, reading `columns` only (leave pictures out: refer to them
     with `image_refs.row_ref`). `UserError` for a column that is not there."""

@@ -1,0 +1,124 @@
+"""What a mixture is made of, in numbers that add up, without a word about the machine or the time. Called by
+`data.mix`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from llava_sv.data.mix_merge import Chosen
+from llava_sv.data.mix_parts import Part, file_sha256
+from llava_sv.data.recipes import Entry
+
+if TYPE_CHECKING:
+    from llava_sv.data.mix import Plan
+
+COUNTED = ("annotations", "problems", "converted", "missing_pictures", "duplicates", "not_sampled", "taken")
+"""annotations = problems + converted; converted = missing_pictures + duplicates + not_sampled + taken."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A source that the mixture does without. why: missing or contaminated. missing: paths below the root."""
+
+    entry: Entry
+    why: str
+    missing: tuple[str, ...] = ()
+
+    def reason(self) -> str:
+        if self.why == "missing":
+            return f"no {', '.join(self.missing)}; {self.entry.source.home}"
+        return f"stands close to {', '.join(self.entry.source.contaminates)}"
+
+
+def manifest(plan: Plan, parts: Sequence[Part], chosen: Sequence[Chosen], index: Path) -> dict[str, Any]:
+    """The manifest, as JSON has it."""
+    from llava_sv import __version__
+    from llava_sv.data.index import LAYOUT
+
+    recipe = plan.recipe
+    sources = [_source(job.found.entry, part, some) for job, part, some in zip(plan.jobs, parts, chosen)]
+    totals = {name: sum(source[name] for source in sources) for name in COUNTED}
+    return {
+        "kind": "mixture",
+        "records": totals["taken"],
+        "recipe": {
+            "name": recipe.name,
+            "title": recipe.title,
+            "stage": recipe.stage,
+            "size": recipe.size,
+            "file": recipe.path.name,
+            "sha256": recipe.sha256,
+        },
+        "seed": plan.seed,
+        "limit": plan.limit,
+        "pictures_looked_for": plan.pictures,
+        "index": {"file": index.name, "bytes": index.stat().st_size, "sha256": file_sha256(index), "layout": LAYOUT},
+        "totals": totals,
+        "left_out": [_left_out(left) for left in plan.left_out],
+        "sources": sources,
+        "versions": {"llava_sv": __version__, "pyarrow": pa.__version__},
+    }
+
+
+def _source(entry: Entry, part: Part, some: Chosen) -> dict[str, Any]:
+    report, source = part.report, entry.source
+    there = report["converted"] - report["missing_pictures"] - some.duplicates
+    return {
+        "source": source.name,
+        "group": source.group,
+        "title": source.title,
+        "home": source.home,
+        "licence": source.licence,
+        "contaminates": list(source.contaminates),
+        "converter": source.converter,
+        "count": entry.count,
+        "wanted": entry.wanted,
+        "annotations": report["annotations"],
+        "problems": report["problems"],
+        "converted": report["converted"],
+        "missing_pictures": report["missing_pictures"],
+        "duplicates": some.duplicates,
+        "not_sampled": there - len(some.rows),
+        "taken": len(some.rows),
+        "short": max((entry.wanted or 0) - len(some.rows), 0),
+        "first_problems": report["first_problems"],
+        "files": report["files"],
+    }
+
+
+def _left_out(left: LeftOut) -> dict[str, Any]:
+    source = left.entry.source
+    return {
+        "source": source.name,
+        "why": left.why,
+        "missing": list(left.missing),
+        "title": source.title,
+        "home": source.home,
+        "licence": source.licence,
+        "contaminates": list(source.contaminates),
+        "count": left.entry.count,
+        "wanted": left.entry.wanted,
+    }
+
+
+def summary(made: dict[str, Any]) -> list[str]:
+    """What a user should know of a mixture just made."""
+    lines = []
+    for source in made["sources"]:
+        notes = []
+        if source["short"]:
+            notes.append(f"all there are, {source['short']:,} fewer than wanted")
+        for name in ("problems", "missing_pictures", "duplicates", "not_sampled"):
+            if source[name]:
+                notes.append(f"{source[name]:,} {name.replace('_', ' ')}")
+        lines.append(f"{source['source']}: {source['taken']:,} records" + (f" ({'; '.join(notes)})" if notes else ""))
+    totals = made["totals"]
+    for name in ("problems", "missing_pictures"):
+        if totals[name]:
+            lines.append(f"{totals[name]:,} {name.replace('_', ' ')} in all; the first are in problems.jsonl")
+    return lines

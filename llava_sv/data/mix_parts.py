@@ -1,0 +1,234 @@
+"""One source of a mixture to its part: every record converted, checked, its pictures looked for, laid out in Arrow. A
+part is whole or not there; it is made anew only when the source's files, its entry or the code that reads it change.
+Called by `data.mix`, in a process for each source.
+
+A part is three files: NAME-KEY.arrow (records as an index has them), NAME-KEY.npy (for each record 16 bytes that are its
+pictures and conversation, 8 that are its id), and, written last, NAME-KEY.json (what was found).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_sv.data import converters, index, json_stream, records
+from llava_sv.data.converters import get_converter
+from llava_sv.data.converters.clock import reading_seconds
+from llava_sv.data.converters.items import Inputs, Item
+from llava_sv.data.mix_inputs import Found
+from llava_sv.data.mix_pictures import Pictures
+from llava_sv.data.mix_standin import IndexWriter
+from llava_sv.data.records import LlavaRecord, check_record
+from llava_sv.errors import UserError
+from llava_sv.files import replacing, write_json
+
+VERSION = 1
+"""Of the three files; a change makes all parts anew."""
+
+ROW = np.dtype([("digest", "S16"), ("id", "<u8")])
+PROBLEMS_KEPT = 50
+PROGRESS_EVERY = 500
+
+
+@dataclass(frozen=True)
+class PartJob:
+    """A part to be made. limit: convert no more than so many records. pictures: look whether they are there.
+    checksums: of the annotation files."""
+
+    found: Found
+    root: Path
+    folder: Path
+    limit: int | None = None
+    pictures: bool = True
+    checksums: bool = True
+
+    @property
+    def inputs(self) -> Inputs:
+        return Inputs(self.found.source, self.root, self.found.files)
+
+    def key(self) -> str:
+        """What the part depends on, in 16 hexadecimal digits: a part of that name is this one."""
+        source = self.found.source
+        read = {name: value for name, value in asdict(source).items() if name in ("annotations", "images", "options")}
+        files = []
+        for path in self.found.files:
+            state = path.stat()
+            files.append((self.inputs.relative(path), state.st_size, state.st_mtime_ns))
+        code = (VERSION, index.LAYOUT, reader_version(source.converter), source.converter)
+        parts = (source.name, read, files, code, self.limit, self.pictures, self.checksums)
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+@lru_cache
+def reader_version(converter: str) -> str:
+    """Of the code that turns this converter's files into records: a change there makes its parts anew."""
+    modules = [sys.modules[get_converter(converter).__module__], json_stream, records]
+    shared = sorted(Path(converters.__file__).parent.glob("*.py"))
+    paths = dict.fromkeys([*shared, *(Path(inspect.getfile(module)) for module in modules)])
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part that is whole. report: what its JSON says."""
+
+    records: Path
+    rows: Path
+    report: dict[str, Any]
+
+
+def part_of(job: PartJob, key: str) -> Part | None:
+    """The part if it is there, whole, and still true: none of the pictures that it missed has appeared since."""
+    base = job.folder / f"{job.found.source.name}-{key}"
+    try:
+        report = json.loads(base.with_name(f"{base.name}.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
+    part = Part(base.with_name(f"{base.name}.arrow"), base.with_name(f"{base.name}.npy"), report)
+    if not (part.records.is_file() and part.rows.is_file()):
+        return None
+    pictures = Pictures(job.root)
+    return None if any(pictures.has(name) for name in report["missing_names"]) else part
+
+
+def make_part(job: PartJob, key: str, progress: Callable[[int], Any] = lambda count: None) -> None:
+    """Convert a source. progress: called with the number of annotations done, now and then.
+
+    Raises `UserError` for a file that cannot be read as a whole. Wrong records are counted, the first ones named.
+    """
+    began, read_before = time.perf_counter(), reading_seconds()
+    base = job.folder / f"{job.found.source.name}-{key}"
+    finished = base.with_name(f"{base.name}.json")
+    finished.unlink(missing_ok=True)
+    with ThreadPoolExecutor(1) as pool:
+        sums = pool.submit(file_reports, job)
+        made = _Records(job)
+        rows = made.write(base.with_name(f"{base.name}.arrow"), progress)
+        with replacing(base.with_name(f"{base.name}.npy")) as temporary, temporary.open("wb") as file:
+            np.save(file, rows)
+        read = reading_seconds() - read_before
+        files = sums.result()
+    seconds = {"read_seconds": read, "total_seconds": time.perf_counter() - began}
+    write_json(finished, {"files": files, **made.report(), **seconds})
+
+
+def file_reports(job: PartJob) -> list[dict[str, Any]]:
+    """Path below the root, bytes and sha256 of each annotation file."""
+    reports = []
+    for path in job.found.files:
+        report = {"path": job.inputs.relative(path), "bytes": path.stat().st_size}
+        reports.append(report | ({"sha256": file_sha256(path)} if job.checksums else {}))
+    return reports
+
+
+def file_sha256(path: Path) -> str:
+    """In hexadecimal; the file is read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def digest_of(record: LlavaRecord) -> bytes:
+    """16 bytes that are the same for two records with the same pictures and the same conversation."""
+    turns = [turn["value"] for turn in record.turns]
+    text = "\0".join((str(len(record.images)), *record.images, *turns))
+    return blake2b(text.encode(), digest_size=16).digest()
+
+
+class _Records:
+    """A source's records on their way into a part, and what is counted on the way."""
+
+    def __init__(self, job: PartJob) -> None:
+        self.job = job
+        self.prefix = f"{job.root}/"
+        self.pictures = Pictures(job.root) if job.pictures else None
+        self.annotations = self.converted = self.problems = self.missing_pictures = 0
+        self.first_problems: list[dict[str, str]] = []
+        self.missing_names: list[str] = []
+
+    def write(self, path: Path, progress: Callable[[int], Any]) -> np.ndarray:
+        """Write the good records to `path`; their digests leave as `ROW`s."""
+        source = self.job.found.source.name
+        rows = bytearray()
+        with IndexWriter(path) as writer:
+            for item in get_converter(self.job.found.source.converter)(self.job.inputs):
+                self.annotations += 1
+                if self.annotations % PROGRESS_EVERY == 0:
+                    progress(PROGRESS_EVERY)
+                record = self.good(item)
+                if record is None:
+                    continue
+                named = LlavaRecord(f"{source}/{record.id or self.annotations}", record.images, record.turns)
+                try:
+                    rows += digest_of(named) + blake2b(named.id.encode(), digest_size=8).digest()
+                except UnicodeEncodeError:
+                    self.problem(item.where, "holds half of a surrogate pair, which is no character; reword it")
+                    self.converted -= 1
+                    continue
+                writer.add(named, source=source, line=line_of(item.where))
+                if self.converted == self.job.limit:
+                    break
+        progress(self.annotations % PROGRESS_EVERY)
+        return np.frombuffer(bytes(rows), ROW)
+
+    def good(self, item: Item) -> LlavaRecord | None:
+        """The item's record; None, counted and named, where it has none or its pictures are not there."""
+        if item.record is None:
+            self.problem(item.where, item.problem or "holds no record")
+            return None
+        try:
+            record = check_record(item.record, item.where)
+        except UserError as error:
+            self.problem(item.where, str(error).removeprefix(f"{item.where}: "))
+            return None
+        if self.pictures is not None:
+            for image in record.images:
+                if not self.pictures.has(image):
+                    self.missing_pictures += 1
+                    self.converted += 1
+                    if len(self.missing_names) < PROBLEMS_KEPT:
+                        self.missing_names.append(image)
+                        self.name(item.where, f"no picture {image}")
+                    return None
+        self.converted += 1
+        return record
+
+    def problem(self, where: str, what: str) -> None:
+        self.problems += 1
+        if self.problems <= PROBLEMS_KEPT:
+            self.name(where, what)
+
+    def name(self, where: str, what: str) -> None:
+        """Keep it to be shown, with paths below the root and not of this machine."""
+        where, what = where.replace(self.prefix, ""), what.replace(self.prefix, "")
+        self.first_problems.append({"source": self.job.found.source.name, "where": where, "problem": what})
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "annotations": self.annotations,
+            "converted": self.converted,
+            "problems": self.problems,
+            "missing_pictures": self.missing_pictures,
+            "first_problems": self.first_problems,
+            "missing_names": self.missing_names,
+        }
+
+
+def line_of(where: str) -> int:
+    """The line that ends `where`; 0 where it names none."""
+    number = where.rpartition(" line ")[2]
+    return int(number) if number.isdecimal() and number.isascii() else 0

@@ -1,0 +1,191 @@
+"""Parts made side by side: a process for each source, so many at a time. Called by `data.mix`.
+
+A process hands nothing back: what it made lies in its files. One that dies takes only its own part along.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import threading
+import time
+import traceback
+from multiprocessing.connection import wait
+from typing import Any
+
+from tqdm import tqdm
+
+from llava_sv.data.mix_parts import PartJob, make_part
+from llava_sv.errors import UserError
+
+QUIET_BYTES = 1 << 24
+
+
+def make_parts(todo: list[tuple[PartJob, str]], workers: int) -> None:
+    """Make the parts, the largest first, with a bar over their bytes. All are tried; then what went wrong is raised: a
+    `UserError` that names every source that cannot be read, or the crash of one."""
+    sizes = {key: sum(path.stat().st_size for path in job.found.files) for job, key in todo}
+    todo = sorted(todo, key=lambda pair: -sizes[pair[1]])
+    failures: list[tuple[str, str, bool]] = []
+    total = sum(sizes.values())
+    with _Bar(total) as bar:
+        if workers == 1 or len(todo) == 1:
+            for job, key in todo:
+                with bar.source(job, sizes[key]) as count:
+                    failures += _attempt(job, key, count.add)
+        else:
+            failures += _side_by_side(todo, sizes, workers, bar)
+    _raise(failures)
+
+
+class _Count:
+    """Annotations done of a source, told by whichever process converts it."""
+
+    def __init__(self, bar: _Bar, expected: int | None, size: int, shared: Any = None) -> None:
+        self._bar, self._expected, self._size, self._shared = bar, expected, size, shared
+        self.done = 0
+
+    def add(self, count: int) -> None:
+        if self._shared is None:
+            self.done += count
+            self._bar.show()
+        else:
+            self._shared.value += count
+
+    def bytes(self) -> float:
+        """About how much of its files that is; the recipe says how many records to expect."""
+        done = self.done if self._shared is None else self._shared.value
+        return self._size * min(done / self._expected, 0.99) if self._expected else 0.0
+
+    def records(self) -> int:
+        return self.done if self._shared is None else self._shared.value
+
+    def __enter__(self) -> _Count:
+        self._bar.running.append(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.running.remove(self)
+        self._bar.done_bytes += self._size
+        self._bar.done_records += self.records()
+        self._bar.show()
+
+
+class _Bar:
+    """Progress over all sources: bytes of annotations, annotations a second, time left."""
+
+    def __init__(self, total: int) -> None:
+        self._bar = tqdm(total=total, desc="converting", unit="B", unit_scale=True, disable=total < QUIET_BYTES)
+        self._began = time.monotonic()
+        self.running: list[_Count] = []
+        self.done_bytes = 0
+        self.done_records = 0
+
+    def source(self, job: PartJob, size: int, shared: Any = None) -> _Count:
+        return _Count(self, job.limit or job.found.entry.count, size, shared)
+
+    def show(self) -> None:
+        at = self.done_bytes + sum(count.bytes() for count in self.running)
+        records = self.done_records + sum(count.records() for count in self.running)
+        self._bar.set_postfix_str(
+            f"{records / max(time.monotonic() - self._began, 1e-9):,.0f} records/s", refresh=False
+        )
+        self._bar.update(max(int(at) - self._bar.n, 0))
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+
+def _attempt(job: PartJob, key: str, progress: Any) -> list[tuple[str, str, bool]]:
+    """Make a part; (source, what went wrong, whether it is the user's to mend), or nothing."""
+    try:
+        make_part(job, key, progress)
+    except UserError as error:
+        return [(job.found.source.name, str(error), True)]
+    except Exception:
+        return [(job.found.source.name, traceback.format_exc(), False)]
+    return []
+
+
+def _side_by_side(todo: list[tuple[PartJob, str]], sizes: dict[str, int], workers: int, bar: _Bar) -> list[Any]:
+    # what is registered at run time, converters of the user's own among it, only a fork takes along
+    methods = multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
+    failures: list[tuple[str, str, bool]] = []
+    waiting, running = list(todo), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                job, key = waiting.pop(0)
+                shared = context.Value("q", 0, lock=False)
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_in_process, args=(job, key, shared, theirs, os.getpid()))
+                process.start()
+                theirs.close()
+                count = bar.source(job, sizes[key], shared)
+                count.__enter__()
+                running[process.sentinel] = (process, job, count, ours)
+            for sentinel in wait(list(running), timeout=1.0):
+                process, job, count, ours = running.pop(sentinel)
+                process.join()
+                failures += _said(process, job, ours)
+                count.__exit__()
+            bar.show()
+    finally:
+        for process, *_ in running.values():
+            process.kill()
+            process.join()
+    return failures
+
+
+def _said(process: Any, job: PartJob, ours: Any) -> list[tuple[str, str, bool]]:
+    with ours:
+        if ours.poll():
+            try:
+                return ours.recv()
+            except EOFError:
+                pass
+    name = job.found.source.name
+    return [(name, f"its process died (exit code {process.exitcode}); out of memory?", True)]
+
+
+def _in_process(job: PartJob, key: str, shared: Any, theirs: Any, parent: int) -> None:
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    count = _Shared(shared)
+    theirs.send(_attempt(job, key, count.add))
+    theirs.close()
+    sys.stdout.flush()
+    os._exit(0)  # nothing that the parent opened is closed a second time here
+
+
+class _Shared:
+    """A number that the parent reads."""
+
+    def __init__(self, shared: Any) -> None:
+        self._shared = shared
+
+    def add(self, count: int) -> None:
+        self._shared.value += count
+
+
+def _leave_with(parent: int) -> None:
+    """End this process when its parent is gone, killed perhaps: nobody would wait for it."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _raise(failures: list[tuple[str, str, bool]]) -> None:
+    crashes = [failure for failure in failures if not failure[2]]
+    if crashes:
+        raise RuntimeError(f"source {crashes[0][0]!r}: its converter crashed\n{crashes[0][1]}")
+    if len(failures) == 1:
+        raise UserError(f"source {failures[0][0]!r}: {failures[0][1]}")
+    if failures:
+        for name, message, _ in failures:
+            print(f"source {name!r}: {message}", file=sys.stderr)
+        raise UserError(f"{len(failures)} sources cannot be read (named above); mend them and run it again")
