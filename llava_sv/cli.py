@@ -29,6 +29,8 @@ COMMANDS: dict[str, Command] = {
     "data check": Command("llava_sv.data.commands:check_main", "check a LLaVA data file before training on it"),
     "data index": Command("llava_sv.data.commands:index_main", "build the memory-mapped index of a data file"),
     "data stats": Command("llava_sv.data.commands:stats_main", "count records, images, turns and lengths"),
+    "data mix": Command("llava_sv.data.mix:main", "make a mixture (SV-1M, ...) from its sources, or list them"),
+    "data convert": Command("llava_sv.data.convert_source:main", "turn one source into a LLaVA JSON file"),
     "train": Command("llava_sv.train.train:main", "pretrain or fine-tune (scripts/v1_5/*.sh call this for you)"),
     "convert": Command(
         "llava_sv.release.convert:main", "merge adapters, or make a checkpoint fit another number of devices"

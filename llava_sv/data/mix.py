@@ -142,8 +142,8 @@ def _plan(args: argparse.Namespace, recipe: Recipe, root: Path, found: list[Foun
     if lines and not args.allow_missing:
         print("\n".join(lines), file=sys.stderr)
         raise UserError(
-            f"{len(lines)} of {len(recipe.entries)} sources of {recipe.name} are missing (named above); put them there, "
-            "or go on without them: --allow-missing"
+            f"{len(lines)} of {len(recipe.entries)} sources of {recipe.name} are missing (named above); put them "
+            "there, or go on without them: --allow-missing"
         )
     left_out += [LeftOut(each.entry, "missing", each.missing) for each in found if each.missing]
     found = [each for each in found if not each.missing]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from llava_sv.data.index_file import LAYOUT
 from llava_sv.data.mix_merge import Chosen
 from llava_sv.data.mix_parts import Part, file_sha256
 from llava_sv.data.recipes import Entry
@@ -38,7 +39,6 @@ class LeftOut:
 def manifest(plan: Plan, parts: Sequence[Part], chosen: Sequence[Chosen], index: Path) -> dict[str, Any]:
     """The manifest, as JSON has it."""
     from llava_sv import __version__
-    from llava_sv.data.index import LAYOUT
 
     recipe = plan.recipe
     sources = [_source(job.found.entry, part, some) for job, part, some in zip(plan.jobs, parts, chosen)]

@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from llava_sv.data.index_file import BATCH_CHARS, BATCH_ROWS, IndexWriter
 from llava_sv.data.mix_parts import ROW, Part
-from llava_sv.data.mix_standin import IndexWriter
-
-BATCH = 1000
 
 
 @dataclass(frozen=True)
@@ -67,15 +65,15 @@ def write_index(
     """Write the chosen rows as an index, parts in their order. progress: called with numbers of records."""
     with IndexWriter(path) as writer:
         waiting: list[pa.RecordBatch] = []
-        count = 0
+        rows = size = 0
         for part, some in zip(parts, chosen):
             for batch in _chosen_batches(part, some.rows):
                 waiting.append(batch)
-                count += len(batch)
+                rows, size = rows + len(batch), size + batch.nbytes
                 progress(len(batch))
-                if count >= BATCH:
+                if rows >= BATCH_ROWS or size >= BATCH_CHARS:
                     _write(writer, waiting)
-                    count = 0
+                    rows = size = 0
         if waiting:
             _write(writer, waiting)
 

@@ -2,8 +2,8 @@
 part is whole or not there; it is made anew only when the source's files, its entry or the code that reads it change.
 Called by `data.mix`, in a process for each source.
 
-A part is three files: NAME-KEY.arrow (records as an index has them), NAME-KEY.npy (for each record 16 bytes that are its
-pictures and conversation, 8 that are its id), and, written last, NAME-KEY.json (what was found).
+A part is three files: NAME-KEY.arrow (records as an index has them), NAME-KEY.npy (for each record 16 bytes that are
+its pictures and conversation, 8 that are its id), and, written last, NAME-KEY.json (what was found).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from llava_sv.data import converters, index, json_stream, records
+from llava_sv.data import converters, json_stream, records
 from llava_sv.data.converters import get_converter
 from llava_sv.data.converters.clock import reading_seconds
 from llava_sv.data.converters.items import Inputs, Item
+from llava_sv.data.index_file import LAYOUT, IndexWriter
 from llava_sv.data.mix_inputs import Found
 from llava_sv.data.mix_pictures import Pictures
-from llava_sv.data.mix_standin import IndexWriter
 from llava_sv.data.records import LlavaRecord, check_record
 from llava_sv.errors import UserError
 from llava_sv.files import replacing, write_json
@@ -66,7 +66,7 @@ class PartJob:
         for path in self.found.files:
             state = path.stat()
             files.append((self.inputs.relative(path), state.st_size, state.st_mtime_ns))
-        code = (VERSION, index.LAYOUT, reader_version(source.converter), source.converter)
+        code = (VERSION, LAYOUT, reader_version(source.converter), source.converter)
         parts = (source.name, read, files, code, self.limit, self.pictures, self.checksums)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -164,7 +164,7 @@ class _Records:
         """Write the good records to `path`; their digests leave as `ROW`s."""
         source = self.job.found.source.name
         rows = bytearray()
-        with IndexWriter(path) as writer:
+        with IndexWriter(path, may_be_empty=True) as writer:
             for item in get_converter(self.job.found.source.converter)(self.job.inputs):
                 self.annotations += 1
                 if self.annotations % PROGRESS_EVERY == 0:

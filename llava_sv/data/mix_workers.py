@@ -88,9 +88,8 @@ class _Bar:
     def show(self) -> None:
         at = self.done_bytes + sum(count.bytes() for count in self.running)
         records = self.done_records + sum(count.records() for count in self.running)
-        self._bar.set_postfix_str(
-            f"{records / max(time.monotonic() - self._began, 1e-9):,.0f} records/s", refresh=False
-        )
+        rate = records / max(time.monotonic() - self._began, 1e-9)
+        self._bar.set_postfix_str(f"{rate:,.0f} records/s", refresh=False)
         self._bar.update(max(int(at) - self._bar.n, 0))
 
     def __enter__(self) -> _Bar:
@@ -116,7 +115,8 @@ def _side_by_side(todo: list[tuple[PartJob, str]], sizes: dict[str, int], worker
     methods = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
     failures: list[tuple[str, str, bool]] = []
-    waiting, running = list(todo), {}
+    waiting = list(todo)
+    running: dict[int, Any] = {}
     try:
         while waiting or running:
             while waiting and len(running) < workers:

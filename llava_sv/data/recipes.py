@@ -151,9 +151,7 @@ def _own_source(given: dict[str, Any], where: str) -> Source:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise UserError(f"{where}: expected 'source: NAME', or a 'name' of letters, digits, '.', '_', '-'")
     if name in catalogue():
-        raise UserError(
-            f"{where}: the catalogue has a source {name!r} already; write 'source: {name}', or rename yours"
-        )
+        raise UserError(f"{where}: the catalogue has a source {name!r}; write 'source: {name}', or rename yours")
     group = given.get("group", "own")
     if not isinstance(group, str):
         raise UserError(f"{where}: field 'group' is {_kind(group)}; expected text")
