@@ -1,15 +1,16 @@
-"""Questions about pictures, one answer each, as JSON: CLEVR and its kin, FigureQA, TallyQA, VSR. Files arrive, records
-leave.
+"""Questions about drawn scenes and figures, in JSON objects of up to millions of questions, read one by one: CLEVR and
+its kin, FigureQA. Files arrive, records leave.
 
 Options (defaults in brackets):
-    entries  [none]         the key of the list, where the file is an object; else it is an array or JSONL
+    entries                 the key of the list of questions
     image                   a template of the picture's name, such as {split}/{image_filename}
     question [{question}]   a template of the question
     answer   [answer]       the answer's field
     answers  [{}]           answers as published: as they are to be said, such as 0: No
     per      [question]     one record a question, or one a picture, `image`, with all its questions
-    prompt   [short]        `short` asks for a word or phrase (once in a conversation), `none` for nothing
     below    [{}]           field: number; entries at or above it are left out (the other splits of one file)
+
+The instruction to answer shortly stands once in a conversation, after its first question.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from typing import Any, NamedTuple
 
 from llava_sv.data.converters.items import Inputs, Item, conversation
 from llava_sv.data.converters.prompts import short
-from llava_sv.data.converters.read import entries
 from llava_sv.data.json_stream import read_members
 from llava_sv.errors import UserError
 
@@ -39,7 +39,7 @@ def scene_questions(inputs: Inputs) -> Iterator[Item]:
     by_image = inputs.option("per", "question") == "image"
     for path in inputs.files:
         groups: dict[str, list[Asked]] = {}
-        for number, (place, entry) in enumerate(_entries(path, inputs.option("entries", ""))):
+        for number, (place, entry) in enumerate(_entries(path, inputs.option("entries"))):
             try:
                 if not _wanted(entry, inputs.option("below", {})):
                     continue
@@ -58,9 +58,6 @@ def scene_questions(inputs: Inputs) -> Iterator[Item]:
 
 
 def _entries(path: Path, key: str) -> Iterator[tuple[str, Any]]:
-    if not key:
-        yield from entries(path)
-        return
     found = False
     for name, line, value in read_members(path):
         if name == key:
@@ -95,6 +92,5 @@ def _asked(inputs: Inputs, place: str, entry: dict[str, Any]) -> Asked:
 
 def _item(inputs: Inputs, identity: str, group: list[Asked]) -> Item:
     exchanges = [(asked.question, asked.answer) for asked in group]
-    if inputs.option("prompt", "short") == "short":
-        exchanges[0] = (short(exchanges[0][0]), exchanges[0][1])
+    exchanges[0] = (short(exchanges[0][0]), exchanges[0][1])
     return Item(group[0].place, conversation(identity, exchanges, [inputs.image(group[0].image)]))
