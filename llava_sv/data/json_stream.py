@@ -1,6 +1,7 @@
 """A JSON array or JSONL file arrives; its values leave one by one, each with its line, without the file in memory.
 
-Called by `data.index_build` (stretch by stretch) and `data.commands`. Damage is told by file, line and column.
+Called by `data.index_build` (stretch by stretch), `data.commands` and the converters. Damage is told by file, line and
+column.
 """
 
 from __future__ import annotations
@@ -47,6 +48,33 @@ def read_span(path: Path, span: Span) -> Iterator[tuple[int, Any]]:
     with path.open("rb") as file:
         window = _Window(path, file, None, span)
         yield from _elements(window, span.first, span.last) if span.array else _lines(window, None)
+
+
+def read_members(path: str | Path) -> Iterator[tuple[str, int, Any]]:
+    """(key, line, value) of a file that is one JSON object: of a list each element on its own, of anything else the
+    whole value, in the file's order. For data sets with millions of entries under one key.
+
+    Raises `UserError` as `read_values` does, and for a file that is no object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no such data file: {path}")
+    with path.open("rb") as file:
+        window = _Window(path, file, None)
+        if window.peek() != "{":
+            raise UserError(f"{path}: expected a JSON object, as published")
+        window.at += 1
+        more = window.peek() != "}"
+        while more:
+            yield from _member(window)
+            mark = window.peek()
+            if mark not in (",", "}"):
+                raise window.malformed("expected ',' or '}' after a value", window.at)
+            more = mark == ","
+            window.at += more
+        window.at += 1
+        if window.peek():
+            raise window.malformed("text after the object's end", window.at)
 
 
 class _Window:
@@ -141,6 +169,29 @@ def _elements(window: _Window, first: bool, last: bool) -> Iterator[tuple[int, A
         raise window.malformed("text after the array's end", window.at)
 
 
+def _member(window: _Window) -> Iterator[tuple[str, int, Any]]:
+    """What `read_members` yields for the next key."""
+    if window.peek() != '"':
+        raise window.malformed("expected a key", window.at)
+    key = _element(window)[1]
+    if window.peek() != ":":
+        raise window.malformed("expected ':' after a key", window.at)
+    window.at += 1
+    if window.peek() != "[":
+        yield (key, *_element(window))
+        return
+    window.at += 1
+    more = window.peek() != "]"
+    while more:
+        yield (key, *_element(window))
+        mark = window.peek()
+        if mark not in (",", "]"):
+            raise window.malformed("expected ',' or ']' after an element", window.at)
+        more = mark == ","
+        window.at += more
+    window.at += 1
+
+
 def _element(window: _Window) -> tuple[int, Any]:
     """(line, value) of the element that begins at the next character."""
     if window.peek() == "]":
@@ -148,7 +199,10 @@ def _element(window: _Window) -> tuple[int, Any]:
     line = window.position(window.at)[0]
     while True:
         try:
-            value, window.at = _DECODER.raw_decode(window.text, window.at)
+            value, end = _DECODER.raw_decode(window.text, window.at)
+            if end == len(window.text) and isinstance(value, int | float) and window.fill():
+                continue  # a number that the window's end may have cut
+            window.at = end
             return line, value
         except json.JSONDecodeError as error:
             inside = error.pos - window.at
