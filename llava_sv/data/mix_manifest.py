@@ -18,6 +18,9 @@ from llava_sv.data.recipes import Entry
 if TYPE_CHECKING:
     from llava_sv.data.mix import Plan
 
+PROBLEMS_SHOWN = 5
+"""Of each source, in the manifest; `problems.jsonl` has more of them."""
+
 COUNTED = ("annotations", "problems", "converted", "missing_pictures", "duplicates", "not_sampled", "taken")
 """annotations = problems + converted; converted = missing_pictures + duplicates + not_sampled + taken."""
 
@@ -86,7 +89,7 @@ def _source(entry: Entry, part: Part, some: Chosen) -> dict[str, Any]:
         "not_sampled": there - len(some.rows),
         "taken": len(some.rows),
         "short": max((entry.wanted or 0) - len(some.rows), 0),
-        "first_problems": report["first_problems"],
+        "first_problems": report["first_problems"][:PROBLEMS_SHOWN],
         "files": report["files"],
     }
 

@@ -200,9 +200,9 @@ class _Records:
                 if not self.pictures.has(image):
                     self.missing_pictures += 1
                     self.converted += 1
-                    if len(self.missing_names) < PROBLEMS_KEPT:
+                    if len(self.missing_names) < PROBLEMS_KEPT and image not in self.missing_names:
                         self.missing_names.append(image)
-                        self.name(item.where, f"no picture {image}")
+                        self.name(item.where, f"record {record.id!r}: no picture {image}")
                     return None
         self.converted += 1
         return record
