@@ -1,6 +1,6 @@
 """A JSON array or JSONL file arrives; its values leave one by one, each with its line, without the file in memory.
 
-Called by `data.index` and `data.commands`. Damage is told by file, line and column.
+Called by `data.index`, `data.commands` and the converters. Damage is told by file, line and column.
 """
 
 from __future__ import annotations
@@ -39,6 +39,33 @@ def read_values(
         if not first:
             raise UserError(f"{path}: is empty; expected LLaVA records, as a JSON array or JSONL")
         yield from (_array if first == "[" else _lines)(window, on_error)
+
+
+def read_members(path: str | Path) -> Iterator[tuple[str, int, Any]]:
+    """(key, line, value) of a file that is one JSON object: of a list each element on its own, of anything else the
+    whole value, in the file's order. For data sets with millions of entries under one key.
+
+    Raises `UserError` as `read_values` does, and for a file that is no object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no such data file: {path}")
+    with path.open("rb") as file:
+        window = _Window(path, file, None)
+        if window.peek() != "{":
+            raise UserError(f"{path}: expected a JSON object, as published")
+        window.at += 1
+        more = window.peek() != "}"
+        while more:
+            yield from _member(window)
+            mark = window.peek()
+            if mark not in (",", "}"):
+                raise window.malformed("expected ',' or '}' after a value", window.at)
+            more = mark == ","
+            window.at += more
+        window.at += 1
+        if window.peek():
+            raise window.malformed("text after the object's end", window.at)
 
 
 class _Window:
@@ -114,6 +141,29 @@ def _array(window: _Window, on_error: Callable[[UserError], Any] | None) -> Iter
         on_error(error)
 
 
+def _member(window: _Window) -> Iterator[tuple[str, int, Any]]:
+    """What `read_members` yields for the next key."""
+    if window.peek() != '"':
+        raise window.malformed("expected a key", window.at)
+    key = _element(window)[1]
+    if window.peek() != ":":
+        raise window.malformed("expected ':' after a key", window.at)
+    window.at += 1
+    if window.peek() != "[":
+        yield (key, *_element(window))
+        return
+    window.at += 1
+    more = window.peek() != "]"
+    while more:
+        yield (key, *_element(window))
+        mark = window.peek()
+        if mark not in (",", "]"):
+            raise window.malformed("expected ',' or ']' after an element", window.at)
+        more = mark == ","
+        window.at += more
+    window.at += 1
+
+
 def _element(window: _Window) -> tuple[int, Any]:
     """(line, value) of the element that begins at the next character."""
     if window.peek() == "]":
@@ -121,7 +171,10 @@ def _element(window: _Window) -> tuple[int, Any]:
     line = window.position(window.at)[0]
     while True:
         try:
-            value, window.at = _DECODER.raw_decode(window.text, window.at)
+            value, end = _DECODER.raw_decode(window.text, window.at)
+            if end == len(window.text) and isinstance(value, int | float) and window.fill():
+                continue  # a number that the window's end may have cut
+            window.at = end
             return line, value
         except json.JSONDecodeError as error:
             inside = error.pos - window.at

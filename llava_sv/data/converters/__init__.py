@@ -14,9 +14,20 @@ from llava_sv.data.converters.items import Inputs, Item
 from llava_sv.errors import UserError
 
 CONVERTERS: dict[str, str] = {
+    "coco_captions": "captions:coco_captions",
+    "crepe": "visual_genome:crepe",
+    "imagenet": "imagenet:imagenet",
     "json_fields": "field_files:json_fields",
+    "label_files": "label_files:label_files",
+    "llava_json": "llava_json:llava_json",
     "parquet_fields": "parquet:parquet_fields",
+    "scene_questions": "scenes:scene_questions",
     "table_fields": "field_files:table_fields",
+    "textcaps": "captions:textcaps",
+    "vg_regions": "visual_genome:vg_regions",
+    "vizwiz": "vqa_pairs:vizwiz",
+    "vqa_pairs": "vqa_pairs:vqa_pairs",
+    "webdataset": "webdataset:webdataset",
 }
 """Name (as in a source's `converter`) -> `module:function`, the module being one of this package."""
 
