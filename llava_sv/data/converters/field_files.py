@@ -1,8 +1,8 @@
-"""Annotations in JSON, JSONL, CSV and TSV files, whose entries are plain objects or rows: `json_fields` and
-`table_fields`. Which field is what, the source's options say (`fields`). Called through `get_converter`.
+"""Annotations in JSON, JSONL, CSV, TSV and text files, whose entries are plain objects, rows or texts: `json_fields`,
+`table_fields` and `text_fields`. Which field is what, the source's options say (`fields`). Called through `get_converter`.
 
-Besides its own fields every entry has `@stem` and `@dir` (its file's name, and its folder from the data root on) and
-`@number`; in an object of objects, `@key`. Options of their own: `entries`, the key of the list (or object of objects)
+Besides its own fields every entry has `@stem` (its file's name without suffix), `@dir` and `@parent` (the file's folder,
+and that one's, from the data root on) and `@number`; in an object of objects, `@key`. Options of their own: `entries`, the key of the list (or object of objects)
 inside a JSON object, "." for the object itself; `delimiter` of a table and, where it has no header line, `columns`.
 """
 
@@ -38,6 +38,17 @@ def table_fields(inputs: Inputs) -> Iterator[Item]:
         yield from items(inputs, fields, marked(inputs, path, found))
 
 
+def text_fields(inputs: Inputs) -> Iterator[Item]:
+    """Text files, each one entry with one field, `text`."""
+    fields = fields_of(inputs)
+    for path in inputs.files:
+        try:
+            entry = {"text": path.read_text(encoding="utf-8-sig")}
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: is not UTF-8 text (near byte {error.start}); save it as UTF-8") from error
+        yield from items(inputs, fields, marked(inputs, path, iter([(str(path), entry)])))
+
+
 def numbered(path: Path) -> Iterator[tuple[str, Any]]:
     """The entries of an array, which often is all in one line, or of JSONL: by line and number."""
     for number, (where, entry) in enumerate(read.entries(path)):
@@ -46,7 +57,7 @@ def numbered(path: Path) -> Iterator[tuple[str, Any]]:
 
 def marked(inputs: Inputs, path: Path, found: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     """The entries, each with what its file's path tells."""
-    names = {"@stem": path.stem, "@dir": inputs.relative(path.parent)}
+    names = {"@stem": path.stem, "@dir": inputs.relative(path.parent), "@parent": inputs.relative(path.parent.parent)}
     for number, (where, entry) in enumerate(found):
         yield where, entry | names | {"@number": number} if isinstance(entry, dict) else entry
 
