@@ -16,13 +16,21 @@ from llava_sv.errors import UserError
 CONVERTERS: dict[str, str] = {
     "coco_captions": "captions:coco_captions",
     "crepe": "visual_genome:crepe",
+    "iconqa": "iconqa:iconqa",
     "imagenet": "imagenet:imagenet",
     "json_fields": "field_files:json_fields",
     "label_files": "label_files:label_files",
     "llava_json": "llava_json:llava_json",
     "parquet_fields": "parquet:parquet_fields",
+<<<<<<< HEAD
     "scene_questions": "scenes:scene_questions",
     "table_fields": "field_files:table_fields",
+=======
+    "parts": "parts:parts",
+    "scene_questions": "scenes:scene_questions",
+    "table_fields": "field_files:table_fields",
+    "text_fields": "field_files:text_fields",
+>>>>>>> c9b13c7466b238440f0eb7b7cdb7999ed2ce6824
     "textcaps": "captions:textcaps",
     "vg_regions": "visual_genome:vg_regions",
     "vqa_pairs": "vqa_pairs:vqa_pairs",
