@@ -41,6 +41,31 @@ def read_values(
         yield from (_array if first == "[" else _lines)(window, on_error)
 
 
+def read_members(path: str | Path, key: str | None = None) -> Iterator[tuple[int, str, Any]]:
+    """(line, name, value) of each member of a file's JSON object or, with `key`, of the object or array that is its
+    member of that name (an array's own are named by number). One is held in memory at a time.
+
+    Raises `UserError` for a file that is absent, no JSON object, malformed (file, line, column), or has no such member.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no such data file: {path}")
+    with path.open("rb") as file:
+        window = _Window(path, file, None)
+        if window.peek() != "{":
+            raise UserError(f"{path}: expected a JSON object")
+        if key is None:
+            yield from _members(window)
+            return
+        for _, name, value in _members(window, at=key):
+            if name == key:
+                if value is not None or window.peek() not in ("{", "["):
+                    raise UserError(f"{path}: {key!r} is neither a list nor an object; is it the right file?")
+                yield from _members(window)
+                return
+        raise UserError(f"{path}: has no {key!r}; is it the right file?")
+
+
 class _Window:
     """A stretch of a file's text, of which `text[at:]` is still to be read; knows lines and columns."""
 
@@ -121,7 +146,10 @@ def _element(window: _Window) -> tuple[int, Any]:
     line = window.position(window.at)[0]
     while True:
         try:
-            value, window.at = _DECODER.raw_decode(window.text, window.at)
+            value, end = _DECODER.raw_decode(window.text, window.at)
+            if end == len(window.text) and isinstance(value, (int, float)) and window.fill():
+                continue  # the number may go on
+            window.at = end
             return line, value
         except json.JSONDecodeError as error:
             inside = error.pos - window.at
@@ -151,3 +179,33 @@ def _lines(window: _Window, on_error: Callable[[UserError], Any] | None) -> Iter
         else:
             yield line, value
         window.at = end
+
+
+def _members(window: _Window, at: str | None = None) -> Iterator[tuple[int, str, Any]]:
+    """The members of the object or array that begins at the next character. The object or array of member `at` is left
+    unread, with None in its place."""
+    closing = "}" if window.peek() == "{" else "]"
+    window.at += 1
+    more = window.peek() != closing
+    number = 0
+    while more:
+        line, name = window.position(window.at)[0], str(number)
+        if closing == "}":
+            name = _element(window)[1]
+            if not isinstance(name, str) or window.peek() != ":":
+                raise window.malformed("expected a name and ':'", window.at)
+            window.at += 1
+        if name == at and window.peek() in ("{", "["):
+            yield line, name, None
+            return
+        window.peek()
+        yield line, name, _element(window)[1]
+        mark = window.peek()
+        if mark not in (",", closing):
+            raise window.malformed(f"expected ',' or '{closing}'", window.at)
+        more = mark == ","
+        window.at += more
+        number += 1
+        if more:
+            window.peek()
+    window.at += 1
