@@ -13,7 +13,11 @@ from collections.abc import Callable, Iterator
 from llava_sv.data.converters.items import Inputs, Item
 from llava_sv.errors import UserError
 
-CONVERTERS: dict[str, str] = {}
+CONVERTERS: dict[str, str] = {
+    "json_fields": "field_files:json_fields",
+    "parquet_fields": "parquet:parquet_fields",
+    "table_fields": "field_files:table_fields",
+}
 """Name (as in a source's `converter`) -> `module:function`, the module being one of this package."""
 
 
