@@ -14,9 +14,20 @@ from llava_sv.data.converters.items import Inputs, Item
 from llava_sv.errors import UserError
 
 CONVERTERS: dict[str, str] = {
+    "ai2d": "diagrams:ai2d",
+    "arxivqa": "arxivqa:arxivqa",
+    "coco_text": "ocr:coco_text",
+    "hiertext": "ocr:hiertext",
+    "icdar_text": "ocr:icdar_text",
     "json_fields": "field_files:json_fields",
     "parquet_fields": "parquet:parquet_fields",
+    "plotqa": "plotqa:plotqa",
+    "scienceqa": "scienceqa:scienceqa",
+    "squad": "squad:squad",
+    "synthtext": "synthtext:synthtext",
     "table_fields": "field_files:table_fields",
+    "text_files": "ocr:text_files",
+    "tqa": "diagrams:tqa",
 }
 """Name (as in a source's `converter`) -> `module:function`, the module being one of this package."""
 

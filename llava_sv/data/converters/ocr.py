@@ -8,8 +8,8 @@ one a line. Options:
     image   template of the picture's name with {id} in it, or a list of them of which the first that exists is taken
     words   true: boxes hold single words, and those side by side share a line
     sets    (coco_text) the parts to take, of train, val and test
-    coordinates, separators   (text_files) how many numbers stand before the text, and what parts them from it and it from
-            what follows it
+    tabs    (text_files) true: a tab stands before the text, and one after it; otherwise eight numbers and the text are
+            parted by commas
     prefix  (text_files) what the annotation file's name has before the picture's
 """
 
@@ -27,6 +27,8 @@ from llava_sv.errors import UserError
 
 Box = tuple[float, float, float, float]
 """left, top, right, bottom, in pixels."""
+
+CORNERS = 4
 
 _UNREADABLE = re.compile(r"[#*\s]*|\.")
 
@@ -102,16 +104,19 @@ def text_files(inputs: Inputs) -> Iterator[Item]:
 
 
 def _lines(inputs: Inputs, lines: Sequence[str]) -> Iterator[tuple[str, Box]]:
-    count = inputs.option("coordinates", 8)
-    before, after = inputs.option("separators", [",", None])
+    tabs = bool(inputs.option("tabs", False))
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            *parts, text = line.split(before, count) if before != after else line.split(before)[:2]
-            numbers = [float(part) for one in parts for part in one.split()]
-            points = list(zip(numbers[::2], numbers[1::2], strict=True))
-            box = _around(points)
+            if tabs:
+                outline, text = line.split("\t")[:2]
+                numbers = outline.split()
+            else:
+                *numbers, text = line.split(",", CORNERS * 2)
+            if len(numbers) % 2 or len(numbers) < CORNERS * 2:
+                raise ValueError(f"{len(numbers)} numbers")
+            box = _around([(float(x), float(y)) for x, y in zip(numbers[::2], numbers[1::2])])
         except ValueError as error:
             raise ValueError(f"line {number}: expected an outline and a text, found {line[:60]!r}") from error
         yield text, box
