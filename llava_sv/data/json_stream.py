@@ -1,6 +1,6 @@
 """A JSON array or JSONL file arrives; its values leave one by one, each with its line, without the file in memory.
 
-Called by `data.index` and `data.commands`. Damage is told by file, line and column.
+Called by `data.index`, `data.commands` and the converters. Damage is told by file, line and column.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def read_values(
         yield from (_array if first == "[" else _lines)(window, on_error)
 
 
-def read_members(path: str | Path, key: str | None = None) -> Iterator[tuple[int, str, Any]]:
-    """(line, name, value) of each member of a file's JSON object or, with `key`, of the object or array that is its
-    member of that name (an array's own are named by number). One is held in memory at a time.
+def read_members(path: str | Path) -> Iterator[tuple[str, int, Any]]:
+    """(key, line, value) of a file that is one JSON object: of a list each element on its own, of anything else the
+    whole value, in the file's order. For data sets with millions of entries under one key.
 
-    Raises `UserError` for a file that is absent, no JSON object, malformed (file, line, column), or has no such member.
+    Raises `UserError` as `read_values` does, and for a file that is no object.
     """
     path = Path(path)
     if not path.is_file():
@@ -53,17 +53,19 @@ def read_members(path: str | Path, key: str | None = None) -> Iterator[tuple[int
     with path.open("rb") as file:
         window = _Window(path, file, None)
         if window.peek() != "{":
-            raise UserError(f"{path}: expected a JSON object")
-        if key is None:
-            yield from _members(window)
-            return
-        for _, name, value in _members(window, at=key):
-            if name == key:
-                if value is not None or window.peek() not in ("{", "["):
-                    raise UserError(f"{path}: {key!r} is neither a list nor an object; is it the right file?")
-                yield from _members(window)
-                return
-        raise UserError(f"{path}: has no {key!r}; is it the right file?")
+            raise UserError(f"{path}: expected a JSON object, as published")
+        window.at += 1
+        more = window.peek() != "}"
+        while more:
+            yield from _member(window)
+            mark = window.peek()
+            if mark not in (",", "}"):
+                raise window.malformed("expected ',' or '}' after a value", window.at)
+            more = mark == ","
+            window.at += more
+        window.at += 1
+        if window.peek():
+            raise window.malformed("text after the object's end", window.at)
 
 
 class _Window:
@@ -139,6 +141,29 @@ def _array(window: _Window, on_error: Callable[[UserError], Any] | None) -> Iter
         on_error(error)
 
 
+def _member(window: _Window) -> Iterator[tuple[str, int, Any]]:
+    """What `read_members` yields for the next key."""
+    if window.peek() != '"':
+        raise window.malformed("expected a key", window.at)
+    key = _element(window)[1]
+    if window.peek() != ":":
+        raise window.malformed("expected ':' after a key", window.at)
+    window.at += 1
+    if window.peek() != "[":
+        yield (key, *_element(window))
+        return
+    window.at += 1
+    more = window.peek() != "]"
+    while more:
+        yield (key, *_element(window))
+        mark = window.peek()
+        if mark not in (",", "]"):
+            raise window.malformed("expected ',' or ']' after an element", window.at)
+        more = mark == ","
+        window.at += more
+    window.at += 1
+
+
 def _element(window: _Window) -> tuple[int, Any]:
     """(line, value) of the element that begins at the next character."""
     if window.peek() == "]":
@@ -147,8 +172,8 @@ def _element(window: _Window) -> tuple[int, Any]:
     while True:
         try:
             value, end = _DECODER.raw_decode(window.text, window.at)
-            if end == len(window.text) and isinstance(value, (int, float)) and window.fill():
-                continue  # the number may go on
+            if end == len(window.text) and isinstance(value, int | float) and window.fill():
+                continue  # a number that the window's end may have cut
             window.at = end
             return line, value
         except json.JSONDecodeError as error:
@@ -179,33 +204,3 @@ def _lines(window: _Window, on_error: Callable[[UserError], Any] | None) -> Iter
         else:
             yield line, value
         window.at = end
-
-
-def _members(window: _Window, at: str | None = None) -> Iterator[tuple[int, str, Any]]:
-    """The members of the object or array that begins at the next character. The object or array of member `at` is left
-    unread, with None in its place."""
-    closing = "}" if window.peek() == "{" else "]"
-    window.at += 1
-    more = window.peek() != closing
-    number = 0
-    while more:
-        line, name = window.position(window.at)[0], str(number)
-        if closing == "}":
-            name = _element(window)[1]
-            if not isinstance(name, str) or window.peek() != ":":
-                raise window.malformed("expected a name and ':'", window.at)
-            window.at += 1
-        if name == at and window.peek() in ("{", "["):
-            yield line, name, None
-            return
-        window.peek()
-        yield line, name, _element(window)[1]
-        mark = window.peek()
-        if mark not in (",", closing):
-            raise window.malformed(f"expected ',' or '{closing}'", window.at)
-        more = mark == ","
-        window.at += more
-        number += 1
-        if more:
-            window.peek()
-    window.at += 1

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llava_sv.data.converters import prompts, read
+from llava_sv.data.converters.attempt import attempt
 from llava_sv.data.converters.items import Inputs, Item, conversation
 
 _LETTER = re.compile(r"\s*(?:-\s*)?\(?([A-Z])(?:[.):]+\s*|\s*$)")
@@ -22,12 +23,13 @@ def arxivqa(inputs: Inputs) -> Iterator[Item]:
     """A record for each line."""
     for path in inputs.files:
         for where, entry in read.entries(path):
-            try:
-                texts = options_of(entry["options"])
-                exchange = prompts.choices(entry["question"], texts, label_of(entry["label"], entry["options"], texts))
-                yield Item(where, conversation(entry["id"], [exchange], [inputs.image(entry["image"])]))
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
-                yield Item(where, problem=f"has no {error}" if isinstance(error, KeyError) else str(error))
+            yield attempt(where, _record, inputs, entry)
+
+
+def _record(inputs: Inputs, entry: Any) -> dict[str, Any]:
+    texts = options_of(entry["options"])
+    exchange = prompts.choices(entry["question"], texts, label_of(entry["label"], entry["options"], texts))
+    return conversation(entry["id"], [exchange], [inputs.image(entry["image"])])
 
 
 def options_of(options: Any) -> list[str]:

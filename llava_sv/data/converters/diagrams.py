@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_sv.data.converters import prompts, read
+from llava_sv.data.converters.attempt import attempt
 from llava_sv.data.converters.items import Inputs, Item, conversation
-
-_WRONG = (KeyError, TypeError, AttributeError, ValueError)
-
 
 def ai2d(inputs: Inputs) -> Iterator[Item]:
     """{imageName, questions: {question: {answerTexts, correctAnswer (from 0), abcLabel}}} becomes a conversation a picture.
@@ -27,26 +25,27 @@ def ai2d(inputs: Inputs) -> Iterator[Item]:
     labelled = inputs.option("labelled", "abc_images")
     has_labelled = Path(inputs.root, inputs.source.images, labelled).is_dir()
     for path in inputs.files:
-        if path.suffix == ".csv":
+        if path.suffix == ".csv" or path.name.split(".")[0] in tests:
             continue
         whole = read.document(path)
         for marked in (False, True) if has_labelled else (False,):
-            try:
-                name = whole["imageName"]
-                if Path(name).stem in tests:
-                    continue
-                exchanges = [
-                    prompts.choices(question, given["answerTexts"], given["correctAnswer"])
-                    for question, given in whole["questions"].items()
-                    if bool(given["abcLabel"]) == marked
-                ]
-            except _WRONG as error:
-                yield Item(str(path), problem=_problem(error))
+            folder = labelled if marked else "images"
+            item = attempt(str(path), _ai2d_record, inputs, whole, marked, folder)
+            if item.record is None or item.record["conversations"]:
+                yield item
+            if item.record is None:
                 break
-            if exchanges:
-                identity = f"{inputs.source.name}/{name}" + ("/letters" if marked else "")
-                image = inputs.image(f"{labelled if marked else 'images'}/{name}")
-                yield Item(str(path), conversation(identity, exchanges, [image]))
+
+
+def _ai2d_record(inputs: Inputs, whole: Any, marked: bool, folder: str) -> dict[str, Any]:
+    name = whole["imageName"]
+    exchanges = [
+        prompts.choices(question, given["answerTexts"], given["correctAnswer"])
+        for question, given in whole["questions"].items()
+        if bool(given["abcLabel"]) == marked
+    ]
+    identity = f"{inputs.source.name}/{name}" + ("/letters" if marked else "")
+    return conversation(identity, exchanges, [inputs.image(f"{folder}/{name}")])
 
 
 def tqa(inputs: Inputs) -> Iterator[Item]:
@@ -59,15 +58,12 @@ def tqa(inputs: Inputs) -> Iterator[Item]:
         for where, lesson in read.entries(path):
             for kind in kinds:
                 try:
-                    questions = lesson["questions"][kind].items()
-                except _WRONG as error:
-                    yield Item(where, problem=_problem(error))
+                    questions = dict(lesson["questions"][kind])
+                except (KeyError, TypeError, ValueError):
+                    yield Item(where, problem=f"has no questions of kind {kind!r}")
                     continue
-                for number, question in questions:
-                    try:
-                        yield Item(f"{where}: {number}", _tqa_record(inputs, number, question))
-                    except _WRONG as error:
-                        yield Item(f"{where}: {number}", problem=_problem(error))
+                for number, question in questions.items():
+                    yield attempt(f"{where}: {number}", _tqa_record, inputs, number, question)
 
 
 def _tqa_record(inputs: Inputs, number: str, question: dict[str, Any]) -> dict[str, Any]:
@@ -83,7 +79,3 @@ def _tqa_record(inputs: Inputs, number: str, question: dict[str, Any]) -> dict[s
     exchange = prompts.choices(question["beingAsked"]["processedText"], texts, index)
     images = [inputs.image(question["imagePath"])] if "imagePath" in question else []
     return conversation(question.get("globalID") or f"{inputs.source.name}/{number}", [exchange], images)
-
-
-def _problem(error: Exception) -> str:
-    return f"has no {error}" if isinstance(error, KeyError) else str(error)

@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from llava_sv.data.converters import prompts, read
+from llava_sv.data.converters.attempt import attempt
 from llava_sv.data.converters.items import Inputs, Item, conversation
 from llava_sv.data.json_stream import read_members
 from llava_sv.errors import UserError
@@ -36,8 +38,9 @@ _UNREADABLE = re.compile(r"[#*\s]*|\.")
 def icdar_text(inputs: Inputs) -> Iterator[Item]:
     """One JSON object: {name of a picture: [{transcription, points: [[x, y], ...], illegibility}]}."""
     for path in inputs.files:
-        for line, name, regions in read_members(path):
-            yield from _item(inputs, f"{path} line {line}: {name!r}", name, _named_image(inputs, name), regions, _icdar)
+        for name, members in groupby(read_members(path), key=lambda member: member[0]):
+            regions = [region for _, _, region in members]
+            yield from _item(inputs, f"{path}: picture {name!r}", name, _named_image(inputs, name), regions, _icdar)
 
 
 def _icdar(regions: Any) -> Iterator[tuple[str, Box]]:
@@ -76,18 +79,16 @@ def _coco(found: Any) -> Iterator[tuple[str, Box]]:
 def hiertext(inputs: Inputs) -> Iterator[Item]:
     """{annotations: [{image_id, paragraphs: [{lines: [{text, legible}]}]}]}, whose lines stand in reading order."""
     for path in inputs.files:
-        for line, _, entry in read_members(path, "annotations"):
-            where = f"{path} line {line}"
-            try:
-                name = entry["image_id"]
-                lines = [one for paragraph in entry["paragraphs"] for one in paragraph["lines"]]
-                texts = [one["text"].strip() for one in lines if one.get("legible", True)]
-            except (KeyError, TypeError, AttributeError) as error:
-                yield Item(where, problem=_problem(error))
-            else:
-                texts = [text for text in texts if text]
-                if texts:
-                    yield Item(f"{where}: {name!r}", _record(inputs, name, _named_image(inputs, name), texts))
+        for where, _, entry in read.elements(path, "annotations"):
+            item = attempt(where, _hiertext, inputs, entry)
+            if item.record is None or item.record["conversations"]:
+                yield item
+
+
+def _hiertext(inputs: Inputs, entry: Any) -> dict[str, Any]:
+    lines = [line for paragraph in entry["paragraphs"] for line in paragraph["lines"]]
+    texts = [text for line in lines if line.get("legible", True) and (text := line["text"].strip())]
+    return _record(inputs, entry["image_id"], _named_image(inputs, entry["image_id"]), texts)
 
 
 def text_files(inputs: Inputs) -> Iterator[Item]:
@@ -124,14 +125,15 @@ def _lines(inputs: Inputs, lines: Sequence[str]) -> Iterator[tuple[str, Box]]:
 
 def _item(inputs: Inputs, where: str, name: str, image: str, found: Any, texts_of: Any) -> Iterator[Item]:
     """The picture's item, or none where nothing is legible. texts_of: (text, box) of each of what was found there."""
-    try:
+
+    def made() -> dict[str, Any]:
         boxes = [(str(text).strip(), box) for text, box in texts_of(found)]
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        yield Item(where, problem=_problem(error))
-        return
-    boxes = [(text, box) for text, box in boxes if not _UNREADABLE.fullmatch(text)]
-    if boxes:
-        yield Item(where, _record(inputs, name, image, in_reading_order(boxes, bool(inputs.option("words", False)))))
+        boxes = [(text, box) for text, box in boxes if not _UNREADABLE.fullmatch(text)]
+        return _record(inputs, name, image, in_reading_order(boxes, bool(inputs.option("words", False))))
+
+    item = attempt(where, made)
+    if item.record is None or item.record["conversations"]:
+        yield item
 
 
 def in_reading_order(boxes: Sequence[tuple[str, Box]], words: bool = False) -> list[str]:
@@ -162,7 +164,9 @@ def _around(points: Sequence[Sequence[float]]) -> Box:
 
 
 def _record(inputs: Inputs, name: Any, image: str, texts: Sequence[str]) -> dict[str, Any]:
-    return conversation(f"{inputs.source.name}/{name}", [(prompts.READ, "\n".join(texts))], [image])
+    """Without texts, a record without turns."""
+    exchanges = [(prompts.READ, "\n".join(texts))] if texts else []
+    return conversation(f"{inputs.source.name}/{name}", exchanges, [image])
 
 
 def _named_image(inputs: Inputs, name: Any) -> str:
@@ -171,7 +175,3 @@ def _named_image(inputs: Inputs, name: Any) -> str:
     references = [inputs.image(one.replace("{id}", str(name))) for one in ([given] if isinstance(given, str) else given)]
     existing = (one for one in references if len(references) > 1 and Path(inputs.root, one).is_file())
     return next(existing, references[0])
-
-
-def _problem(error: Exception) -> str:
-    return f"has no {error}" if isinstance(error, KeyError) else str(error)

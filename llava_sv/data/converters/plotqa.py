@@ -10,30 +10,32 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-from llava_sv.data.converters import prompts
+from llava_sv.data.converters import prompts, read
 from llava_sv.data.converters.items import Inputs, Item, conversation
-from llava_sv.data.json_stream import read_members
 
 
 def plotqa(inputs: Inputs) -> Iterator[Item]:
-    """A record for each picture."""
+    """A record for each picture; one without a damaged question, where there is one."""
     most, image = inputs.option("most", 20), inputs.option("image", "{id}.png")
     for path in inputs.files:
-        for index, group in groupby(read_members(path, "qa_pairs"), key=lambda member: _picture(member[2])):
-            members = list(group)
-            good = []
-            for line, _, entry in members:
+        for index, group in groupby(read.elements(path, "qa_pairs"), key=lambda element: _picture(element[2])):
+            exchanges, first = [], ""
+            for where, _, entry in group:
+                first = first or where
                 try:
-                    good.append((prompts.short(entry["question_string"]), _answer(entry["answer"])))
-                except (KeyError, TypeError, AttributeError, ValueError) as error:
-                    problem = f"has no {error}" if isinstance(error, KeyError) else str(error)
-                    yield Item(f"{path} line {line}", problem=problem)
-            if index is None:
-                yield from (Item(f"{path} line {line}", problem="has no 'image_index'") for line, _, _ in members[: len(good)])
-            elif good:
-                where = f"{path} line {members[0][0]}: picture {index}"
+                    exchanges.append(_exchange(entry))
+                except ValueError as error:
+                    yield Item(where, problem=str(error))
+            if exchanges:
                 name = inputs.image(image.replace("{id}", str(index)))
-                yield Item(where, conversation(f"{inputs.source.name}/{index}", spaced(good, most), [name]))
+                yield Item(first, conversation(f"{inputs.source.name}/{index}", spaced(exchanges, most), [name]))
+
+
+def _exchange(entry: Any) -> tuple[str, str]:
+    for name in ("image_index", "question_string", "answer"):
+        if not isinstance(entry, dict) or entry.get(name) in (None, "", []):
+            raise ValueError(f"has no {name!r}")
+    return prompts.short(str(entry["question_string"])), _answer(entry["answer"])
 
 
 def spaced(values: list[Any], most: int) -> list[Any]:
@@ -49,10 +51,8 @@ def _picture(entry: Any) -> Any:
 
 def _answer(answer: Any) -> str:
     """A number is written without its binary tail, a list by its parts."""
-    if isinstance(answer, list) and answer:
+    if isinstance(answer, list):
         return ", ".join(_answer(part) for part in answer)
     if isinstance(answer, float):
         return f"{answer:.6g}" if abs(answer) < 1e6 else str(round(answer, 2)).removesuffix(".0")
-    if answer is None or not str(answer).strip():
-        raise ValueError("has an empty 'answer'")
     return str(answer)

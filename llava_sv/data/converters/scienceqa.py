@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llava_sv.data.converters import prompts
+from llava_sv.data.converters.attempt import attempt
 from llava_sv.data.converters.items import Inputs, Item, conversation
 from llava_sv.data.json_stream import read_members
 
@@ -19,14 +20,12 @@ def scienceqa(inputs: Inputs) -> Iterator[Item]:
     """A record for each question of the wanted splits."""
     splits, pictures_only = inputs.option("splits", ["train"]), bool(inputs.option("pictures_only", False))
     for path in inputs.files:
-        for line, number, problem in read_members(path):
-            where = f"{path} line {line}: question {number}"
-            try:
-                if problem["split"] not in splits or (pictures_only and not problem["image"]):
+        for number, line, problem in read_members(path):
+            if isinstance(problem, dict):
+                wanted = problem.get("split", splits[0]) in splits and (problem.get("image") or not pictures_only)
+                if not wanted:
                     continue
-                yield Item(where, _record(inputs, number, problem))
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
-                yield Item(where, problem=f"has no {error}" if isinstance(error, KeyError) else str(error))
+            yield attempt(f"{path} line {line}: question {number}", _record, inputs, number, problem)
 
 
 def _record(inputs: Inputs, number: str, problem: dict[str, Any]) -> dict[str, Any]:
@@ -34,6 +33,6 @@ def _record(inputs: Inputs, number: str, problem: dict[str, Any]) -> dict[str, A
     question = f"Context: {hint}\n{problem['question']}" if hint else problem["question"]
     exchange = prompts.choices(question, problem["choices"], problem["answer"])
     images = []
-    if problem["image"]:
+    if problem.get("image"):
         images.append(inputs.image(f"{problem['split']}/{number}/{problem['image']}"))
     return conversation(f"{inputs.source.name}/{number}", [exchange], images)

@@ -11,39 +11,36 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from llava_sv.data.converters import prompts
+from llava_sv.data.converters import prompts, read
+from llava_sv.data.converters.attempt import attempt
 from llava_sv.data.converters.items import Inputs, Item, conversation
-from llava_sv.data.json_stream import read_members
 
 
 def squad(inputs: Inputs) -> Iterator[Item]:
     """A record for each paragraph that has questions."""
-    image = inputs.option("image", "")
     for path in inputs.files:
-        for line, number, article in read_members(path, "data"):
+        for where, number, article in read.elements(path, "data"):
             paragraphs = article.get("paragraphs") if isinstance(article, dict) else None
-            where = f"{path} line {line}: article {number}"
             if not isinstance(paragraphs, list):
                 yield Item(where, problem="has no list 'paragraphs'")
                 continue
             for index, paragraph in enumerate(paragraphs):
                 identity = f"{inputs.source.name}/{path.stem}/{number}/{index}"
-                yield from _paragraph(inputs, f"{where}, paragraph {index}", identity, paragraph, image)
+                item = attempt(f"{where}, paragraph {index}", _record, inputs, identity, paragraph)
+                if item.record is None or item.record["conversations"]:
+                    yield item
 
 
-def _paragraph(inputs: Inputs, where: str, identity: str, paragraph: Any, image: str) -> Iterator[Item]:
-    try:
-        exchanges = _exchanges(paragraph["qas"])
-        if not exchanges:
-            return
-        if image:
-            yield Item(where, conversation(identity, exchanges, [inputs.image(paragraph[image])]))
-        else:
-            question, answer = exchanges[0]
-            exchanges[0] = (f"{paragraph['context'].strip()}\n\n{question}", answer)
-            yield Item(where, conversation(identity, exchanges))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        yield Item(where, problem=f"has no {error}" if isinstance(error, KeyError) else str(error))
+def _record(inputs: Inputs, identity: str, paragraph: Any) -> dict[str, Any]:
+    """Without questions, a record without turns."""
+    exchanges = _exchanges(paragraph["qas"])
+    image = inputs.option("image", "")
+    if image:
+        return conversation(identity, exchanges, [inputs.image(paragraph[image])])
+    if exchanges:
+        question, answer = exchanges[0]
+        exchanges[0] = (f"{paragraph['context'].strip()}\n\n{question}", answer)
+    return conversation(identity, exchanges)
 
 
 def _exchanges(questions: Any) -> list[tuple[str, str]]:

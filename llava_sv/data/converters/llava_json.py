@@ -1,0 +1,134 @@
+"""Conversations as LLaVA, ShareGPT and those after them publish them: a JSON array or JSONL arrives, records leave.
+
+Options (defaults in brackets):
+    conversations  [conversations]  the field with the turns
+    image          [image]          the field with a name, or a list of names
+    image_prefixes [{}]             beginnings of names as published: as they lie below the source's folder
+    crop_mark      [none]           what follows it in a name is a box: the picture is a cut-out of one that the record
+                                    shows already; it is left out, its turn stays
+
+A turn is {from, value}, {role, content}, or {user, assistant}, which is two. A system text goes before the first
+question. `<image>` stays where it stands; where there is none, the pictures go before the first question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from llava_sv.constants import DEFAULT_IMAGE_TOKEN
+from llava_sv.data.converters.attempt import attempt
+from llava_sv.data.converters.items import Inputs, Item
+from llava_sv.data.converters.read import entries
+from llava_sv.data.records import check_record
+
+ROLES = {
+    "human": "human",
+    "user": "human",
+    "gpt": "gpt",
+    "assistant": "gpt",
+    "chatgpt": "gpt",
+    "bot": "gpt",
+    "model": "gpt",
+    "system": "system",
+}
+KEYS = (("from", "value"), ("role", "content"))
+AFTER_CROP = "Look at that region and answer the question."
+
+
+def llava_json(inputs: Inputs) -> Iterator[Item]:
+    """One record an entry."""
+    for path in inputs.files:
+        for number, (where, entry) in enumerate(entries(path)):
+            yield attempt(where, _record, inputs, entry, where, f"{path.stem}-{number}")
+
+
+def _record(inputs: Inputs, entry: Any, where: str, otherwise: str) -> dict[str, Any]:
+    if not isinstance(entry, dict):
+        raise ValueError(f"is {type(entry).__name__}, expected an object with a conversation")
+    turns = human_and_gpt(entry[inputs.option("conversations", "conversations")])
+    names = image_names(entry.get(inputs.option("image", "image")))
+    crop_mark = inputs.option("crop_mark", "")
+    if crop_mark:
+        names = _without_crops(names, turns, crop_mark)
+    images = [inputs.image(_renamed(name, inputs.option("image_prefixes", {}))) for name in names]
+    marks = sum(turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in turns)
+    if images and not marks:
+        place_before(turns, len(images))
+    record: dict[str, Any] = {"id": str(entry.get("id", otherwise))}
+    if images:
+        record["image"] = images[0] if len(images) == 1 else images
+    record["conversations"] = turns
+    check_record(record, where)
+    return record
+
+
+def human_and_gpt(given: Any) -> list[dict[str, str]]:
+    """Turns of any of the three shapes as LLaVA's. `ValueError` for other shapes and unknown speakers."""
+    if not isinstance(given, list):
+        raise ValueError(f"the conversation is {type(given).__name__}, expected a list of turns")
+    turns: list[dict[str, str]] = []
+    system = ""
+    for index, turn in enumerate(given):
+        for speaker, value in _spoken(turn, index):
+            if not isinstance(value, str):
+                raise ValueError(f"turn {index} is {type(value).__name__}, expected text")
+            if speaker == "system":
+                system = f"{system}\n{value}".strip()
+            else:
+                turns.append({"from": speaker, "value": value})
+    if system and turns:
+        turns[0]["value"] = f"{system}\n{turns[0]['value']}"
+    return turns
+
+
+def _spoken(turn: Any, index: int) -> list[tuple[str, Any]]:
+    if isinstance(turn, dict):
+        if "user" in turn and "assistant" in turn:
+            return [("human", turn["user"]), ("gpt", turn["assistant"])]
+        for who, what in KEYS:
+            if who in turn and what in turn:
+                role = ROLES.get(str(turn[who]).lower())
+                if role is None:
+                    raise ValueError(f"turn {index} has unknown speaker {turn[who]!r}; known: {', '.join(ROLES)}")
+                return [(role, turn[what])]
+    raise ValueError(f"turn {index} is neither {{from, value}}, {{role, content}} nor {{user, assistant}}")
+
+
+def place_before(turns: list[dict[str, str]], images: int) -> None:
+    """Put that many pictures before the first question, in place."""
+    for turn in turns:
+        if turn["from"] == "human":
+            turn["value"] = "\n".join([DEFAULT_IMAGE_TOKEN] * images + [turn["value"]])
+            return
+
+
+def image_names(given: Any) -> list[str]:
+    """The names in an image field: none, one or several."""
+    names = [] if given is None or given == "" else given if isinstance(given, list) else [given]
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"an image's name is {type(name).__name__}, expected text")
+    return list(names)
+
+
+def _renamed(name: str, prefixes: dict[str, str]) -> str:
+    for published, here in prefixes.items():
+        if name.startswith(published):
+            return here + name[len(published) :]
+    return name
+
+
+def _without_crops(names: list[str], turns: list[dict[str, str]], mark: str) -> list[str]:
+    """The names that are whole pictures; the `<image>` of the others are taken out of `turns`, in place."""
+    cut = [index for index, name in enumerate(names) if mark in name]
+    seen = 0
+    for turn in turns:
+        pieces = turn["value"].split(DEFAULT_IMAGE_TOKEN)
+        value = pieces[0]
+        for piece in pieces[1:]:
+            value = value.rstrip("\n") + piece if seen in cut else value + DEFAULT_IMAGE_TOKEN + piece
+            seen += 1
+        if value != turn["value"]:
+            turn["value"] = value.strip() or AFTER_CROP
+    return [name for name in names if mark not in name]

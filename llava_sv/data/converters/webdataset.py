@@ -1,0 +1,105 @@
+"""Pairs of picture and caption in WebDataset tars, as img2dataset writes them: tars arrive, records leave, whose
+pictures are named by their place in the tar. Nothing is extracted.
+
+    00000.tar: 000000000.jpg, 000000000.txt, 000000000.json, 000000001.jpg, ...
+
+Options: caption [txt]: `txt`, the member of that suffix, or `json:FIELD`, a field of the .json member; question
+[Provide a one-sentence caption for the provided image.].
+A tar with a link, a device, or a member whose name is absolute or climbs is refused whole.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llava_sv.data.converters.attempt import attempt
+from llava_sv.data.converters.items import Inputs, Item, conversation
+from llava_sv.data.converters.prompts import DESCRIBE
+from llava_sv.data.image_refs import parse_ref, tar_ref
+from llava_sv.errors import UserError
+
+PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+LONGEST_TEXT = 1 << 20
+
+
+def webdataset(inputs: Inputs) -> Iterator[Item]:
+    """One record a key, which is a member's path up to the first dot of its name."""
+    for path in inputs.files:
+        for key, parts in _samples(path):
+            yield attempt(f"{path} member {key}", _record, inputs, path, key, parts)
+
+
+def _record(inputs: Inputs, path: Path, key: str, parts: dict[str, Any]) -> dict[str, Any]:
+    picture = next((parts[suffix] for suffix in PICTURES if suffix in parts), None)
+    if picture is None:
+        raise ValueError(f"has no picture; it has {', '.join(sorted(parts))}")
+    caption = _caption(parts, inputs.option("caption", "txt"))
+    if picture.size == 0:
+        raise ValueError("its picture has no bytes")
+    image = tar_ref(inputs.relative(path), picture.name, picture.offset_data, picture.size)
+    question = inputs.option("question", DESCRIBE)
+    return conversation(f"{path.stem}/{key}", [(question, caption)], [image])
+
+
+def _caption(parts: dict[str, Any], wanted: str) -> str:
+    suffix, _, field = wanted.partition(":")
+    if suffix not in parts:
+        raise ValueError(f"has no .{suffix}")
+    given = parts[suffix]
+    if given is None:
+        raise ValueError(f"its .{suffix} is longer than {LONGEST_TEXT} bytes")
+    found = given.decode("utf-8").strip() if isinstance(given, bytes) else ""
+    if field:
+        value = json.loads(found).get(field)
+        found = value.strip() if isinstance(value, str) else ""
+    if not found:
+        raise ValueError("its caption is empty")
+    return found
+
+
+def _samples(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, {suffix: TarInfo of a picture, or bytes of a text, None where too long}) of each run of members."""
+    current = ""
+    parts: dict[str, Any] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isdir():
+                    continue
+                _check(path, member)
+                folder, slash, name = member.name.rpartition("/")
+                stem, _, suffix = name.partition(".")
+                key = f"{folder}{slash}{stem}"
+                if key != current:
+                    if parts:
+                        yield current, parts
+                    current, parts = key, {}
+                parts[suffix.lower()] = _part(tar, member, suffix.lower())
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would remember every one
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as an uncompressed tar ({str(error).splitlines()[0]})") from error
+    if parts:
+        yield current, parts
+
+
+def _part(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> Any:
+    if suffix in PICTURES:
+        return member
+    if member.size > LONGEST_TEXT:
+        return None
+    file = tar.extractfile(member)
+    return b"" if file is None else file.read()
+
+
+def _check(path: Path, member: tarfile.TarInfo) -> None:
+    if not member.isfile() or member.issparse():
+        kind = "a link" if member.issym() or member.islnk() else "no plain file"
+        raise UserError(f"{path}: member {member.name!r} is {kind}; such a tar is refused")
+    try:
+        parse_ref(tar_ref("x.tar", member.name, 0, 1))
+    except UserError as error:
+        raise UserError(f"{path}: member {member.name!r} leaves the tar's folder; such a tar is refused") from error
