@@ -14,24 +14,30 @@ from llava_sv.data.converters.items import Inputs, Item
 from llava_sv.errors import UserError
 
 CONVERTERS: dict[str, str] = {
+    "ai2d": "diagrams:ai2d",
+    "arxivqa": "arxivqa:arxivqa",
     "coco_captions": "captions:coco_captions",
+    "coco_text": "ocr:coco_text",
     "crepe": "visual_genome:crepe",
+    "hiertext": "ocr:hiertext",
+    "icdar_text": "ocr:icdar_text",
     "iconqa": "iconqa:iconqa",
     "imagenet": "imagenet:imagenet",
     "json_fields": "field_files:json_fields",
     "label_files": "label_files:label_files",
     "llava_json": "llava_json:llava_json",
     "parquet_fields": "parquet:parquet_fields",
-<<<<<<< HEAD
-    "scene_questions": "scenes:scene_questions",
-    "table_fields": "field_files:table_fields",
-=======
     "parts": "parts:parts",
+    "plotqa": "plotqa:plotqa",
     "scene_questions": "scenes:scene_questions",
+    "scienceqa": "scienceqa:scienceqa",
+    "squad": "squad:squad",
+    "synthtext": "synthtext:synthtext",
     "table_fields": "field_files:table_fields",
     "text_fields": "field_files:text_fields",
->>>>>>> c9b13c7466b238440f0eb7b7cdb7999ed2ce6824
+    "text_files": "ocr:text_files",
     "textcaps": "captions:textcaps",
+    "tqa": "diagrams:tqa",
     "vg_regions": "visual_genome:vg_regions",
     "vqa_pairs": "vqa_pairs:vqa_pairs",
     "webdataset": "webdataset:webdataset",
