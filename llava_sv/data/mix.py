@@ -206,15 +206,19 @@ def _merge(plan: Plan, parts: list[Part], began: float, fresh: set[str]) -> dict
 
 
 def _timings(parts: list[Part], names: list[str], fresh: set[str], began: float, merging: float) -> dict[str, Any]:
-    """Seconds of this run; those of reading and converting are summed over the sources that it converted."""
+    """Seconds of this run. Of the sources that it converted, summed over the processes that did: inside the readers of
+    annotation files, in turning what they give into records, in all. `read_share` is of the work of all processes."""
     now = time.perf_counter()
-    reports = [part.report for part, name in zip(parts, names) if name in fresh]
+    seconds = [part.report["seconds"] for part, name in zip(parts, names) if name in fresh]
+    read, convert, whole = (sum(each[name] for each in seconds) for name in ("read", "convert", "all"))
     return {
-        "read_seconds": sum(report["read_seconds"] for report in reports),
-        "convert_seconds": sum(report["total_seconds"] for report in reports),
+        "converted_sources": len(seconds),
+        "read_seconds": read,
+        "convert_seconds": convert,
+        "source_seconds": whole,
         "merge_seconds": now - merging,
         "total_seconds": now - began,
-        "converted_sources": len(reports),
+        "read_share": read / (whole + now - merging),
     }
 
 

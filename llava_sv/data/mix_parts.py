@@ -13,7 +13,7 @@ import inspect
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -40,6 +40,7 @@ VERSION = 1
 ROW = np.dtype([("digest", "S16"), ("id", "<u8")])
 PROBLEMS_KEPT = 50
 PROGRESS_EVERY = 500
+FILES_LISTED = 1000
 
 
 @dataclass(frozen=True)
@@ -120,17 +121,26 @@ def make_part(job: PartJob, key: str, progress: Callable[[int], Any] = lambda co
             np.save(file, rows)
         read = reading_seconds() - read_before
         files = sums.result()
-    seconds = {"read_seconds": read, "total_seconds": time.perf_counter() - began}
-    write_json(finished, {"files": files, **made.report(), **seconds})
+    converting = made.source_seconds - read
+    seconds = {"read": read, "convert": converting, "all": time.perf_counter() - began}
+    write_json(finished, {"files": files, **made.report(), "seconds": seconds})
 
 
 def file_reports(job: PartJob) -> list[dict[str, Any]]:
-    """Path below the root, bytes and sha256 of each annotation file."""
-    reports = []
+    """Path below the root, bytes and sha256 of each annotation file. A source of very many files is one line: its
+    patterns, how many files, their bytes, and the sha256 of all lines `SHA256  PATH`."""
+    reports: list[dict[str, Any]] = []
     for path in job.found.files:
-        report = {"path": job.inputs.relative(path), "bytes": path.stat().st_size}
+        report: dict[str, Any] = {"path": job.inputs.relative(path), "bytes": path.stat().st_size}
         reports.append(report | ({"sha256": file_sha256(path)} if job.checksums else {}))
-    return reports
+    if len(reports) <= FILES_LISTED:
+        return reports
+    size = sum(report["bytes"] for report in reports)
+    whole = {"path": ", ".join(job.found.source.annotations), "files": len(reports), "bytes": size}
+    if job.checksums:
+        lines = "".join(f"{report['sha256']}  {report['path']}\n" for report in reports)
+        whole["sha256"] = hashlib.sha256(lines.encode()).hexdigest()
+    return [whole]
 
 
 def file_sha256(path: Path) -> str:
@@ -156,6 +166,7 @@ class _Records:
         self.job = job
         self.prefix = f"{job.root}/"
         self.pictures = Pictures(job.root) if job.pictures else None
+        self.source_seconds = 0.0
         self.annotations = self.converted = self.problems = self.missing_pictures = 0
         self.first_problems: list[dict[str, str]] = []
         self.missing_names: list[str] = []
@@ -165,7 +176,7 @@ class _Records:
         source = self.job.found.source.name
         rows = bytearray()
         with IndexWriter(path, may_be_empty=True) as writer:
-            for item in get_converter(self.job.found.source.converter)(self.job.inputs):
+            for item in self.items():
                 self.annotations += 1
                 if self.annotations % PROGRESS_EVERY == 0:
                     progress(PROGRESS_EVERY)
@@ -184,6 +195,17 @@ class _Records:
                     break
         progress(self.annotations % PROGRESS_EVERY)
         return np.frombuffer(bytes(rows), ROW)
+
+    def items(self) -> Iterator[Item]:
+        """What the converter gives; the time that it takes is counted."""
+        items = get_converter(self.job.found.source.converter)(self.job.inputs)
+        while True:
+            began = time.perf_counter()
+            item = next(items, None)
+            self.source_seconds += time.perf_counter() - began
+            if item is None:
+                return
+            yield item
 
     def good(self, item: Item) -> LlavaRecord | None:
         """The item's record; None, counted and named, where it has none or its pictures are not there."""

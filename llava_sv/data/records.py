@@ -5,6 +5,7 @@ Called by `data.index` for every record of a file, once.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ from llava_sv.data.image_refs import parse_ref
 from llava_sv.errors import UserError
 
 SPEAKERS = ("human", "gpt")
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./ -]*").fullmatch
+"""Of a file that is no container's member; relative."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,9 @@ def check_record(raw: Any, where: str) -> LlavaRecord:
 
     As LLaVA does: an answer before the first question is dropped, and so is a question after the last answer.
     """
+    plain = _plain(raw)
+    if plain is not None:
+        return plain
     if not isinstance(raw, dict):
         raise UserError(f"{where}: expected a record (a JSON object), found {_kind(raw)}")
     identity = raw.get("id")
@@ -43,6 +49,38 @@ def check_record(raw: Any, where: str) -> LlavaRecord:
             f"conversation; make the two counts equal"
         )
     return LlavaRecord("" if identity is None else str(identity), images, turns)
+
+
+def _plain(raw: Any) -> LlavaRecord | None:
+    """The record, where all is as it nearly always is; None: look closely. Several times as fast as looking closely."""
+    try:
+        turns, image = raw["conversations"], raw.get("image")
+        asked, told = turns[::2], turns[1::2]
+        if not told or len(asked) != len(told):
+            return None
+        # only text joins; the zero keeps a mark from coming about where two texts meet
+        questions = "\0".join([turn["value"] for turn in asked])
+        answers = "\0".join([turn["value"] for turn in told])
+        if [turn["from"] for turn in turns] != ["human", "gpt"] * len(told) or DEFAULT_IMAGE_TOKEN in answers:
+            return None
+        if image is None:
+            images: tuple[str, ...] = ()
+        elif isinstance(image, str) and _PLAIN_PATH(image) and ".." not in image:
+            images = (image,)
+        else:
+            return None
+        if questions.count(DEFAULT_IMAGE_TOKEN) != len(images):
+            return None
+        identity = raw.get("id", "")
+        if not isinstance(identity, str | int):
+            return None
+        for text in (str(identity), questions, answers):
+            text.encode()  # half of a surrogate pair is no character
+        return LlavaRecord(
+            str(identity), images, tuple([{"from": turn["from"], "value": turn["value"]} for turn in turns])
+        )
+    except (TypeError, KeyError, AttributeError, UnicodeEncodeError):
+        return None
 
 
 def _conversations(raw: dict[str, Any], where: str) -> tuple[dict[str, str], ...]:
