@@ -1,0 +1,390 @@
+"""`llava-sv data mix`: what is taken, what is left out, what is said; and what a second run does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from filelock import FileLock
+
+from llava_sv import cli
+from llava_sv.data import mix, mix_parts
+from llava_sv.data.index import open_records
+from llava_sv.data.mix_parts import digest_of
+from llava_sv.data.records import check_record
+from tests.data.mix_samples import many, recipe, record, source
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "root").mkdir()
+    return tmp_path / "root"
+
+
+def run(path, root, *flags, code=0):
+    assert cli.main(["data", "mix", str(path), "--root", str(root), "--workers", "1", *flags]) == code
+    return root / "mixtures" / path.stem
+
+
+def manifest(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def by_source(folder):
+    return {each["source"]: each for each in manifest(folder)["sources"]}
+
+
+def check_sums(made):
+    """What the manifest says of itself."""
+    for each in [*made["sources"], made["totals"]]:
+        assert each["annotations"] == each["problems"] + each["converted"]
+        assert each["converted"] == sum(each[n] for n in ("missing_pictures", "duplicates", "not_sampled", "taken"))
+    for name, total in made["totals"].items():
+        assert total == sum(each[name] for each in made["sources"])
+    assert made["records"] == made["totals"]["taken"]
+
+
+def test_sources_become_one_index_in_their_order(root, tmp_path):
+    path = recipe(tmp_path / "r.yaml", source(root, "b", many("b", 3)), source(root, "a", many("a", 2)))
+    folder = run(path, root)
+    records = open_records(folder)
+    assert [each.id for each in records] == ["b/0", "b/1", "b/2", "a/0", "a/1"]
+    assert records[3].images == ("a/pictures/p.png",)
+    assert records[3].turns[0]["value"] == "<image>\na 0?"
+    made = manifest(folder)
+    check_sums(made)
+    index = (folder / "index.arrow").read_bytes()
+    assert made["index"]["sha256"] == hashlib.sha256(index).hexdigest()
+    assert made["index"]["bytes"] == len(index)
+    assert made["recipe"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    data = (root / "a/a.json").read_bytes()
+    assert made["sources"][1]["files"] == [
+        {"path": "a/a.json", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    ]
+    assert str(tmp_path) not in json.dumps(made)
+
+
+def test_what_is_wrong_is_counted_and_named(root, tmp_path, capsys):
+    bad = [record(0), {"id": 1}, record(2, "gone.png"), record(3, "../up.png"), record(4, question="half \ud800")]
+    folder = run(recipe(tmp_path / "r.yaml", source(root, "a", [*bad, record(5, answer="five")])), root)
+    made = by_source(folder)["a"]
+    check_sums(manifest(folder))
+    assert (made["annotations"], made["problems"], made["missing_pictures"], made["taken"]) == (6, 3, 1, 2)
+    lines = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]
+    assert [line["source"] for line in lines] == ["a"] * 4
+    assert all(line["where"] == "a/a.json line 1" for line in lines)
+    found = "\n".join(line["problem"] for line in lines)
+    assert "record '2': no picture a/pictures/gone.png" in found
+    assert "climbs out of the image folder" in found
+    out = capsys.readouterr().out
+    assert "a: 2 records (3 problems; 1 missing pictures)" in out
+    assert "3 problems in all; the first are in problems.jsonl" in out
+
+
+def test_pictures_are_not_looked_for_where_asked(root, tmp_path):
+    given = source(root, "a", [record(0, "gone.png")])
+    folder = run(recipe(tmp_path / "r.yaml", given), root, "--no-images")
+    assert manifest(folder)["records"] == 1
+    assert manifest(folder)["pictures_looked_for"] is False
+
+
+def test_of_equal_records_the_first_stays(root, tmp_path):
+    """Equal: the same picture and conversation; another picture or another answer is another record."""
+    same = {**source(root, "b", [record(9), record(10, answer="Other."), record(11, "q.png")], ("p.png", "q.png"))}
+    same["images"] = "a/pictures"
+    first = source(root, "a", [record(0), record(1, answer="Third."), record(2)], ("p.png", "q.png"))
+    folder = run(recipe(tmp_path / "r.yaml", first, same), root)
+    assert [each.id for each in open_records(folder)] == ["a/0", "a/1", "b/10", "b/11"]
+    assert [each["duplicates"] for each in manifest(folder)["sources"]] == [1, 1]
+    check_sums(manifest(folder))
+
+
+def test_a_record_that_an_earlier_source_had_but_did_not_take_is_no_duplicate(root, tmp_path):
+    first = {**source(root, "a", many("x", 20)), "take": 5}
+    second = {**source(root, "b", many("x", 20)), "images": "a/pictures"}
+    folder = run(recipe(tmp_path / "r.yaml", first, second), root)
+    assert [each["taken"] for each in manifest(folder)["sources"]] == [5, 15]
+    texts = [each.turns[0]["value"] for each in open_records(folder)]
+    assert len(set(texts)) == len(texts) == 20
+
+
+def test_the_sample_is_decided_by_seed_source_and_records_alone(root, tmp_path):
+    def taken(*sources, seed=0, workers="1"):
+        path = recipe(tmp_path / "r.yaml", *sources)
+        run(path, root, "--seed", str(seed), "--workers", workers)
+        records = open_records(root / "mixtures" / "r")
+        return {each.turns[0]["value"] for each in records if each.id.startswith("a/")}
+
+    a, b = {**source(root, "a", many("a", 60)), "take": 20}, source(root, "b", many("b", 30))
+    first = taken(a)
+    assert len(first) == 20
+    assert taken(b, a, workers="2") == first
+    assert taken(a, seed=1) != first
+    assert taken(a) == first
+    assert taken({**a, "take": 30}) > first
+    source(root, "a", many("a", 60)[::-1])
+    assert taken(a) == first
+
+
+def test_samples_are_fair(root, tmp_path):
+    """Each of 40 records is in about half of 200 samples of 20: within five standard deviations of 100."""
+    given = {**source(root, "a", many("a", 40)), "take": 20}
+    path = recipe(tmp_path / "r.yaml", given)
+    parts = [mix_parts.Part(None, tmp_path / "rows.npy", {})]
+    run(path, root)
+    os.link(next((root / "mixtures/r/parts").glob("*.npy")), tmp_path / "rows.npy")
+    counts = [0] * 40
+    for seed in range(200):
+        for row in mix.choose(parts, [20], ["a"], seed)[0].rows:
+            counts[row] += 1
+    assert sum(counts) == 4000
+    assert all(abs(count - 100) < 5 * 7.1 for count in counts)
+
+
+def test_fewer_than_wanted_are_all_taken_and_it_is_said(root, tmp_path, capsys):
+    folder = run(recipe(tmp_path / "r.yaml", {**source(root, "a", many("a", 3)), "count": 5000}), root)
+    made = by_source(folder)["a"]
+    assert (made["wanted"], made["taken"], made["short"]) == (5000, 3, 4997)
+    assert "a: 3 records (all there are, 4,997 fewer than wanted)" in capsys.readouterr().out
+
+
+def test_ids_are_unique(root, tmp_path):
+    texts = [record("x", question=str(number)) for number in range(3)]
+    texts.append({"conversations": record(0, None, question="none")["conversations"]})
+    folder = run(recipe(tmp_path / "r.yaml", source(root, "a", texts)), root)
+    assert [each.id for each in open_records(folder)] == ["a/x", "a/x#2", "a/x#3", "a/a-3"]
+
+
+def test_a_limit_for_a_try(root, tmp_path):
+    path = recipe(tmp_path / "r.yaml", *(source(root, name, many(name, 9)) for name in "ab"))
+    folder = run(path, root, "--limit", "2")
+    assert [each.id for each in open_records(folder)] == ["a/0", "a/1", "b/0", "b/1"]
+    assert manifest(folder)["limit"] == 2
+
+
+# -- what is missing ---------------------------------------------------------------------------------------------------
+
+
+def test_all_that_is_missing_is_named_at_once_before_any_work(root, tmp_path, capsys):
+    lines = [source(root, "a", many("a", 2)), {"source": "chartqa"}, {"source": "docvqa"}]
+    lines.append({**source(root, "b", many("b", 2)), "images": "nowhere/pictures"})
+    run(recipe(tmp_path / "r.yaml", *lines), root, code=2)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 4
+    assert said[0].startswith(f"chartqa: no {root}/")
+    assert "ChartQA, https://github.com/vis-nlp/ChartQA (GPL-3.0)" in said[0]
+    assert said[1].startswith(f"docvqa: no {root}/")
+    assert said[2] == f"b: no {root}/nowhere/pictures; b, your own (your own)"
+    assert said[3] == (
+        "error: 3 of 4 sources of r are missing (named above); put them there, or go on without them: --allow-missing"
+    )
+    assert not (root / "mixtures").exists()
+
+
+def test_going_on_without_what_is_missing(root, tmp_path, capsys):
+    path = recipe(tmp_path / "r.yaml", source(root, "a", many("a", 2)), {"source": "chartqa", "count": 2516})
+    folder = run(path, root, "--allow-missing")
+    made = manifest(folder)
+    assert [(each["source"], each["why"], each["count"]) for each in made["left_out"]] == [("chartqa", "missing", 2516)]
+    assert made["left_out"][0]["missing"]
+    assert made["records"] == 2
+    assert "without chartqa: no chartqa" in capsys.readouterr().out
+
+
+def test_nothing_left_to_mix(root, tmp_path, capsys):
+    run(recipe(tmp_path / "r.yaml", {"source": "chartqa"}), root, "--allow-missing", code=2)
+    assert capsys.readouterr().err == "error: r: no source is left to mix (1 missing or left out)\n"
+
+
+def test_not_one_good_record(root, tmp_path, capsys):
+    run(recipe(tmp_path / "r.yaml", source(root, "a", [{"id": 1}])), root, code=2)
+    error = capsys.readouterr().err
+    assert error.startswith("error: r: not one good record; see ")
+    assert "has no field" in (root / "mixtures/r/problems.jsonl").read_text() or "conversations" in error
+
+
+def test_contaminated_sources_are_left_out_where_asked(root, tmp_path, capsys):
+    marked = {**source(root, "b", many("b", 2)), "contaminates": "mmstar"}
+    path = recipe(tmp_path / "r.yaml", source(root, "a", many("a", 2)), marked)
+    assert manifest(run(path, root))["records"] == 4
+    made = manifest(run(path, root, "--exclude-contaminated"))
+    assert made["records"] == 2
+    assert [(each["source"], each["why"], each["contaminates"]) for each in made["left_out"]] == [
+        ("b", "contaminated", ["mmstar"])
+    ]
+    assert "without b: stands close to mmstar" in capsys.readouterr().out
+
+
+def test_the_list_says_what_is_there(root, tmp_path, capsys):
+    marked = {**source(root, "b", many("b", 2)), "contaminates": ["mmstar"], "count": 7000}
+    path = recipe(tmp_path / "r.yaml", marked, {"source": "chartqa"}, title="Two")
+    run(path, root, "--list", "--json", str(tmp_path / "list.json"))
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "r: Two"
+    assert out[2].split() == ["b", "own", "7,000", "7,000", "1", "found", "your", "own", "mmstar"]
+    assert out[3].split() == ["chartqa", "chart", "all", "missing", "GPL-3.0"]
+    assert out[4] == "1 of 2 sources are there"
+    listed = json.loads((tmp_path / "list.json").read_text())
+    assert [bool(each["missing"]) for each in listed] == [False, True]
+    assert not (root / "mixtures").exists()
+
+
+# -- again -------------------------------------------------------------------------------------------------------------
+
+
+def stamps(folder):
+    return {path.name: path.stat().st_mtime_ns for path in [*folder.glob("[a-z]*.*"), *(folder / "parts").iterdir()]}
+
+
+def test_a_second_run_does_nothing(root, tmp_path, capsys):
+    path = recipe(tmp_path / "r.yaml", source(root, "a", many("a", 3)))
+    folder = run(path, root)
+    before = stamps(folder)
+    run(path, root, "--json", str(tmp_path / "made.json"))
+    assert f"{folder}: nothing has changed; 3 records" in capsys.readouterr().out
+    assert stamps(folder) == before
+    assert json.loads((tmp_path / "made.json").read_text())["unchanged"] is True
+
+
+def test_only_what_changed_is_made_anew(root, tmp_path):
+    path = recipe(tmp_path / "r.yaml", source(root, "a", many("a", 3)), source(root, "b", many("b", 3)))
+    folder = run(path, root)
+    before = stamps(folder)
+    source(root, "b", many("b", 5))
+    run(path, root)
+    after = stamps(folder)
+    assert {name for name in before if after.get(name) == before[name]} == {
+        name for name in before if name.startswith("a-")
+    }
+    assert len([name for name in after if name.startswith("b-")]) == 3
+    assert manifest(folder)["records"] == 8
+
+
+@pytest.mark.parametrize("change", ["seed", "take", "index", "manifest", "picture", "file"])
+def test_whatever_changes_is_noticed(root, tmp_path, capsys, change):
+    lines = {**source(root, "a", [*many("a", 9), record(9, "late.png")]), "take": 9}
+    path = recipe(tmp_path / "r.yaml", lines)
+    folder = run(path, root)
+    old = (folder / "index.arrow").read_bytes()
+    if change == "take":
+        recipe(path, {**lines, "take": 4})
+    elif change == "index":
+        (folder / "index.arrow").write_bytes(b"something else")
+    elif change == "manifest":
+        (folder / "manifest.json").unlink()
+    elif change == "picture":
+        (root / "a/pictures/late.png").write_bytes(b"here now")
+    elif change == "file":
+        os.utime(root / "a/a.json", ns=(1, 1))
+    capsys.readouterr()
+    run(path, root, *(("--seed", "5") if change == "seed" else ()))
+    assert "nothing has changed" not in capsys.readouterr().out
+    made = manifest(folder)
+    check_sums(made)
+    assert made["index"]["sha256"] == hashlib.sha256((folder / "index.arrow").read_bytes()).hexdigest()
+    if change in ("index", "manifest", "file"):
+        assert (folder / "index.arrow").read_bytes() == old
+    if change == "picture":
+        assert made["totals"]["missing_pictures"] == 0
+        assert made["totals"]["not_sampled"] == 1
+
+
+def test_one_mix_at_a_time(root, tmp_path, capsys):
+    path = recipe(tmp_path / "r.yaml", source(root, "a", many("a", 3)))
+    folder = run(path, root)
+    with FileLock(folder / ".lock"):
+        done = subprocess.run(
+            [sys.executable, "-m", "llava_sv.cli", "data", "mix", str(path), "--root", str(root)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == (
+        f"error: {folder}: another data mix is writing there; wait for it, or give --output"
+    )
+
+
+# -- side by side ------------------------------------------------------------------------------------------------------
+
+
+def test_any_number_of_workers_makes_the_same_files(root, tmp_path):
+    path = recipe(tmp_path / "r.yaml", *({**source(root, name, many(name, 50)), "take": 30} for name in "abcde"))
+    sums = set()
+    for workers in ("1", "2", "5"):
+        folder = tmp_path / workers
+        run(path, root, "--workers", workers, "--output", str(folder))
+        sums.add(tuple((folder / name).read_bytes() for name in ("index.arrow", "manifest.json", "problems.jsonl")))
+    assert len(sums) == 1
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_files_that_cannot_be_read_are_all_named_and_the_rest_is_kept(root, tmp_path, capsys, workers):
+    path = recipe(tmp_path / "r.yaml", *(source(root, name, many(name, 5)) for name in "abc"))
+    good = (root / "a/a.json").read_text()
+    for name in "ab":
+        (root / name / "a.json").write_text('[{"id": 1},\n{"id": ]')
+    run(path, root, "--workers", workers, code=2)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1] == "error: 2 sources cannot be read (named above); mend them and run it again"
+    assert sorted(said[:-1]) == [
+        f"source {name!r}: {root}/{name}/a.json: malformed JSON at line 2 column 8: Expecting value" for name in "ab"
+    ]
+    parts = root / "mixtures/r/parts"
+    assert {each.name.split("-")[0] for each in parts.iterdir()} == {"c"}
+    for name in "ab":
+        (root / name / "a.json").write_text(good)
+    folder = run(path, root, "--workers", workers)
+    made = json.loads((folder / "timings.json").read_text())
+    assert made["converted_sources"] == 2
+
+
+def test_a_process_that_dies_is_said_to(root, tmp_path, capsys, monkeypatch):
+    def dies(job, key, progress):
+        if job.found.source.name == "b":
+            os._exit(9)
+        return real(job, key, progress)
+
+    real = mix_parts.make_part
+    monkeypatch.setattr("llava_sv.data.mix_workers.make_part", dies)
+    path = recipe(tmp_path / "r.yaml", *(source(root, name, many(name, 5)) for name in "ab"))
+    run(path, root, "--workers", "2", code=2)
+    assert capsys.readouterr().err.strip().endswith(
+        "error: source 'b': its process died (exit code 9); out of memory?"
+    )
+
+
+def test_a_converter_that_crashes_shows_where(root, tmp_path, monkeypatch):
+    def crashes(job, key, progress):
+        raise ZeroDivisionError("in a converter")
+
+    monkeypatch.setattr("llava_sv.data.mix_workers.make_part", crashes)
+    path = recipe(tmp_path / "r.yaml", *(source(root, name, many(name, 5)) for name in "ab"))
+    with pytest.raises(RuntimeError, match=r"(?s)source '[ab]': its converter crashed.*in a converter"):
+        run(path, root, "--workers", "2")
+
+
+def test_timings_add_up(root, tmp_path):
+    folder = run(recipe(tmp_path / "r.yaml", source(root, "a", many("a", 2000))), root)
+    made = json.loads((folder / "timings.json").read_text())
+    assert 0 < made["read_seconds"] < made["read_seconds"] + made["convert_seconds"] < made["source_seconds"]
+    assert made["source_seconds"] < made["total_seconds"]
+    assert made["read_share"] == pytest.approx(made["read_seconds"] / (made["source_seconds"] + made["merge_seconds"]))
+
+
+def test_digests_tell_records_apart():
+    def digest(**changes):
+        given = {**record(1, question="a", answer="b"), **changes}
+        return digest_of(check_record(given, "here"))
+
+    turns = record(1, question="a", answer="b")["conversations"]
+    assert digest() == digest(id="another")
+    assert digest(image="q.png") != digest()
+    assert digest(conversations=turns + turns[:0]) == digest()
+    more = [*turns, {"from": "human", "value": ""}, {"from": "gpt", "value": ""}]
+    assert digest(conversations=more) != digest()
