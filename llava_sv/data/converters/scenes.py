@@ -6,7 +6,7 @@ Options (defaults in brackets):
     image                   a template of the picture's name, such as {split}/{image_filename}
     question [{question}]   a template of the question
     answer   [answer]       the answer's field
-    answers  [{}]           answers as published: as they are to be said, such as 0: No
+    answers  [{}]           answers as published: as they are to be said, such as 0: No (truth values are Yes and No)
     per      [question]     one record a question, or one a picture, `image`, with all its questions
     below    [{}]           field: number; entries at or above it are left out (the other splits of one file)
 
@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llava_sv.data.converters.fields import text_of
 from llava_sv.data.converters.items import Inputs, Item, conversation
 from llava_sv.data.converters.prompts import short
-from llava_sv.data.json_stream import read_members
-from llava_sv.errors import UserError
+from llava_sv.data.converters.read import members
 
 
 class Asked(NamedTuple):
@@ -39,7 +39,7 @@ def scene_questions(inputs: Inputs) -> Iterator[Item]:
     by_image = inputs.option("per", "question") == "image"
     for path in inputs.files:
         groups: dict[str, list[Asked]] = {}
-        for number, (place, entry) in enumerate(_entries(path, inputs.option("entries"))):
+        for number, (place, entry) in enumerate(members(path, inputs.option("entries"))):
             try:
                 if not _wanted(entry, inputs.option("below", {})):
                     continue
@@ -57,16 +57,6 @@ def scene_questions(inputs: Inputs) -> Iterator[Item]:
             yield _item(inputs, f"{path.stem}-{Path(image).stem}", group)
 
 
-def _entries(path: Path, key: str) -> Iterator[tuple[str, Any]]:
-    found = False
-    for name, line, value in read_members(path):
-        if name == key:
-            found = True
-            yield f"{path} line {line}", value
-    if not found:
-        raise UserError(f"{path}: has nothing under {key!r}; expected the file as published")
-
-
 def _wanted(entry: Any, below: dict[str, float]) -> bool:
     if not isinstance(entry, dict):
         raise ValueError(f"is {type(entry).__name__}, expected an object")
@@ -80,7 +70,7 @@ def _asked(inputs: Inputs, place: str, entry: dict[str, Any]) -> Asked:
     if value is None or isinstance(value, list | dict):
         raise ValueError(f"its answer is {type(value).__name__}, expected text or a number")
     answers = {str(given): str(said) for given, said in inputs.option("answers", {}).items()}
-    answer = str(value).strip()
+    answer = text_of(value).strip()
     if answers:
         if answer not in answers:
             raise ValueError(f"its answer is {answer!r}, expected one of {', '.join(answers)}")

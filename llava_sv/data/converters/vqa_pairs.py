@@ -27,9 +27,9 @@ def vqa_pairs(inputs: Inputs) -> Iterator[Item]:
     asked: list[tuple[str, Any]] = []
     for path in inputs.files:
         known = False
-        for key, line, entry in read_members(path):
+        for number, (key, line, entry) in enumerate(read_members(path)):
             known = known or key in ("questions", "annotations")
-            where = f"{path} line {line}"
+            where = f"{path} line {line} entry {number}"
             if key == "questions":
                 asked.append((where, entry))
             elif key == "annotations":
