@@ -1,9 +1,9 @@
-"""Annotations in JSON, JSONL, CSV and TSV files, whose entries are plain objects or rows: `json_fields` and
-`table_fields`. Which field is what, the source's options say (`fields`). Called through `get_converter`.
+"""Annotations in JSON, JSONL, CSV, TSV and text files, whose entries are plain objects, rows or texts: `json_fields`,
+`table_fields` and `text_fields`. Which field is what, the source's options say (`fields`). Called through `get_converter`.
 
-Besides its own fields every entry has `@stem`, `@folder` (of its file) and `@number`; in an object of objects, `@key`.
-Options of their own: `entries`, the dotted name of the list (or object of objects) inside a JSON object, "." for the
-whole; `delimiter` of a table and, where it has no header line, `columns`.
+Besides its own fields every entry has `@stem` (its file's name without suffix), `@dir` and `@parent` (the file's folder,
+and that one's, from the data root on) and `@number`; in an object of objects, `@key`. Options of their own: `entries`, the key of the list (or object of objects)
+inside a JSON object, "." for the object itself; `delimiter` of a table and, where it has no header line, `columns`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from llava_sv.data.converters import read
-from llava_sv.data.converters.fields import EntryError, fields_of, items, lookup
+from llava_sv.data.converters.fields import fields_of, items
 from llava_sv.data.converters.items import Inputs, Item
+from llava_sv.data.json_stream import read_members
 from llava_sv.errors import UserError
 
 
@@ -25,7 +26,7 @@ def json_fields(inputs: Inputs) -> Iterator[Item]:
     inside = inputs.option("entries", "")
     for path in inputs.files:
         found = object_entries(path, inside) if inside else numbered(path)
-        yield from items(inputs, fields, marked(path, found))
+        yield from items(inputs, fields, marked(inputs, path, found))
 
 
 def table_fields(inputs: Inputs) -> Iterator[Item]:
@@ -34,7 +35,18 @@ def table_fields(inputs: Inputs) -> Iterator[Item]:
     delimiter, columns = inputs.source.options.get("delimiter"), inputs.option("columns", ())
     for path in inputs.files:
         found = bare_table(path, columns, delimiter) if columns else read.table(path, delimiter)
-        yield from items(inputs, fields, marked(path, found))
+        yield from items(inputs, fields, marked(inputs, path, found))
+
+
+def text_fields(inputs: Inputs) -> Iterator[Item]:
+    """Text files, each one entry with one field, `text`."""
+    fields = fields_of(inputs)
+    for path in inputs.files:
+        try:
+            entry = {"text": path.read_text(encoding="utf-8-sig")}
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: is not UTF-8 text (near byte {error.start}); save it as UTF-8") from error
+        yield from items(inputs, fields, marked(inputs, path, iter([(str(path), entry)])))
 
 
 def numbered(path: Path) -> Iterator[tuple[str, Any]]:
@@ -43,29 +55,32 @@ def numbered(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{where} entry {number}", entry
 
 
-def marked(path: Path, found: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """The entries, each with what its file's name tells."""
+def marked(inputs: Inputs, path: Path, found: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """The entries, each with what its file's path tells."""
+    names = {"@stem": path.stem, "@dir": inputs.relative(path.parent), "@parent": inputs.relative(path.parent.parent)}
     for number, (where, entry) in enumerate(found):
-        if isinstance(entry, dict):
-            entry = entry | {"@stem": path.stem, "@folder": path.parent.name, "@number": number}
-        yield where, entry
+        yield where, entry | names | {"@number": number} if isinstance(entry, dict) else entry
 
 
 def object_entries(path: Path, inside: str) -> Iterator[tuple[str, Any]]:
-    """The entries of the list, or object of objects, at the dotted name `inside` of a JSON file that is one object."""
-    whole = read.document(path)
-    try:
-        value = whole if inside == "." else lookup(whole, inside)
-    except EntryError as error:
-        raise UserError(f"{path}: {error}; is it the right file?") from error
-    if isinstance(value, dict):
-        for key, entry in value.items():
-            yield f"{path} entry {key!r}", entry | {"@key": key} if isinstance(entry, dict) else entry
-    elif isinstance(value, list):
-        for number, entry in enumerate(value):
-            yield f"{path} entry {number}", entry
-    else:
-        raise UserError(f"{path}: {inside!r} is neither a list nor an object; is it the right file?")
+    """The entries at the key `inside` of a JSON file that is one object, or with "." its own: the list's items, or the
+    object's values, with their `@key`."""
+    known = False
+    for number, (key, line, value) in enumerate(read_members(path)):
+        if inside == ".":
+            yield keyed(path, key, value)
+        elif key == inside and isinstance(value, dict) and not known:
+            yield from (keyed(path, *member) for member in value.items())
+        elif key == inside:
+            yield f"{path} line {line} entry {number}", value
+        known = known or inside in (".", key)
+    if not known:
+        raise UserError(f"{path}: has no field {inside!r}; is it the right file?")
+
+
+def keyed(path: Path, key: str, entry: Any) -> tuple[str, Any]:
+    """An object's value as an entry."""
+    return f"{path} entry {key!r}", entry | {"@key": key} if isinstance(entry, dict) else entry
 
 
 def bare_table(path: Path, columns: list[str], delimiter: str | None) -> Iterator[tuple[str, Any]]:

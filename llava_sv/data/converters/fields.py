@@ -3,7 +3,8 @@ arrive, each with where it stands; `Item`s leave. Called by `field_files`, `parq
 more work before they are plain dicts.
 
 A *name* is a field's; dots lead into objects, lists by number, and over all items of a list (`answers.text`). A
-*template* is text with `{name}`, `{name:06d}`, `{name:file}` (what follows the last slash) or `{name:stem}` in it.
+*template* is text with `{name}`, `{name:06d}`, `{name:file}` (what follows the last slash), `{name:stem}` (that without
+its suffix) or `{name:2-9}` (characters 2 up to 9) in it.
 
     image         name or template of the picture's file, or a list of them; the field may hold a list itself
     text_only     true: entries without a picture are kept (default: they are a problem)
@@ -14,27 +15,39 @@ A *name* is a field's; dots lead into objects, lists by number, and over all ite
                   `first_choice` (0) on, a letter, or the option itself
     turns         name of a list of {user, assistant}, {question, answer}, [question, answer], {from, value} or
                   {role, content}; with `question` too, that, `answer`, ... are names inside each of them
-    prompt        what follows each question: none, short, letter, caption, detail, or any text
+    prompt        what follows a record's first question: none, short, letter, caption, detail, or any text
     words         answers to put into other words: {"0": "No", "1": "Yes"}
     no_answer     what stands for an empty answer (default: that is a problem)
     where         {name: value or list of values}: other entries are left out
+    below         {name: number}: so are entries at or above it (the other splits of one file)
     id            name or template; otherwise source, file and number
-    together      true: a file's entries about the same pictures become one record (they are held in memory)
+    parse         names of text fields that hold JSON, or a list or dict as Python writes it
+    strip         marks to take out of questions and answers, such as another project's `<|image|>`
+    together      all: a file's entries about the same pictures become one record (they are held in memory);
+                  adjacent: those that follow each other do
+    apart         true: each exchange becomes a record of its own
 """
 
 from __future__ import annotations
 
-import re
-import string
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from llava_sv.data.converters import prompts
 from llava_sv.data.converters.items import Inputs, Item, conversation
+from llava_sv.data.converters.values import (
+    EntryError,
+    Exchange,
+    choice_of,
+    fill,
+    first_of,
+    lookup,
+    pairs_of,
+    parsed,
+    text_of,
+)
 from llava_sv.errors import UserError
-
-Exchange = tuple[str, str]
 
 PROMPTS = {
     "none": "",
@@ -43,15 +56,6 @@ PROMPTS = {
     "caption": prompts.DESCRIBE,
     "detail": prompts.DESCRIBE_IN_DETAIL,
 }
-_PAIRS = (("user", "assistant"), ("question", "answer"))
-_SPEAKERS = (("from", "value"), ("role", "content"))
-_ROLES = {"human": 0, "user": 0, "gpt": 1, "assistant": 1}
-_SLOT = re.compile(r"\{([^{}:]+)(?::(file|stem|0?\d*d))?\}")
-_MISSING = object()
-
-
-class EntryError(ValueError):
-    """What is wrong with one annotation; the rest of the file goes on."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +76,24 @@ class Fields:
     words: dict[str, str] = field(default_factory=dict)
     no_answer: str = ""
     where: dict[str, Any] = field(default_factory=dict)
+    below: dict[str, float] = field(default_factory=dict)
     id: str = ""
-    together: bool = False
+    parse: tuple[str, ...] = ()
+    strip: tuple[str, ...] = ()
+    together: str = ""
+    apart: bool = False
+
+    @property
+    def instruction(self) -> str:
+        """What follows a record's first question."""
+        return PROMPTS.get(self.prompt, self.prompt)
 
     def keeps(self, entry: dict[str, Any]) -> bool:
-        """Whether the entry is one of those that `where` asks for."""
+        """Whether the entry is one of those that `where` and `below` ask for."""
         for name, wanted in self.where.items():
             if lookup(entry, name, None) not in (wanted if isinstance(wanted, list) else [wanted]):
                 return False
-        return True
+        return all(lookup(entry, name) < limit for name, limit in self.below.items())
 
     def images(self, entry: dict[str, Any]) -> list[str]:
         """The names of the entry's pictures, as its files give them."""
@@ -93,7 +106,7 @@ class Fields:
                 if one is not None and not isinstance(one, str):
                     raise EntryError(f"{name!r} is {one!r}, no picture's name")
                 if one:
-                    names.append(one)
+                    names.append(one.removeprefix("./"))
         return names
 
     def exchanges(self, entry: dict[str, Any]) -> list[Exchange]:
@@ -114,7 +127,7 @@ class Fields:
         if not isinstance(answers, list) or len(answers) != len(questions) or not questions:
             count = len(answers) if isinstance(answers, list) else 1
             raise EntryError(f"{len(questions)} questions in {self.question!r} but {count} answers")
-        return [self._finished(question, _first(answer)) for question, answer in zip(questions, answers)]
+        return [self._finished(question, first_of(answer)) for question, answer in zip(questions, answers)]
 
     def _exchange(self, entry: dict[str, Any]) -> Exchange:
         if self.question_text:
@@ -130,7 +143,7 @@ class Fields:
             known = [text_of(one) for one in (given if isinstance(given, list) else [given]) if one not in (None, "")]
             answer = prompts.most_common(known) if known else ""
         else:
-            answer = _first(lookup(entry, self.answer, None))
+            answer = first_of(lookup(entry, self.answer, None))
         return self._finished(question, answer)
 
     def _chosen(self, entry: dict[str, Any]) -> tuple[list[str], int]:
@@ -142,7 +155,7 @@ class Fields:
             given = lookup(entry, self.choices[0])
         keys = list(given) if isinstance(given, dict) else []
         options = [text_of(one) for one in (given.values() if isinstance(given, dict) else given)]
-        answer = _first(lookup(entry, self.answer))
+        answer = first_of(lookup(entry, self.answer))
         return options, choice_of(answer, options, keys, self.first_choice)
 
     def _finished(self, question: Any, answer: Any) -> Exchange:
@@ -150,9 +163,10 @@ class Fields:
         answer = self.words.get(answer, answer) or self.no_answer
         if not answer:
             raise EntryError("has no answer")
-        prompt = PROMPTS.get(self.prompt, self.prompt)
-        question = "\n".join(part for part in (text_of(question).strip(), prompt) if part)
-        return question, answer
+        question = text_of(question)
+        for mark in self.strip:
+            question, answer = question.replace(mark, ""), answer.replace(mark, "")
+        return question.strip(), answer.strip()
 
     def _object(self, turn: Any) -> dict[str, Any]:
         if not isinstance(turn, dict):
@@ -170,12 +184,31 @@ def fields_of(inputs: Inputs, also: Sequence[str] = ()) -> Fields:
                 f"source {inputs.source.name!r}: converter {inputs.source.converter!r} has no option {name!r}; "
                 f"known: {', '.join(sorted([*known, *also]))}"
             )
-    for name in ("image", "choices"):
+    for name in ("image", "choices", "parse", "strip"):
         if name in given:
             given[name] = (given[name],) if isinstance(given[name], str) else tuple(given[name])
     if "words" in given:
         given["words"] = {str(key): str(value) for key, value in given["words"].items()}
+    if given.get("together", "") not in ("", "all", "adjacent"):
+        raise UserError(f"source {inputs.source.name!r}: option 'together' is 'all' or 'adjacent'")
     return Fields(**given)
+
+
+@dataclass
+class _Draft:
+    """A record before it is written down."""
+
+    where: str
+    id: str
+    images: list[str]
+    exchanges: list[Exchange]
+
+    def item(self, instruction: str) -> Item:
+        """The record, the instruction after its first question, where the question does not say so itself."""
+        (question, answer), *others = self.exchanges
+        if instruction and instruction not in question:
+            question = f"{question}\n{instruction}" if question else instruction
+        return Item(self.where, conversation(self.id, [(question, answer), *others], self.images))
 
 
 def items(
@@ -186,22 +219,36 @@ def items(
 ) -> Iterator[Item]:
     """An `Item` for each (where, entry) of one annotation file. images: gives an entry's references; by default the
     names of `fields.image` below the source's folder."""
-    made = _made(inputs, fields, entries, images or (lambda entry: [inputs.image(one) for one in fields.images(entry)]))
-    return _together(made) if fields.together else made
+    drafts = _drafts(
+        inputs, fields, entries, images or (lambda entry: [inputs.image(one) for one in fields.images(entry)])
+    )
+    if fields.together:
+        drafts = _together(drafts) if fields.together == "all" else _adjacent(drafts)
+    for draft in drafts:
+        if isinstance(draft, Item):
+            yield draft
+        elif fields.apart and len(draft.exchanges) > 1:
+            for number, exchange in enumerate(draft.exchanges):
+                part = _Draft(draft.where, f"{draft.id}/{number}", draft.images, [exchange])
+                yield part.item(fields.instruction)
+        else:
+            yield draft.item(fields.instruction)
 
 
-def _made(
+def _drafts(
     inputs: Inputs,
     fields: Fields,
     entries: Iterable[tuple[str, Any]],
     images: Callable[[dict[str, Any]], list[str]],
-) -> Iterator[Item]:
+) -> Iterator[_Draft | Item]:
     for number, (where, entry) in enumerate(entries):
         try:
             if not isinstance(entry, dict):
                 raise EntryError(f"expected an object with fields, found {str(entry)[:40]!r}")
             if not fields.keeps(entry):
                 continue
+            for name in fields.parse:
+                entry = entry | {name: parsed(name, entry.get(name))}
             references = images(entry)
             if fields.image and not references and not fields.text_only:
                 raise EntryError("has no picture")
@@ -209,128 +256,37 @@ def _made(
                 identity = fill(fields.id, entry) if "{" in fields.id else text_of(lookup(entry, fields.id))
             else:
                 identity = f"{inputs.source.name}/{entry.get('@stem', '')}/{number}"
-            record = conversation(identity, fields.exchanges(entry), references)
+            yield _Draft(where, identity, references, fields.exchanges(entry))
         except (ValueError, TypeError, KeyError, IndexError) as error:
             yield Item(where, problem=str(error))
-        else:
-            yield Item(where, record)
 
 
-def _together(made: Iterator[Item]) -> Iterator[Item]:
-    """Records about the same pictures as one, at the place of the first; problems keep theirs."""
-    kept: list[Item] = []
-    first: dict[str, dict[str, Any]] = {}
-    for item in made:
-        if item.record is None or "image" not in item.record:
-            kept.append(item)
+def _together(drafts: Iterator[_Draft | Item]) -> Iterator[_Draft | Item]:
+    """Those about the same pictures as one, at the place of the first; problems keep theirs."""
+    kept: list[_Draft | Item] = []
+    first: dict[tuple[str, ...], _Draft] = {}
+    for draft in drafts:
+        known = None if isinstance(draft, Item) or not draft.images else first.get(tuple(draft.images))
+        if known is not None and isinstance(draft, _Draft):
+            known.exchanges += draft.exchanges
             continue
-        record = first.setdefault(str(item.record["image"]), item.record)
-        if record is item.record:
-            kept.append(item)
-            continue
-        turns = item.record["conversations"]
-        opening = turns[0]["value"].replace("<image>\n", "")
-        record["conversations"] += [{"from": "human", "value": opening}, *turns[1:]]
+        kept.append(draft)
+        if isinstance(draft, _Draft) and draft.images:
+            first[tuple(draft.images)] = draft
     yield from kept
 
 
-def lookup(entry: Any, name: str, default: Any = _MISSING) -> Any:
-    """The value of a dotted name. `EntryError` where there is none, and no default."""
-    if isinstance(entry, dict) and name in entry:
-        return entry[name]
-    value = entry
-    parts = name.split(".")
-    for index, part in enumerate(parts):
-        if isinstance(value, dict) and part in value:
-            value = value[part]
-        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
-            value = value[int(part)]
-        elif isinstance(value, list) and not part.isdecimal():
-            return [lookup(one, ".".join(parts[index:]), default) for one in value]
-        elif default is _MISSING:
-            raise EntryError(f"has no field {name!r}")
+def _adjacent(drafts: Iterator[_Draft | Item]) -> Iterator[_Draft | Item]:
+    """Those about the same pictures that follow each other as one."""
+    last: _Draft | None = None
+    for draft in drafts:
+        if isinstance(draft, Item):
+            yield draft
+        elif last is not None and draft.images and draft.images == last.images:
+            last.exchanges += draft.exchanges
         else:
-            return default
-    return value
-
-
-def fill(template: str, entry: dict[str, Any], default: Any = _MISSING) -> Any:
-    """The template's text. A field that is absent or null: the default, or `EntryError`."""
-    values: list[Any] = [lookup(entry, slot[1], default) for slot in _SLOT.finditer(template)]
-    if default is not _MISSING and any(value is None or value == "" for value in values):
-        return default
-    parts = iter(values)
-
-    def filled(slot: re.Match[str]) -> str:
-        value = next(parts)
-        if value is None:
-            raise EntryError(f"field {slot[1]!r} is empty")
-        if slot[2] is None:
-            return text_of(value)
-        if slot[2].endswith("d"):
-            return format(int(value), slot[2])
-        name = text_of(value).replace("\\", "/").rsplit("/", 1)[-1]
-        return name if slot[2] == "file" else name.rsplit(".", 1)[0]
-
-    return _SLOT.sub(filled, template)
-
-
-def text_of(value: Any) -> str:
-    """A field's value as words: text, a number, yes or no, a list of them."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool):
-        return "Yes" if value else "No"
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-        return str(int(value))
-    if isinstance(value, (int, float)) and value == value:
-        return str(value)
-    if isinstance(value, list):
-        return ", ".join(text_of(one) for one in value)
-    if value is None or value != value:
-        raise EntryError("a text is missing")
-    raise EntryError(f"found an object where text is expected: {value!r}"[:80])
-
-
-def choice_of(answer: Any, options: Sequence[str], keys: Sequence[str] = (), first: int = 0) -> int:
-    """The index of the right one of `options`, which `answer` gives as the option's text, its key, its letter, or a
-    number counted from `first`."""
-    if not isinstance(answer, bool):
-        text = str(answer).strip()
-        plain = [option.strip() for option in options]
-        if text in keys:
-            return list(keys).index(text)
-        if isinstance(answer, str) and text in plain:
-            return plain.index(text)
-        letter = text.strip("().: ").upper()
-        if len(letter) == 1 and letter in string.ascii_uppercase and ord(letter) - 65 < len(options):
-            return ord(letter) - 65
-        if re.fullmatch(r"\d+(\.0)?", text) and 0 <= int(float(text)) - first < len(options):
-            return int(float(text)) - first
-    raise EntryError(f"answer {answer!r} is none of the {len(options)} options")
-
-
-def pairs_of(turns: Sequence[Any]) -> list[Exchange]:
-    """(question, answer) pairs of any of the common ways to write a conversation."""
-    for one, other in _PAIRS:
-        if all(isinstance(turn, dict) and one in turn and other in turn for turn in turns):
-            return [(turn[one], turn[other]) for turn in turns]
-    for speaker, value in _SPEAKERS:
-        if all(isinstance(turn, dict) and speaker in turn and value in turn for turn in turns):
-            return _alternating([(str(turn[speaker]).lower(), turn[value]) for turn in turns])
-    if all(isinstance(turn, (list, tuple)) and len(turn) == 2 for turn in turns):
-        return [(turn[0], turn[1]) for turn in turns]
-    raise EntryError(f"turns are in an unknown form: {turns[0]!r}"[:80])
-
-
-def _alternating(said: Sequence[tuple[str, Any]]) -> list[Exchange]:
-    said = [turn for turn in said if turn[0] != "system"]
-    for index, (speaker, _) in enumerate(said):
-        if _ROLES.get(speaker) != index % 2:
-            raise EntryError(f"turn {index} is spoken by {speaker!r}, out of turn")
-    return [(said[index][1], said[index + 1][1]) for index in range(0, len(said) - 1, 2)]
-
-
-def _first(value: Any) -> Any:
-    """The first of several answers."""
-    return (value[0] if value else None) if isinstance(value, list) else value
+            if last is not None:
+                yield last
+            last = draft
+    if last is not None:
+        yield last

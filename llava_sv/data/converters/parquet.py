@@ -45,7 +45,7 @@ def _entries(inputs: Inputs, path: Path, pictures: Sequence[str]) -> Iterator[tu
         references: list[str] = []
         for column, found in zip(pictures, next(present) if present is not None else ()):
             references += [row_ref(relative, column, number, item) for item in found]
-        entry |= {"@pictures": references, "@stem": path.stem, "@folder": path.parent.name, "@number": number}
+        entry |= {"@pictures": references, "@stem": path.stem, "@number": number}
         yield where, entry
 
 
