@@ -10,17 +10,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from llava_sv.data.converters.attempt import attempt, text
+from llava_sv.data.converters.field_files import object_entries
 from llava_sv.data.converters.items import Inputs, Item, conversation
 from llava_sv.data.converters.prompts import DESCRIBE
-from llava_sv.data.converters.read import members
 
 
 def coco_captions(inputs: Inputs) -> Iterator[Item]:
     """One record a caption."""
     for path in inputs.files:
-        found = (image for _, image in members(path, "images") if isinstance(image, dict))
+        found = (image for _, image in object_entries(path, "images") if isinstance(image, dict))
         names = {image.get("id"): image.get("file_name") for image in found}
-        for where, annotation in members(path, "annotations"):
+        for where, annotation in object_entries(path, "annotations"):
             yield attempt(where, _coco, inputs, annotation, names)
 
 
@@ -37,7 +37,7 @@ def textcaps(inputs: Inputs) -> Iterator[Item]:
     every = inputs.option("captions", "first") == "all"
     for path in inputs.files:
         seen: set[str] = set()
-        for where, entry in members(path, "data"):
+        for where, entry in object_entries(path, "data"):
             item = attempt(where, _textcaps, inputs, entry)
             name = item.record["image"] if item.record is not None else ""
             if every or not name or name not in seen:

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llava_sv.data.json_stream import read_members, read_values
+from llava_sv.data.json_stream import read_values
 from llava_sv.errors import UserError
 
 ROWS_AT_ONCE = 256
@@ -22,18 +22,6 @@ def entries(path: Path) -> Iterator[tuple[str, Any]]:
     """(where, value) of each element of a JSON array or line of JSONL, as a stream."""
     for line, value in read_values(path):
         yield f"{path} line {line}", value
-
-
-def members(path: Path, key: str) -> Iterator[tuple[str, Any]]:
-    """(where, value) of each element of the list under `key` of a file that is one JSON object, as a stream.
-    `UserError` where there is none."""
-    number = 0
-    for name, line, value in read_members(path):
-        if name == key:
-            yield f"{path} line {line} entry {number}", value
-            number += 1
-    if not number:
-        raise UserError(f"{path}: has nothing under {key!r}; is it the right file?")
 
 
 def document(path: Path) -> Any:

@@ -6,29 +6,24 @@ from pathlib import Path
 from typing import Any
 
 from tests.data.trees.files import save_json, save_jsonl, save_picture
-from tests.data.trees.vqa import embedded, save_parquet
-
-
-def cauldron(root: Path, name: str, source: str, rows: list[list[tuple[str, str]]]) -> int:
-    """A shard of The Cauldron: one picture a row, with its exchanges."""
-    texts = [[{"user": user, "assistant": said, "source": source} for user, said in row] for row in rows]
-    images = [[embedded(f"{name}{number}")] for number in range(len(rows))]
-    save_parquet(root / "the_cauldron" / name / "train-00000-of-00001.parquet", {"images": images, "texts": texts})
-    return len(rows)
+from tests.data.trees.layouts import cauldron
 
 
 def wikitable(root: Path) -> int:
     rows = [
-        [("who is listed last?\nGive a succinct answer.", "Dennis Waterman.")],
-        [("how many wins?\nConcise answer only.", "4."), ("which year?", "1986.")],
-        [("what team\nlost?", "Rovers.")],
+        (["wtq0"], [("who is listed last?\nGive a succinct answer.", "Dennis Waterman.")]),
+        (["wtq1"], [("how many wins?\nConcise answer only.", "4."), ("which year?", "1986.")]),
+        (["wtq2"], [("what team\nlost?", "Rovers.")]),
     ]
-    return cauldron(root, "robut_wtq", "robut_wtq", rows)
+    cauldron(root / "the_cauldron/robut_wtq/train-00000-of-00001.parquet", "robut_wtq", rows)
+    return 3
 
 
 def raven(root: Path) -> int:
-    rows = [[("Which figure should complete the logical sequence?", letter)] for letter in ("A.", "F.", "H.")]
-    return cauldron(root, "raven", "raven", rows)
+    question = "Which figure should complete the logical sequence?"
+    rows = [([f"raven{letter}"], [(question, letter)]) for letter in ("A.", "F.", "H.")]
+    cauldron(root / "the_cauldron/raven/train-00000-of-00001.parquet", "raven", rows)
+    return 3
 
 
 def clevr_question(split: str, index: int, number: int, question: str, answer: Any) -> dict[str, Any]:

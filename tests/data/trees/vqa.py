@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from tests.data.trees.files import picture_bytes, save_json, save_picture
+from tests.data.trees.layouts import save_parquet, save_table
 from tests.data.trees.pretrain import vg_pictures
 
 BOX = {"x": 80, "y": 60, "width": 400, "height": 300}
 
 
-def save_table(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """A CSV with a header line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def save_parquet(path: Path, columns: dict[str, Any]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), path)
-    return path
-
-
-def embedded(name: str) -> dict[str, Any]:
-    """A picture as the `datasets` library keeps it."""
-    return {"bytes": picture_bytes(name), "path": None}
+def save_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    save_table(path, list(rows[0]), [list(row.values()) for row in rows])
 
 
 def crepe(root: Path) -> int:
@@ -49,8 +29,8 @@ def crepe(root: Path) -> int:
     ]
     swap = [{"image_id": 2, **BOX, "caption": "cup, left of jug", "hard_negs": str(["jug, left of cup"])}]
     folder = root / "crepe/prod_hard_negatives"
-    save_table(folder / "atom/prod_vg_hard_negs_atom_complexity_4.csv", atom)
-    save_table(folder / "swap/prod_vg_hard_negs_swap_complexity_5.csv", swap)
+    save_rows(folder / "atom/prod_vg_hard_negs_atom_complexity_4.csv", atom)
+    save_rows(folder / "swap/prod_vg_hard_negs_swap_complexity_5.csv", swap)
     return 3
 
 
@@ -69,21 +49,23 @@ def imagenet(root: Path) -> int:
     (folder / "LOC_synset_mapping.txt").write_text(lines, encoding="utf-8")
     names = [f"{wnid}_{number}" for wnid in classes for number in (18, 10040)]
     rows = [{"ImageId": name, "PredictionString": f"{name[:9]} 111 108 370 230 "} for name in names]
-    save_table(folder / "LOC_train_solution.csv", rows)
+    save_rows(folder / "LOC_train_solution.csv", rows)
     for name in names:
         save_picture(folder / "ILSVRC/Data/CLS-LOC/train" / name[:9] / f"{name}.JPEG")
     return len(names)
 
 
 def vqa_rad(root: Path) -> int:
-    save_parquet(
-        root / "vqa-rad/data/train-00000-of-00001-eb8844602202be60.parquet",
-        {
-            "image": [embedded(f"rad{number}") for number in range(3)],
-            "question": ["are regions of the brain infarcted?", "which side?", "What lobe is affected? "],
-            "answer": ["yes", "Right", "left lower lobe"],
-        },
-    )
+    asked = [
+        ("are regions of the brain infarcted?", "yes"),
+        ("which side?", "Right"),
+        ("What lobe is affected? ", "left lower lobe"),
+    ]
+    rows = [
+        {"image": {"bytes": picture_bytes(f"rad{number}"), "path": None}, "question": question, "answer": answer}
+        for number, (question, answer) in enumerate(asked)
+    ]
+    save_parquet(root / "vqa-rad/data/train-00000-of-00001-eb8844602202be60.parquet", rows)
     return 3
 
 
