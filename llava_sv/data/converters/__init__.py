@@ -23,12 +23,10 @@ CONVERTERS: dict[str, str] = {
     "llava_json": "llava_json:llava_json",
     "parquet_fields": "parquet:parquet_fields",
     "parts": "parts:parts",
-    "scene_questions": "scenes:scene_questions",
     "table_fields": "field_files:table_fields",
     "text_fields": "field_files:text_fields",
     "textcaps": "captions:textcaps",
     "vg_regions": "visual_genome:vg_regions",
-    "vizwiz": "vqa_pairs:vizwiz",
     "vqa_pairs": "vqa_pairs:vqa_pairs",
     "webdataset": "webdataset:webdataset",
 }
