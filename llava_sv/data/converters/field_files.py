@@ -60,7 +60,8 @@ def numbered(path: Path) -> Iterator[tuple[str, Any]]:
 
 def marked(inputs: Inputs, path: Path, found: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     """The entries, each with what its file's path tells."""
-    names = {"@stem": path.stem, "@dir": inputs.relative(path.parent), "@parent": inputs.relative(path.parent.parent)}
+    folder = Path(inputs.relative(path)).parent
+    names = {"@stem": path.stem, "@dir": folder.as_posix(), "@parent": folder.parent.as_posix()}
     for number, (where, entry) in enumerate(found):
         yield where, entry | names | {"@number": number} if isinstance(entry, dict) else entry
 
