@@ -238,4 +238,4 @@ def test_textcaps_entries_that_are_wrong_are_named(tmp_path: Path) -> None:
     items = convert("textcaps", tmp_path)
     assert [(item.record or {}).get("id") for item in items] == [None, "1", "2", None]
     assert [item.problem for item in items] == ["field 'caption_str' is empty", "", "", "has no field 'image_id'"]
-    assert items[0].where == f"{path} line 1 entry 3"
+    assert [item.where for item in items] == [f"{path} line 1 entry {number}" for number in range(4)]

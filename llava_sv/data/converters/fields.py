@@ -101,7 +101,7 @@ class Fields:
         for name, wanted in self.where.items():
             if lookup(entry, name, None) not in (wanted if isinstance(wanted, list) else [wanted]):
                 return False
-        return all(lookup(entry, name) < limit for name, limit in self.below.items())
+        return all(_number(entry, name) < limit for name, limit in self.below.items())
 
     def images(self, entry: dict[str, Any]) -> list[str]:
         """The names of the entry's pictures, as its files give them."""
@@ -180,6 +180,13 @@ class Fields:
         if not isinstance(turn, dict):
             raise EntryError(f"{self.turns!r} holds {turn!r}, no object")
         return turn
+
+
+def _number(entry: dict[str, Any], name: str) -> float:
+    value = lookup(entry, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise EntryError(f"{name!r} is {value!r}, no number")
+    return value
 
 
 def fields_of(inputs: Inputs, also: Sequence[str] = ()) -> Fields:
