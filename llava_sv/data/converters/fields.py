@@ -19,6 +19,7 @@ its suffix) or `{name:2-9}` (characters 2 up to 9) in it.
     words         answers to put into other words: {"0": "No", "1": "Yes"}
     no_answer     what stands for an empty answer (default: that is a problem)
     where         {name: value or list of values}: other entries are left out
+    below         {name: number}: so are entries at or above it (the other splits of one file)
     id            name or template; otherwise source, file and number
     parse         names of text fields that hold JSON, or a list or dict as Python writes it
     strip         marks to take out of questions and answers, such as another project's `<|image|>`
@@ -30,7 +31,7 @@ its suffix) or `{name:2-9}` (characters 2 up to 9) in it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 from llava_sv.data.converters import prompts
@@ -44,6 +45,7 @@ from llava_sv.data.converters.values import (
     lookup,
     pairs_of,
     parsed,
+    slots,
     text_of,
 )
 from llava_sv.errors import UserError
@@ -75,11 +77,19 @@ class Fields:
     words: dict[str, str] = field(default_factory=dict)
     no_answer: str = ""
     where: dict[str, Any] = field(default_factory=dict)
+    below: dict[str, float] = field(default_factory=dict)
     id: str = ""
     parse: tuple[str, ...] = ()
     strip: tuple[str, ...] = ()
     together: str = ""
     apart: bool = False
+
+    def columns(self) -> set[str]:
+        """The names of the entry's own fields that the options speak of; of a dotted name, the first part as well."""
+        names = {self.question, self.answer, self.answers, self.turns, *self.choices, *self.parse, *self.where}
+        for text in (*self.image, self.question_text, self.answer_text, self.id):
+            names |= slots(text) if "{" in text else {text}
+        return names | {name.split(".")[0] for name in names}
 
     @property
     def instruction(self) -> str:
@@ -87,11 +97,11 @@ class Fields:
         return PROMPTS.get(self.prompt, self.prompt)
 
     def keeps(self, entry: dict[str, Any]) -> bool:
-        """Whether the entry is one of those that `where` asks for."""
+        """Whether the entry is one of those that `where` and `below` ask for."""
         for name, wanted in self.where.items():
             if lookup(entry, name, None) not in (wanted if isinstance(wanted, list) else [wanted]):
                 return False
-        return True
+        return all(_number(entry, name) < limit for name, limit in self.below.items())
 
     def images(self, entry: dict[str, Any]) -> list[str]:
         """The names of the entry's pictures, as its files give them."""
@@ -172,6 +182,13 @@ class Fields:
         return turn
 
 
+def _number(entry: dict[str, Any], name: str) -> float:
+    value = lookup(entry, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise EntryError(f"{name!r} is {value!r}, no number")
+    return value
+
+
 def fields_of(inputs: Inputs, also: Sequence[str] = ()) -> Fields:
     """The source's options as `Fields`; `also`: options that the converter reads itself. `UserError` for others."""
     given = {name: value for name, value in inputs.source.options.items() if name not in also}
@@ -183,10 +200,18 @@ def fields_of(inputs: Inputs, also: Sequence[str] = ()) -> Fields:
                 f"known: {', '.join(sorted([*known, *also]))}"
             )
     for name in ("image", "choices", "parse", "strip"):
-        if name in given:
+        if isinstance(given.get(name), str | list):
             given[name] = (given[name],) if isinstance(given[name], str) else tuple(given[name])
-    if "words" in given:
+    if isinstance(given.get("words"), dict):
         given["words"] = {str(key): str(value) for key, value in given["words"].items()}
+    for name, value in given.items():
+        default = known[name].default
+        kind = type(default) if default is not MISSING else dict
+        if not isinstance(value, kind) or (kind is tuple and not all(isinstance(one, str) for one in value)):
+            wanted = {str: "text", bool: "true or false", int: "a number", dict: "names with values", tuple: "names"}[
+                kind
+            ]
+            raise UserError(f"source {inputs.source.name!r}: option {name!r} is {value!r}; expected {wanted}")
     if given.get("together", "") not in ("", "all", "adjacent"):
         raise UserError(f"source {inputs.source.name!r}: option 'together' is 'all' or 'adjacent'")
     return Fields(**given)
@@ -254,9 +279,14 @@ def _drafts(
                 identity = fill(fields.id, entry) if "{" in fields.id else text_of(lookup(entry, fields.id))
             else:
                 identity = f"{inputs.source.name}/{entry.get('@stem', '')}/{number}"
-            yield _Draft(where, identity, references, fields.exchanges(entry))
-        except (ValueError, TypeError, KeyError, IndexError) as error:
+            exchanges = fields.exchanges(entry)
+            if not exchanges:
+                raise EntryError("holds no question with an answer")
+            yield _Draft(where, identity, references, exchanges)
+        except EntryError as error:
             yield Item(where, problem=str(error))
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            yield Item(where, problem=f"is not as published ({error})")
 
 
 def _together(drafts: Iterator[_Draft | Item]) -> Iterator[_Draft | Item]:

@@ -1,8 +1,8 @@
-"""IconQA as published: a folder a problem, TASK/ID/ with data.json, image.png and, where the choices are pictures, these.
-Called through `get_converter`.
+"""IconQA as published: a folder a problem, TASK/ID/ with data.json, image.png and, where the choices are pictures,
+these. Called through `get_converter`.
 
-data.json: {question, answer, choices}. Of `choose_txt` the choices are texts, of `choose_img` names of pictures, and the
-answer is the right one's index; `fill_in_blank` has no choices, its answer is a text.
+data.json: {question, answer, choices}. Of `choose_txt` the choices are texts, of `choose_img` names of pictures, and
+the answer is the right one's index; `fill_in_blank` has no choices, its answer is a text.
 """
 
 from __future__ import annotations

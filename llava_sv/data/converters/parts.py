@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from llava_sv.data.converters.items import Inputs, Item
 from llava_sv.errors import UserError
@@ -18,7 +19,10 @@ def parts(inputs: Inputs) -> Iterator[Item]:
     from llava_sv.data.converters import get_converter
 
     given = inputs.option("parts")
-    claimed: list[list] = [[] for _ in given]
+    for part in given:
+        if not isinstance(part, dict) or not part.keys() >= {"match", "converter"}:
+            raise UserError(f"source {inputs.source.name!r}: a part needs 'match' and 'converter', found {part}")
+    claimed: list[list[Path]] = [[] for _ in given]
     for path in inputs.files:
         for part, files in zip(given, claimed):
             if fnmatchcase(path.name, part["match"]):

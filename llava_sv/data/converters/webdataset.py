@@ -29,7 +29,7 @@ LONGEST_TEXT = 1 << 20
 def webdataset(inputs: Inputs) -> Iterator[Item]:
     """One record a key, which is a member's path up to the first dot of its name."""
     for path in inputs.files:
-        for key, parts in _samples(path):
+        for key, parts in _samples(path, inputs.option("caption", "txt").partition(":")[0]):
             yield attempt(f"{path} member {key}", _record, inputs, path, key, parts)
 
 
@@ -61,13 +61,14 @@ def _caption(parts: dict[str, Any], wanted: str) -> str:
     return found
 
 
-def _samples(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(key, {suffix: TarInfo of a picture, or bytes of a text, None where too long}) of each run of members."""
-    current = ""
+def _samples(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, {suffix: member, or of the one named `text` its bytes, None where too long}) of each run of members."""
+    current, end = "", 0
     parts: dict[str, Any] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if member.isdir():
                     continue
                 _check(path, member)
@@ -78,17 +79,24 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     if parts:
                         yield current, parts
                     current, parts = key, {}
-                parts[suffix.lower()] = _part(tar, member, suffix.lower())
+                parts[suffix.lower()] = _read(tar, member) if suffix.lower() == text else member
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would remember every one
     except (tarfile.TarError, EOFError, OSError) as error:
         raise UserError(f"{path}: cannot be read as an uncompressed tar ({str(error).splitlines()[0]})") from error
     if parts:
         yield current, parts
+    _check_end(path, end)
 
 
-def _part(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> Any:
-    if suffix in PICTURES:
-        return member
+def _check_end(path: Path, end: int) -> None:
+    """tarfile takes a damaged header for the end: after the last member, `end` bytes on, there must be a zero block."""
+    with path.open("rb") as file:
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise UserError(f"{path}: is damaged or cut off at byte {end}; fetch it again")
+
+
+def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
     if member.size > LONGEST_TEXT:
         return None
     file = tar.extractfile(member)
