@@ -199,6 +199,8 @@ def test_where_and_id(tmp_path):
     entries = [{"n": index, "k": kind, "q": "Why?", "a": "So."} for index, kind in enumerate("abca")]
     items = converted(tmp_path, *entries, where={"k": ["a", "c"]}, id="x{n:02d}", **QA)
     assert [item.record["id"] for item in items if item.record] == ["x00", "x02", "x03"]
+    items = converted(tmp_path, *entries, where={"{q:0-1}{n}": ["W0", "W3"], "{absent}": None}, id="n", **QA)
+    assert [item.record["id"] for item in items if item.record] == ["0", "3"]
     items = converted(tmp_path, *entries, where={"k": "b", "absent": None}, id="n", **QA)
     assert [item.record["id"] for item in items if item.record] == ["1"]
 

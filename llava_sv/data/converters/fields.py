@@ -18,7 +18,7 @@ its suffix) or `{name:2-9}` (characters 2 up to 9) in it.
     prompt        what follows a record's first question: none, short, letter, caption, detail, or any text
     words         answers to put into other words: {"0": "No", "1": "Yes"}
     no_answer     what stands for an empty answer (default: that is a problem)
-    where         {name: value or list of values}: other entries are left out
+    where         {name or template: value or list of values}: other entries are left out
     below         {name: number}: so are entries at or above it (the other splits of one file)
     id            name or template; otherwise source, file and number
     parse         names of text fields that hold JSON, or a list or dict as Python writes it
@@ -86,8 +86,8 @@ class Fields:
 
     def columns(self) -> set[str]:
         """The names of the entry's own fields that the options speak of; of a dotted name, the first part as well."""
-        names = {self.question, self.answer, self.answers, self.turns, *self.choices, *self.parse, *self.where}
-        for text in (*self.image, self.question_text, self.answer_text, self.id):
+        names = {self.question, self.answer, self.answers, self.turns, *self.choices, *self.parse}
+        for text in (*self.image, *self.where, self.question_text, self.answer_text, self.id):
             names |= slots(text) if "{" in text else {text}
         return names | {name.split(".")[0] for name in names}
 
@@ -99,7 +99,8 @@ class Fields:
     def keeps(self, entry: dict[str, Any]) -> bool:
         """Whether the entry is one of those that `where` and `below` ask for."""
         for name, wanted in self.where.items():
-            if lookup(entry, name, None) not in (wanted if isinstance(wanted, list) else [wanted]):
+            value = fill(name, entry, None) if "{" in name else lookup(entry, name, None)
+            if value not in (wanted if isinstance(wanted, list) else [wanted]):
                 return False
         return all(lookup(entry, name) < limit for name, limit in self.below.items())
 
