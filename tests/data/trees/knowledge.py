@@ -70,8 +70,8 @@ def kvqa(root: Path) -> int:
 
 
 def websrc(root: Path) -> int:
-    """Two websites for training with three pages, one for validation. An id is domain, website, page, question: auto 03,
-    page 00542 of it, ..."""
+    """Two websites for training with three pages, one for validation. An id is domain, website, page, question: auto
+    03, page 00542 of it, ..."""
     columns = ["question", "id", "element_id", "answer_start", "answer"]
     pages = {
         "auto/03": [
