@@ -1,8 +1,8 @@
 """ArXivQA's JSONL: multiple-choice questions about figures, whose options were written in many ways: `arxivqa`. Called
 through `get_converter`.
 
-{id, image, question, options: ["A) ...", ...], label: "B", rationale}. The options' own letters are taken off, to be put
-before them in the one way of all sources; the label is read by its letter or by the option's words.
+{id, image, question, options: ["A) ...", ...], label: "B", rationale}. The options' own letters are taken off, and put
+before them again in the one way of all sources; the label is read by its letter or by the option's words.
 """
 
 from __future__ import annotations
