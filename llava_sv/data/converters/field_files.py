@@ -1,9 +1,12 @@
-"""Annotations in JSON, JSONL, CSV and TSV files, whose entries are plain objects or rows: `json_fields` and
-`table_fields`. Which field is what, the source's options say (`fields`). Called through `get_converter`.
+"""Annotations in JSON, JSONL, CSV, TSV and text files, whose entries are plain objects, rows or texts: `json_fields`,
+`table_fields` and `text_fields`. Which field is what, the source's options say (`fields`). Called through
+`get_converter`.
 
-Besides its own fields every entry has `@stem` and `@dir` (its file's name, and its folder from the data root on) and
-`@number`; in an object of objects, `@key`. Options of their own: `entries`, the key of the list (or object of objects)
-inside a JSON object, "." for the object itself; `delimiter` of a table and, where it has no header line, `columns`.
+Besides its own fields every entry has `@stem` (its file's name without suffix), `@dir` and `@parent` (the file's
+folder, and that one's, from the data root on) and `@number`; in an object of objects, `@key`.
+
+Options of their own: `entries`, the key of the list inside a JSON object, `KEY.*` for an object of objects there, "."
+for the file's own object of objects; `delimiter` of a table and, where it has no header line, `columns`.
 """
 
 from __future__ import annotations
@@ -38,6 +41,17 @@ def table_fields(inputs: Inputs) -> Iterator[Item]:
         yield from items(inputs, fields, marked(inputs, path, found))
 
 
+def text_fields(inputs: Inputs) -> Iterator[Item]:
+    """Text files, each one entry with one field, `text`."""
+    fields = fields_of(inputs)
+    for path in inputs.files:
+        try:
+            entry = {"text": path.read_text(encoding="utf-8-sig")}
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: is not UTF-8 text (near byte {error.start}); save it as UTF-8") from error
+        yield from items(inputs, fields, marked(inputs, path, iter([(str(path), entry)])))
+
+
 def numbered(path: Path) -> Iterator[tuple[str, Any]]:
     """The entries of an array, which often is all in one line, or of JSONL: by line and number."""
     for number, (where, entry) in enumerate(read.entries(path)):
@@ -46,25 +60,26 @@ def numbered(path: Path) -> Iterator[tuple[str, Any]]:
 
 def marked(inputs: Inputs, path: Path, found: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     """The entries, each with what its file's path tells."""
-    names = {"@stem": path.stem, "@dir": inputs.relative(path.parent)}
+    names = {"@stem": path.stem, "@dir": inputs.relative(path.parent), "@parent": inputs.relative(path.parent.parent)}
     for number, (where, entry) in enumerate(found):
         yield where, entry | names | {"@number": number} if isinstance(entry, dict) else entry
 
 
 def object_entries(path: Path, inside: str) -> Iterator[tuple[str, Any]]:
-    """The entries at the key `inside` of a JSON file that is one object, or with "." its own: the list's items, or the
-    object's values, with their `@key`."""
+    """The entries of a JSON file that is one object, in a stream: the items of its list at the key `inside`; with
+    `KEY.*` the values of the object there, with "." the file's own values, each with its `@key`."""
+    within, values = inside.removesuffix(".*"), inside.endswith(".*")
     known = False
     for number, (key, line, value) in enumerate(read_members(path)):
+        known = known or inside == "." or key == within
         if inside == ".":
             yield keyed(path, key, value)
-        elif key == inside and isinstance(value, dict) and not known:
-            yield from (keyed(path, *member) for member in value.items())
-        elif key == inside:
+        elif key == within and not values:
             yield f"{path} line {line} entry {number}", value
-        known = known or inside in (".", key)
+        elif key == within and isinstance(value, dict):
+            yield from (keyed(path, *member) for member in value.items())
     if not known:
-        raise UserError(f"{path}: has no field {inside!r}; is it the right file?")
+        raise UserError(f"{path}: has no field {within!r}, or nothing in it; is it the right file?")
 
 
 def keyed(path: Path, key: str, entry: Any) -> tuple[str, Any]:

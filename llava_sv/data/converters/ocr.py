@@ -1,5 +1,5 @@
 """Text that annotators read in pictures becomes "what is written here?": ICDAR's JSON (`icdar_text`: LSVT, ArT),
-COCO-Text (`coco_text`), HierText (`hiertext`) and one text file a picture (`text_files`: MTWI, Uber-Text). Called
+COCO-Text (`coco_text`), HierText (`hiertext`) and one text file a picture (`ocr_files`: MTWI, Uber-Text). Called
 through `get_converter`.
 
 What is marked illegible is left out, and so are pictures with nothing legible in them. Texts follow in reading order,
@@ -8,9 +8,9 @@ one a line. Options:
     image   template of the picture's name with {id} in it, or a list of them of which the first that exists is taken
     words   true: boxes hold single words, and those side by side share a line
     sets    (coco_text) the parts to take, of train, val and test
-    tabs    (text_files) true: a tab stands before the text, and one after it; otherwise eight numbers and the text are
+    tabs    (ocr_files) true: a tab stands before the text, and one after it; otherwise eight numbers and the text are
             parted by commas
-    prefix  (text_files) what the annotation file's name has before the picture's
+    prefix  (ocr_files) what the annotation file's name has before the picture's
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _hiertext(inputs: Inputs, entry: Any) -> dict[str, Any]:
     return _record(inputs, entry["image_id"], _named_image(inputs, entry["image_id"]), texts)
 
 
-def text_files(inputs: Inputs) -> Iterator[Item]:
+def ocr_files(inputs: Inputs) -> Iterator[Item]:
     """A text file for each picture, a line for each text: its outline's numbers, then the text."""
     prefix = inputs.option("prefix", "")
     for path in inputs.files:

@@ -2,7 +2,7 @@
 
 {data: [{title, paragraphs: [{context, qas: [{id, question, answers: [{text}], is_impossible}]}]}]}; a paragraph becomes
 a conversation, of text alone: the paragraph opens the first question. Option `image`: name of a paragraph's field with
-its picture's file; then the picture takes the text's place. Where questions may have no answer (SQuAD 2), every question
+its picture's file; then the picture takes the text's place. Where questions may have no answer (SQuAD 2), each
 says what to answer then.
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.data.trees.files import save_json, save_picture
-from tests.data.trees.parquet import PICTURE, TURNS, pixels, save_parquet
+from tests.data.trees.layouts import pixels, save_parquet
 
 
 def said(question: str, answer: str) -> list[dict[str, str]]:
@@ -56,7 +56,7 @@ def mathverse(root: Path) -> int:
             "question_for_eval": "Find the area of the shaded region.",
         },
     ]
-    save_parquet(root / "MathVerse/testmini.parquet", rows, image=PICTURE)
+    save_parquet(root / "MathVerse/testmini.parquet", rows)
     return 3
 
 
@@ -173,8 +173,8 @@ def geo170k(root: Path) -> int:
     captions = [{"image": f"geo3k/train/{n}.png", "conversations": said(asked, f"Angle {n} is right.")} for n in (1, 2)]
     question = "<image>\nFirst perform reasoning, then finally select the question from the choices.\nQuestion: Find x."
     answers = [{"image": "geo3k/train/1.png", "conversations": said(question, "x = 2, so the answer is: Answer:B")}]
-    save_parquet(folder / "data/alignment-00000-of-00001.parquet", captions, conversations=TURNS)
-    save_parquet(folder / "data/qa_tuning-00000-of-00001.parquet", answers, conversations=TURNS)
+    save_parquet(folder / "data/alignment-00000-of-00001.parquet", captions)
+    save_parquet(folder / "data/qa_tuning-00000-of-00001.parquet", answers)
     for entry in captions:
         save_picture(folder / "images" / str(entry["image"]))
     return 3

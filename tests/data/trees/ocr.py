@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.data.trees.files import save_json, save_picture
+from tests.data.trees.layouts import pixels, save_parquet
 from tests.data.trees.math import said
-from tests.data.trees.parquet import PICTURE, TURNS, pixels, save_parquet
 
 GT_MAT = (
     "c-r%I4DoSvQZUssQ1EpO(M`+DNmU5QNi0drFUqx2D9A6)tk6+#E=o--Nlj76&$ChpPApOI%P&(fGE^`$wK6ucGBQ;#GB7e@AOkRZ`tk!Qe;}@y"
@@ -163,7 +163,7 @@ def textocr_gpt4v(root: Path) -> int:
         }
         for name in ("0a1b", "0a2c", "0a3d")
     ]
-    save_parquet(root / "textocr-gpt4v/data/train-00000-of-00001.parquet", rows, image=PICTURE)
+    save_parquet(root / "textocr-gpt4v/data/train-00000-of-00001.parquet", rows)
     return 3
 
 
@@ -258,7 +258,7 @@ def _onevision(root: Path, folder: str, asked: list[tuple[str, str, str]]) -> in
         for name, question, answer in asked
     ]
     path = root / f"LLaVA-OneVision-Data/{folder}/train-00000-of-00001.parquet"
-    save_parquet(path, rows, image=PICTURE, conversations=TURNS)
+    save_parquet(path, rows)
     return len(rows)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.data.trees.files import save_json, save_picture
-from tests.data.trees.parquet import PICTURE, pixels, save_parquet
+from tests.data.trees.layouts import pixels, save_parquet
 
 
 def multimodal_self_instruct(root: Path) -> int:
@@ -33,7 +33,7 @@ def multimodal_self_instruct(root: Path) -> int:
             "answer": "North\nEast",
         },
     ]
-    save_parquet(root / "Multi-modal-Self-instruct/data/train-00000-of-00001.parquet", rows, image=PICTURE)
+    save_parquet(root / "Multi-modal-Self-instruct/data/train-00000-of-00001.parquet", rows)
     return len(rows)
 
 
