@@ -39,7 +39,6 @@ CONVERTERS: dict[str, str] = {
     "textcaps": "captions:textcaps",
     "tqa": "diagrams:tqa",
     "vg_regions": "visual_genome:vg_regions",
-    "vizwiz": "vqa_pairs:vizwiz",
     "vqa_pairs": "vqa_pairs:vqa_pairs",
     "webdataset": "webdataset:webdataset",
 }

@@ -10,25 +10,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from llava_sv.data.converters.attempt import attempt, text
+from llava_sv.data.converters.field_files import object_entries
 from llava_sv.data.converters.items import Inputs, Item, conversation
 from llava_sv.data.converters.prompts import DESCRIBE
-from llava_sv.data.json_stream import read_members
-from llava_sv.errors import UserError
 
 
 def coco_captions(inputs: Inputs) -> Iterator[Item]:
     """One record a caption."""
     for path in inputs.files:
-        names = {
-            image["id"]: image.get("file_name")
-            for key, _, image in read_members(path)
-            if key == "images" and isinstance(image, dict) and "id" in image
-        }
-        if not names:
-            raise UserError(f"{path}: has no 'images'; expected COCO's captions, as published")
-        for key, line, annotation in read_members(path):
-            if key == "annotations":
-                yield attempt(f"{path} line {line}", _coco, inputs, annotation, names)
+        found = (image for _, image in object_entries(path, "images") if isinstance(image, dict))
+        names = {image.get("id"): image.get("file_name") for image in found}
+        for where, annotation in object_entries(path, "annotations"):
+            yield attempt(where, _coco, inputs, annotation, names)
 
 
 def _coco(inputs: Inputs, annotation: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
@@ -44,10 +37,8 @@ def textcaps(inputs: Inputs) -> Iterator[Item]:
     every = inputs.option("captions", "first") == "all"
     for path in inputs.files:
         seen: set[str] = set()
-        for key, line, entry in read_members(path):
-            if key != "data":
-                continue
-            item = attempt(f"{path} line {line}", _textcaps, inputs, entry)
+        for where, entry in object_entries(path, "data"):
+            item = attempt(where, _textcaps, inputs, entry)
             name = item.record["image"] if item.record is not None else ""
             if every or not name or name not in seen:
                 yield item

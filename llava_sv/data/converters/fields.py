@@ -19,6 +19,7 @@ its suffix) or `{name:2-9}` (characters 2 up to 9) in it.
     words         answers to put into other words: {"0": "No", "1": "Yes"}
     no_answer     what stands for an empty answer (default: that is a problem)
     where         {name: value or list of values}: other entries are left out
+    below         {name: number}: so are entries at or above it (the other splits of one file)
     id            name or template; otherwise source, file and number
     parse         names of text fields that hold JSON, or a list or dict as Python writes it
     strip         marks to take out of questions and answers, such as another project's `<|image|>`
@@ -75,6 +76,7 @@ class Fields:
     words: dict[str, str] = field(default_factory=dict)
     no_answer: str = ""
     where: dict[str, Any] = field(default_factory=dict)
+    below: dict[str, float] = field(default_factory=dict)
     id: str = ""
     parse: tuple[str, ...] = ()
     strip: tuple[str, ...] = ()
@@ -87,11 +89,11 @@ class Fields:
         return PROMPTS.get(self.prompt, self.prompt)
 
     def keeps(self, entry: dict[str, Any]) -> bool:
-        """Whether the entry is one of those that `where` asks for."""
+        """Whether the entry is one of those that `where` and `below` ask for."""
         for name, wanted in self.where.items():
             if lookup(entry, name, None) not in (wanted if isinstance(wanted, list) else [wanted]):
                 return False
-        return True
+        return all(lookup(entry, name) < limit for name, limit in self.below.items())
 
     def images(self, entry: dict[str, Any]) -> list[str]:
         """The names of the entry's pictures, as its files give them."""

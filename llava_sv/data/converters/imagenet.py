@@ -22,7 +22,7 @@ from llava_sv.errors import UserError
 
 CLASSES = ".txt"
 NAME = "What is the main object in the image?"
-IS_IT = "Is the main object in the image a {name}?"
+IS_IT = "Is this the main object in the image: {name}?"
 
 
 def imagenet(inputs: Inputs) -> Iterator[Item]:
@@ -40,7 +40,11 @@ def imagenet(inputs: Inputs) -> Iterator[Item]:
 def _classes(path: Path) -> dict[str, str]:
     """The first name of each class by its id."""
     names: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (near byte {error.start}); save it as UTF-8") from error
+    for number, line in enumerate(lines, 1):
         identity, _, words = line.strip().partition(" ")
         if identity and not words:
             raise UserError(f"{path} line {number}: expected a class and its names, found {line[:80]!r}")

@@ -18,8 +18,8 @@ from typing import Any
 
 from llava_sv.constants import DEFAULT_IMAGE_TOKEN
 from llava_sv.data.converters.attempt import attempt
+from llava_sv.data.converters.field_files import numbered
 from llava_sv.data.converters.items import Inputs, Item
-from llava_sv.data.converters.read import entries
 from llava_sv.data.records import check_record
 
 ROLES = {
@@ -39,7 +39,7 @@ AFTER_CROP = "Look at that region and answer the question."
 def llava_json(inputs: Inputs) -> Iterator[Item]:
     """One record an entry."""
     for path in inputs.files:
-        for number, (where, entry) in enumerate(entries(path)):
+        for number, (where, entry) in enumerate(numbered(path)):
             yield attempt(where, _record, inputs, entry, where, f"{path.stem}-{number}")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_sv.data.converters.attempt import attempt, text
+from llava_sv.data.converters.field_files import numbered
 from llava_sv.data.converters.items import Inputs, Item, conversation
 from llava_sv.data.converters.prompts import choices
 from llava_sv.data.converters.read import entries, table
@@ -40,7 +41,7 @@ def vg_regions(inputs: Inputs) -> Iterator[Item]:
     """One record a region; one that repeats a phrase of its picture in the same place is left out."""
     pictures = _pictures(inputs)
     for path in _others(inputs):
-        for where, entry in entries(path):
+        for where, entry in numbered(path):
             if not isinstance(entry, dict) or not isinstance(entry.get("regions"), list):
                 yield Item(where, problem="has no list 'regions'")
                 continue

@@ -1,10 +1,9 @@
-"""Questions with several people's answers: VQAv2's pairs of files and VizWiz's array arrive, records leave.
+"""Questions and several people's answers in two files, as VQAv2 has them: the files arrive, records leave.
 
 vqa_pairs: files that hold {"questions": [{image_id, question, question_id}]} and files that hold {"annotations":
 [{question_id, multiple_choice_answer, answers: [{answer}]}]}, in any order (VQAv2, OK-VQA).
     image          a template of the picture's name, such as COCO_train2014_{image_id:012d}.jpg
     per [image]    one record a picture, with all its questions, or one a `question`
-vizwiz: [{image, question, answers: [{answer}]}]; a question that most could not answer is answered `Unanswerable`.
 
 The answer is `multiple_choice_answer`, or what most people said. As in LLaVA-1.5's mixture, the instruction to answer
 shortly stands once in a conversation, after its first question.
@@ -15,14 +14,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from llava_sv.data.converters.attempt import attempt, text
+from llava_sv.data.converters.attempt import text
 from llava_sv.data.converters.items import Inputs, Item, conversation
-from llava_sv.data.converters.prompts import SHORT, UNANSWERABLE, most_common, short
-from llava_sv.data.converters.read import entries
+from llava_sv.data.converters.prompts import most_common, short
 from llava_sv.data.json_stream import read_members
 from llava_sv.errors import UserError
-
-CANNOT = "unanswerable"
 
 
 def vqa_pairs(inputs: Inputs) -> Iterator[Item]:
@@ -31,9 +27,9 @@ def vqa_pairs(inputs: Inputs) -> Iterator[Item]:
     asked: list[tuple[str, Any]] = []
     for path in inputs.files:
         known = False
-        for key, line, entry in read_members(path):
+        for number, (key, line, entry) in enumerate(read_members(path)):
             known = known or key in ("questions", "annotations")
-            where = f"{path} line {line}"
+            where = f"{path} line {line} entry {number}"
             if key == "questions":
                 asked.append((where, entry))
             elif key == "annotations":
@@ -77,19 +73,3 @@ def _answer(entry: dict[str, Any]) -> str:
     given = entry.get("multiple_choice_answer")
     found = given.strip() if isinstance(given, str) else ""
     return found or most_common([text(one, "answer") for one in entry["answers"]])
-
-
-def vizwiz(inputs: Inputs) -> Iterator[Item]:
-    """One record a question, each has its own picture."""
-    for path in inputs.files:
-        for where, entry in entries(path):
-            yield attempt(where, _vizwiz, inputs, entry)
-
-
-def _vizwiz(inputs: Inputs, entry: dict[str, Any]) -> dict[str, Any]:
-    image, question = text(entry, "image"), text(entry, "question")
-    given = [str(one["answer"]).strip() for one in entry["answers"]]
-    answer = most_common([one for one in given if one])
-    answer = "Unanswerable" if answer.lower() == CANNOT else answer
-    identity = image.rpartition(".")[0] or image
-    return conversation(identity, [(f"{question}\n{UNANSWERABLE}\n{SHORT}", answer)], [inputs.image(image)])

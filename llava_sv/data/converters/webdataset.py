@@ -63,11 +63,12 @@ def _caption(parts: dict[str, Any], wanted: str) -> str:
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(key, {suffix: TarInfo of a picture, or bytes of a text, None where too long}) of each run of members."""
-    current = ""
+    current, end = "", 0
     parts: dict[str, Any] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if member.isdir():
                     continue
                 _check(path, member)
@@ -84,6 +85,15 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{path}: cannot be read as an uncompressed tar ({str(error).splitlines()[0]})") from error
     if parts:
         yield current, parts
+    _check_end(path, end)
+
+
+def _check_end(path: Path, end: int) -> None:
+    """tarfile takes a damaged header for the end: after the last member, `end` bytes on, there must be a zero block."""
+    with path.open("rb") as file:
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise UserError(f"{path}: is damaged or cut off at byte {end}; fetch it again")
 
 
 def _part(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> Any:
