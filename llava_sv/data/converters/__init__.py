@@ -35,6 +35,7 @@ CONVERTERS: dict[str, str] = {
     "squad": "squad:squad",
     "synthtext": "synthtext:synthtext",
     "table_fields": "field_files:table_fields",
+    "tabmwp": "tabmwp:tabmwp",
     "text_fields": "field_files:text_fields",
     "textcaps": "captions:textcaps",
     "tqa": "diagrams:tqa",

@@ -29,7 +29,7 @@ def arxivqa(inputs: Inputs) -> Iterator[Item]:
 def _record(inputs: Inputs, entry: Any) -> dict[str, Any]:
     texts = options_of(entry["options"])
     exchange = prompts.choices(entry["question"], texts, label_of(entry["label"], entry["options"], texts))
-    return conversation(entry["id"], [exchange], [inputs.image(entry["image"])])
+    return conversation(f"{inputs.source.name}/{entry['id']}", [exchange], [inputs.image(entry["image"])])
 
 
 def options_of(options: Any) -> list[str]:

@@ -79,4 +79,4 @@ def _tqa_record(inputs: Inputs, number: str, question: dict[str, Any]) -> dict[s
         raise ValueError(f"answer {answer!r} is none of {', '.join(string.ascii_lowercase[: len(options)])}")
     exchange = prompts.choices(question["beingAsked"]["processedText"], texts, index)
     images = [inputs.image(question["imagePath"])] if "imagePath" in question else []
-    return conversation(question.get("globalID") or f"{inputs.source.name}/{number}", [exchange], images)
+    return conversation(f"{inputs.source.name}/{question.get('globalID', number)}", [exchange], images)
