@@ -1,7 +1,7 @@
 """TabMWP's `problems_train.json`, arithmetic over pictures of tables: `tabmwp`. Called through `get_converter`.
 
-{number: {question, unit, choices, answer, solution, ...}}; the picture is `NUMBER.png`. Option `answer`: `solution` (the
-default: the worked solution) or `answer` (the final answer alone, for a word or phrase).
+{number: {question, unit, choices, answer, solution, ...}}; the picture is `NUMBER.png`. Option `answer`: `solution`
+(the default: the worked solution) or `answer` (the final answer alone, for a word or phrase).
 """
 
 from __future__ import annotations
