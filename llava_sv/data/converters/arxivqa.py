@@ -1,8 +1,8 @@
 """ArXivQA's JSONL: multiple-choice questions about figures, whose options were written in many ways: `arxivqa`. Called
 through `get_converter`.
 
-{id, image, question, options: ["A) ...", ...], label: "B", rationale}. The options' own letters are taken off, to be put
-before them in the one way of all sources; the label is read by its letter or by the option's words.
+{id, image, question, options: ["A) ...", ...], label: "B", rationale}. The options' own letters are taken off, and put
+before them again in the one way of all sources; the label is read by its letter or by the option's words.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def arxivqa(inputs: Inputs) -> Iterator[Item]:
 def _record(inputs: Inputs, entry: Any) -> dict[str, Any]:
     texts = options_of(entry["options"])
     exchange = prompts.choices(entry["question"], texts, label_of(entry["label"], entry["options"], texts))
-    return conversation(entry["id"], [exchange], [inputs.image(entry["image"])])
+    return conversation(f"{inputs.source.name}/{entry['id']}", [exchange], [inputs.image(entry["image"])])
 
 
 def options_of(options: Any) -> list[str]:

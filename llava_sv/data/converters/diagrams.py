@@ -1,5 +1,5 @@
-"""Questions about textbook diagrams, by the Allen Institute: AI2D (`ai2d`, a JSON file a picture) and TQA (`tqa`, lessons
-with their questions). Called through `get_converter`."""
+"""Questions about textbook diagrams, by the Allen Institute: AI2D (`ai2d`, a JSON file a picture) and TQA (`tqa`,
+lessons with their questions). Called through `get_converter`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from llava_sv.data.converters import prompts, read
 from llava_sv.data.converters.attempt import attempt
 from llava_sv.data.converters.items import Inputs, Item, conversation
 
-def ai2d(inputs: Inputs) -> Iterator[Item]:
-    """{imageName, questions: {question: {answerTexts, correctAnswer (from 0), abcLabel}}} becomes a conversation a picture.
 
-    `abcLabel` marks questions about the picture with letters in its labels' places. Those pictures have a folder of their
-    own (option `labelled`); where it is absent, these questions are left out, for the picture alone cannot answer them.
-    A `.csv` among the annotations lists pictures, by number, that belong to the test: they are left out.
+def ai2d(inputs: Inputs) -> Iterator[Item]:
+    """{imageName, questions: {question: {answerTexts, correctAnswer (from 0), abcLabel}}}: a conversation a picture.
+
+    `abcLabel` marks questions about the picture with letters in its labels' places. Those pictures have a folder of
+    their own (option `labelled`); where it is absent, these questions are left out, for the picture alone cannot answer
+    them. A `.csv` among the annotations lists pictures, by number, that belong to the test: they are left out.
     """
     tests = {
         line.strip() for path in inputs.files if path.suffix == ".csv" for line in path.read_text("utf-8").splitlines()
@@ -49,9 +50,9 @@ def _ai2d_record(inputs: Inputs, whole: Any, marked: bool, folder: str) -> dict[
 
 
 def tqa(inputs: Inputs) -> Iterator[Item]:
-    """[{questions: {diagramQuestions: {number: {beingAsked, answerChoices, correctAnswer, imagePath}}, nonDiagramQuestions}}].
+    """[{questions: {diagramQuestions: {number: {beingAsked, answerChoices, correctAnswer, imagePath}}, ...}}].
 
-    A record for each question about a diagram; option `text_questions`: for the others too.
+    A record for each question about a diagram; option `text_questions`: for the `nonDiagramQuestions` too.
     """
     kinds = ["diagramQuestions"] + (["nonDiagramQuestions"] if inputs.option("text_questions", False) else [])
     for path in inputs.files:
@@ -78,4 +79,4 @@ def _tqa_record(inputs: Inputs, number: str, question: dict[str, Any]) -> dict[s
         raise ValueError(f"answer {answer!r} is none of {', '.join(string.ascii_lowercase[: len(options)])}")
     exchange = prompts.choices(question["beingAsked"]["processedText"], texts, index)
     images = [inputs.image(question["imagePath"])] if "imagePath" in question else []
-    return conversation(question.get("globalID") or f"{inputs.source.name}/{number}", [exchange], images)
+    return conversation(f"{inputs.source.name}/{question.get('globalID', number)}", [exchange], images)

@@ -1,6 +1,6 @@
-"""Text that annotators read in pictures becomes "what is written here?": ICDAR's JSON (`icdar_text`: LSVT, ArT), COCO-Text
-(`coco_text`), HierText (`hiertext`) and one text file a picture (`text_files`: MTWI, Uber-Text). Called through
-`get_converter`.
+"""Text that annotators read in pictures becomes "what is written here?": ICDAR's JSON (`icdar_text`: LSVT, ArT),
+COCO-Text (`coco_text`), HierText (`hiertext`) and one text file a picture (`ocr_files`: MTWI, Uber-Text). Called
+through `get_converter`.
 
 What is marked illegible is left out, and so are pictures with nothing legible in them. Texts follow in reading order,
 one a line. Options:
@@ -8,9 +8,9 @@ one a line. Options:
     image   template of the picture's name with {id} in it, or a list of them of which the first that exists is taken
     words   true: boxes hold single words, and those side by side share a line
     sets    (coco_text) the parts to take, of train, val and test
-    tabs    (text_files) true: a tab stands before the text, and one after it; otherwise eight numbers and the text are
+    tabs    (ocr_files) true: a tab stands before the text, and one after it; otherwise eight numbers and the text are
             parted by commas
-    prefix  (text_files) what the annotation file's name has before the picture's
+    prefix  (ocr_files) what the annotation file's name has before the picture's
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _hiertext(inputs: Inputs, entry: Any) -> dict[str, Any]:
     return _record(inputs, entry["image_id"], _named_image(inputs, entry["image_id"]), texts)
 
 
-def text_files(inputs: Inputs) -> Iterator[Item]:
+def ocr_files(inputs: Inputs) -> Iterator[Item]:
     """A text file for each picture, a line for each text: its outline's numbers, then the text."""
     prefix = inputs.option("prefix", "")
     for path in inputs.files:
@@ -101,7 +101,9 @@ def text_files(inputs: Inputs) -> Iterator[Item]:
         except UnicodeDecodeError as error:
             yield Item(str(path), problem=f"is not UTF-8 text (near byte {error.start})")
             continue
-        yield from _item(inputs, str(path), name, _named_image(inputs, name), lines, lambda found: _lines(inputs, found))
+        yield from _item(
+            inputs, str(path), name, _named_image(inputs, name), lines, lambda found: _lines(inputs, found)
+        )
 
 
 def _lines(inputs: Inputs, lines: Sequence[str]) -> Iterator[tuple[str, Box]]:
@@ -172,6 +174,8 @@ def _record(inputs: Inputs, name: Any, image: str, texts: Sequence[str]) -> dict
 def _named_image(inputs: Inputs, name: Any) -> str:
     """The reference to the picture of that name, where it exists, by the option `image`."""
     given = inputs.option("image", "{id}.jpg")
-    references = [inputs.image(one.replace("{id}", str(name))) for one in ([given] if isinstance(given, str) else given)]
+    references = [
+        inputs.image(one.replace("{id}", str(name))) for one in ([given] if isinstance(given, str) else given)
+    ]
     existing = (one for one in references if len(references) > 1 and Path(inputs.root, one).is_file())
     return next(existing, references[0])

@@ -27,6 +27,7 @@ def plotqa(inputs: Inputs) -> Iterator[Item]:
                 except ValueError as error:
                     yield Item(where, problem=str(error))
             if exchanges:
+                exchanges[0] = (prompts.short(exchanges[0][0]), exchanges[0][1])
                 name = inputs.image(image.replace("{id}", str(index)))
                 yield Item(first, conversation(f"{inputs.source.name}/{index}", spaced(exchanges, most), [name]))
 
@@ -35,7 +36,7 @@ def _exchange(entry: Any) -> tuple[str, str]:
     for name in ("image_index", "question_string", "answer"):
         if not isinstance(entry, dict) or entry.get(name) in (None, "", []):
             raise ValueError(f"has no {name!r}")
-    return prompts.short(str(entry["question_string"])), _answer(entry["answer"])
+    return str(entry["question_string"]), _answer(entry["answer"])
 
 
 def spaced(values: list[Any], most: int) -> list[Any]:

@@ -1,9 +1,9 @@
 """Paragraphs with questions about them, in SQuAD's JSON: `squad`. Called through `get_converter`.
 
-{data: [{title, paragraphs: [{context, qas: [{id, question, answers: [{text}], is_impossible}]}]}]}; a paragraph becomes a
-conversation, of text alone: the paragraph opens the first question. Option `image`: name of a paragraph's field with its
-picture's file; then the picture takes the text's place. Where questions may have no answer (SQuAD 2), every question says
-what to answer then.
+{data: [{title, paragraphs: [{context, qas: [{id, question, answers: [{text}], is_impossible}]}]}]}; a paragraph becomes
+a conversation, of text alone: the paragraph opens the first question. Option `image`: name of a paragraph's field with
+its picture's file; then the picture takes the text's place. Where questions may have no answer (SQuAD 2),
+the first says what to answer then.
 """
 
 from __future__ import annotations
@@ -53,5 +53,8 @@ def _exchanges(questions: Any) -> list[tuple[str, str]]:
         else:
             answers = [given["text"].strip() for given in one["answers"]]
             answer = prompts.most_common([given for given in answers if given])
-        exchanges.append((prompts.short(f"{question}\n{prompts.UNANSWERABLE}" if hint else question), answer))
+        exchanges.append((question, answer))
+    if exchanges:
+        question, answer = exchanges[0]
+        exchanges[0] = (prompts.short(f"{question}\n{prompts.UNANSWERABLE}" if hint else question), answer)
     return exchanges

@@ -21,7 +21,9 @@ def synthtext(inputs: Inputs) -> Iterator[Item]:
         found = read_texts(path, ("imnames", "txt"))
         for number, (name, texts) in enumerate(zip_longest(found["imnames"], found["txt"])):
             if name is None or texts is None:
-                raise UserError(f"{path}: has pictures without texts, or texts without pictures, from entry {number} on")
+                raise UserError(
+                    f"{path}: has pictures without texts, or texts without pictures, from entry {number} on"
+                )
             lines = [line.strip() for text in texts for line in text.splitlines()]
             text = "\n".join(line for line in lines if line)
             where = f"{path} entry {number}"
