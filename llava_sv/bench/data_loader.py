@@ -1,8 +1,8 @@
 """Images a second and core: through the data set that training reads, and through a plain PIL loop, in turn.
 
-Called by `bench.data_measure`. Both read the same JPEG files to 336 x 336 normalised float32 tensors. Training's side
-does more: records, conversation to ids and labels, padding to a square, the collated batch. Seconds are those of the
-process' CPU, on one thread: other work on the machine hardly touches them.
+Called by `bench.data_measure`. Both make the same pixels of the same JPEG files: RGB, padded to a square, 336 x 336,
+normalised, float32. Training's side does more: records, conversation to ids and labels, the collated batch. Seconds
+are those of the process' CPU, on one thread: other work on the machine hardly touches them.
 """
 
 from __future__ import annotations
@@ -31,13 +31,16 @@ PICTURES = 128
 ROUNDS = 5
 BATCH = 16
 SIDE = 336
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+"""CLIP's."""
 
 
 def measure_loader(folder: Path, seed: int) -> dict[str, Any]:
     """`loader_images_per_second`, `pil_images_per_second`, and the median over rounds of their ratio."""
     torch.set_num_threads(1)
     write_pictures(folder, PICTURES, seed)
-    dataset = _dataset(folder, seed)
+    dataset = make_dataset(folder, seed)
     paths = [folder / image for record in dataset.records for image in record.images]
     ours, plain = [], []
     _through_training(dataset), _through_pil(paths)  # what is only done once is done
@@ -63,21 +66,22 @@ def _through_training(dataset: LazySupervisedDataset) -> int:
 
 
 def _through_pil(paths: list[Path]) -> int:
-    mean = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-    std = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
-    done = 0
-    for start in range(0, len(paths), BATCH):
-        batch = []
-        for path in paths[start : start + BATCH]:
-            with Image.open(path) as file:
-                small = file.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-            pixels = (np.asarray(small, np.float32) / 255 - mean) / std
-            batch.append(torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))))
-        done += len(batch)
-    return done
+    return sum(len([plain_pixels(path) for path in paths[at : at + BATCH]]) for at in range(0, len(paths), BATCH))
 
 
-def _dataset(folder: Path, seed: int) -> LazySupervisedDataset:
+def plain_pixels(path: Path) -> torch.Tensor:
+    """[3, 336, 336] float32, by Pillow and numpy alone."""
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in MEAN.tolist()))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    small = np.asarray(square.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32)
+    pixels = (small / 255 - MEAN) / STD
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def make_dataset(folder: Path, seed: int) -> LazySupervisedDataset:
     """`PICTURES` of the synthetic records, each with one picture of `folder`."""
     made = folder / "made.json"
     write_records(made, 2 * PICTURES, seed, quiet=True)

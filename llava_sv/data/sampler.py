@@ -79,7 +79,7 @@ class LengthGroupedSampler(Sampler[int]):
 
 
 def in_pieces(parts: Iterable[np.ndarray]) -> Iterator[int]:
-    """The numbers of all parts as Python's, a few at a time: millions of them at once would take ten times the memory."""
+    """The numbers of all parts as Python's, a few at a time: all at once would take ten times the memory."""
     for part in parts:
         for start in range(0, len(part), PIECE):
             yield from part[start : start + PIECE].tolist()
