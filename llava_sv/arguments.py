@@ -168,7 +168,9 @@ def _pinpoints(text: str | None) -> list[list[int]] | None:
 class DataArguments:
     """What to train on."""
 
-    data_path: str | None = _flag(None, "Training records: LLaVA JSON (an array) or JSONL, or a folder that llava-sv data mix wrote.")
+    data_path: str | None = _flag(
+        None, "Training records: LLaVA JSON (an array) or JSONL, or a folder that data mix or data shard wrote."
+    )
     image_folder: str | None = _flag(None, "Folder that the records' image paths start from.")
     image_aspect_ratio: str = _flag(
         "pad",
