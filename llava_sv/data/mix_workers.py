@@ -14,6 +14,7 @@ import traceback
 from multiprocessing.connection import wait
 from typing import Any
 
+import pyarrow as pa
 from tqdm import tqdm
 
 from llava_sv.data.mix_parts import PartJob, make_part
@@ -114,6 +115,7 @@ def _side_by_side(todo: list[tuple[PartJob, str]], sizes: dict[str, int], worker
     # what is registered at run time, converters of the user's own among it, only a fork takes along
     methods = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
+    pa.array([""])  # its first array loads pandas: once here, and not again in each process
     failures: list[tuple[str, str, bool]] = []
     waiting = list(todo)
     running: dict[int, Any] = {}

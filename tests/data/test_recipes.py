@@ -155,7 +155,10 @@ def test_what_is_wrong_is_said_in_a_line(tmp_path, capsys, lines, fields, messag
         ("- a\n- b\n", r"r\.yaml: expected a recipe's fields .*, found a list"),
         ("", r"r\.yaml: expected a recipe's fields .*, found missing"),
         ("sources: [}\n", r"r\.yaml line 1 column 11: not plain YAML"),
-        ("sources: !!python/object/apply:os.system ['touch pwned']\n", r"r\.yaml line 1 column 10: not plain YAML: could"),
+        (
+            "sources: !!python/object/apply:os.system ['touch pwned']\n",
+            r"r\.yaml line 1 column 10: not plain YAML: could",
+        ),
         ("sources:\n  - source: !!python/name:os.system\n", r"r\.yaml line 2 column 13: not plain YAML: could"),
     ],
 )
@@ -169,5 +172,7 @@ def test_a_file_that_is_no_recipe(tmp_path, monkeypatch, text, message):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(UserError, match=r"no recipe 'sv-2m'; known: cos-pretrain, llava-558k, .*, or the path of a YAML"):
+    with pytest.raises(
+        UserError, match=r"no recipe 'sv-2m'; known: cos-pretrain, llava-558k, .*, or the path of a YAML"
+    ):
         read_recipe("sv-2m")
