@@ -18,7 +18,8 @@ HUB = "https://huggingface.co"
 WHERE = {
     "blip_laion_cc_sbu_558k.json": f"LLaVA-558K: {HUB}/datasets/liuhaotian/LLaVA-Pretrain (the JSON, and images.zip)",
     "llava_v1_5_mix665k.json": f"LLaVA-665K: {HUB}/datasets/liuhaotian/LLaVA-Instruct-150K; "
-    "its images: COCO train2017, GQA, OCR-VQA, TextVQA, Visual Genome",
+    "its images: COCO train2017, GQA, OCR-VQA, TextVQA, Visual Genome; "
+    "where each goes: llava-sv data mix llava-665k --list",
 }
 """Where the recipe's own annotation files come from, by file name."""
 
@@ -168,6 +169,8 @@ def _missing_data(name: str) -> str | None:
     hint = WHERE.get(Path(name).name, RECORDS)
     if "toy" in Path(name).parts:
         hint = "made by: llava-sv data toy"
+    if Path(name).parent.name == "mixtures":
+        hint = f"made by: llava-sv data mix {Path(name).name} (docs/Mixtures.md)"
     return f"training data (DATA, --data_path): no file {name}; {hint}"
 
 

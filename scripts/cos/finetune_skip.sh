@@ -4,7 +4,7 @@
 # LLaVA-665K, one epoch, batch 128, learning rate 1e-5, ZeRO-3, bf16, 8 GPUs.
 #   bash scripts/cos/finetune_skip.sh                          the real run
 #   PRESET=tiny bash scripts/cos/finetune_skip.sh              the embedded tiny models, on CPU
-#   DATA=playground/data/sv_1m.json bash scripts/cos/finetune_skip.sh      another mixture
+#   DATA=playground/data/mixtures/sv-1m bash scripts/cos/finetune_skip.sh  what llava-sv data mix sv-1m made
 #   PROJECTOR=cos_336 bash scripts/cos/finetune_skip.sh            16 + 64 retained, 256 merged to 64 and skipped
 # Starts from the projector that pretrain.sh left (ADAPTER), scaled up. The same command resumes an interrupted run.
 MM_FAMILY=cos

@@ -1,5 +1,5 @@
-"""Killed at any moment and run again, mixing and indexing end with the same bytes as undisturbed, and leave nothing else
-behind. A run is a process group of its own, killed whole by SIGKILL."""
+"""Killed at any moment and run again, mixing and indexing end with the same bytes as undisturbed, and leave nothing
+else behind. A run is a process group of its own, killed whole by SIGKILL."""
 
 from __future__ import annotations
 

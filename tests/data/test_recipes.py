@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from llava_sv import cli
+from llava_sv.data.recipe_table import renewed
 from llava_sv.data.recipes import built_in, read_recipe
+from llava_sv.data.sources import catalogue
 from llava_sv.errors import UserError
 from tests.data.mix_samples import recipe
 
@@ -169,6 +173,27 @@ def test_a_file_that_is_no_recipe(tmp_path, monkeypatch, text, message):
     with pytest.raises(UserError, match=message):
         read_recipe(path)
     assert [each.name for each in tmp_path.iterdir()] == ["r.yaml"]
+
+
+def test_the_page_shows_the_catalogue_as_it_is():
+    page = (Path(__file__).parents[2] / "docs/Mixtures.md").read_text(encoding="utf-8")
+    assert renewed(page) == page, "run: python -m llava_sv.data.recipe_table docs/Mixtures.md"
+    for name in catalogue():
+        assert page.count(f"\n| `{name}` |") == 1
+
+
+def test_a_recipe_written_as_the_page_shows_it(tmp_path):
+    page = (Path(__file__).parents[2] / "docs/Mixtures.md").read_text(encoding="utf-8")
+    path = tmp_path / "mine.yaml"
+    path.write_text(page.split("```yaml\n")[1].split("```")[0])
+    made = read_recipe(path)
+    assert [entry.wanted for entry in made.entries] == [2516, 10000, 61863, 20621, 5000]
+    assert sum(entry.wanted for entry in made.entries) == made.size == 100_000
+
+
+def test_a_page_without_room_for_the_tables():
+    with pytest.raises(UserError, match="the page has no <!-- sources: begin --> ... <!-- sources: end -->"):
+        renewed("# A page")
 
 
 def test_an_unknown_name_lists_the_known_ones():
