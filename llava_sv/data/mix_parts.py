@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +42,7 @@ ROW = np.dtype([("digest", "S16"), ("id", "<u8")])
 PROBLEMS_KEPT = 50
 PROGRESS_EVERY = 500
 FILES_LISTED = 1000
+_LINE = re.compile(r" line (\d+)(?!.* line \d)")
 
 
 @dataclass(frozen=True)
@@ -251,6 +253,6 @@ class _Records:
 
 
 def line_of(where: str) -> int:
-    """The line that ends `where`; 0 where it names none."""
-    number = where.rpartition(" line ")[2]
-    return int(number) if number.isdecimal() and number.isascii() else 0
+    """The line that `where` names; 0 where it names none."""
+    found = _LINE.search(where)
+    return int(found[1]) if found else 0

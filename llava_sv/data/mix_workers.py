@@ -132,7 +132,7 @@ def _side_by_side(todo: list[tuple[PartJob, str]], sizes: dict[str, int], worker
                 count.__enter__()
                 running[process.sentinel] = (process, job, count, ours)
             for sentinel in wait(list(running), timeout=1.0):
-                process, job, count, ours = running.pop(int(sentinel))  # type: ignore[call-overload]
+                process, job, count, ours = running.pop(sentinel)  # type: ignore[arg-type]
                 process.join()
                 failures += _said(process, job, ours)
                 count.__exit__()
