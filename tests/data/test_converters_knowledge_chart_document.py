@@ -95,12 +95,12 @@ EXPECTED: dict[str, list[dict]] = {
     ],
     "websrc": [
         record(
-            *("au080000100000", "websrc/auto/08/processed_data/0800001.png"),
+            *("au030054200000", "websrc/auto/03/processed_data/0300542.png"),
             *(f"<image>\nWhat is the price, in dollars?\n{SHORT}", "10,995"),
             *("Is it automatic?", "yes"),
         ),
         record(
-            *("au080000200000", "websrc/auto/08/processed_data/0800002.png"),
+            *("au030056200000", "websrc/auto/03/processed_data/0300562.png"),
             *(f"<image>\nWhat is the colour?\n{SHORT}", 'pearl "white"'),
         ),
     ],
@@ -293,7 +293,7 @@ def damage_entry(path: Path) -> None:
         pq.write_table(table.set_column(place, column, pa.array(values, table[column].type)), path)
     elif path.suffix == ".csv":
         header, _, *rest = path.read_text().splitlines(keepends=True)
-        path.write_text("".join([header, "What?,au089999900000,1,2,\n", *rest]))
+        path.write_text("".join([header, "What?,au039999900000,1,2,\n", *rest]))
     elif path.suffix == ".txt":
         path.write_text(" \n")
     elif path.suffix == ".jsonl":

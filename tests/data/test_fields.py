@@ -63,6 +63,7 @@ QA = {"question": "q", "answer": "a"}
             ["Hint\nWhy?", "3 cm"],
         ),
         ({"q": ["Who?", "Where?"], "a": ["Ada", ["Rome", "Roma"]]}, QA, ["Who?", "Ada", "Where?", "Rome"]),
+        ({"q": "Why?", "a": "<x>"}, QA | {"strip": "<x>", "no_answer": "Unanswerable"}, ["Why?", "Unanswerable"]),
         ({"q": "<|image|>Why? <x>", "a": "So<x>."}, QA | {"strip": ["<|image|>", "<x>"]}, ["Why?", "So."]),
         (
             {"t": [{"q": "Who?", "a": ["x"]}, {"q": "Where?", "a": "y"}]},
@@ -147,7 +148,8 @@ def test_pictures(tmp_path, entry, image, references):
         ({"i": "a.png", "q": "Why?", "a": " "}, "has no answer"),
         ({"i": "a.png", "q": "Why?", "a": []}, "has no answer"),
         ({"i": "a.png", "q": ["Who?", "Why?"], "a": ["x"]}, "2 questions in 'q' but 1 answers"),
-        ({"i": "a.png", "q": [], "a": []}, "0 questions"),
+        ({"i": "a.png", "q": [], "a": []}, "holds no question with an answer"),
+        ({"i": "a.png", "q": ["Who?"], "a": [""]}, "question 0: has no answer"),
     ],
 )
 def test_wrong_entries(tmp_path, entry, says):
@@ -178,6 +180,21 @@ def test_wrong_turns(tmp_path, turns, says):
     assert says in item.problem
 
 
+@pytest.mark.parametrize(
+    ("entry", "options"),
+    [
+        ({"q": ["Who?", "Where?", "Why?"], "a": ["x", None, "z"]}, QA),
+        ({"t": [["Who?", "x"], ["Where?", " "], ["Why?", "z"]]}, {"turns": "t"}),
+        ({"t": [{"q": "Who?", "a": "x"}, {"q": "Where?"}, {"q": "Why?", "a": "z"}]}, QA | {"turns": "t"}),
+    ],
+)
+def test_one_of_several_questions_is_wrong(tmp_path, entry, options):
+    """It is named, and the others make the record."""
+    record, problem = converted(tmp_path, entry, **options)
+    assert said(record) == ["Who?", "x", "Why?", "z"]
+    assert (problem.problem, problem.where) == ("question 1: has no answer", record.where)
+
+
 def test_forms_of_turns():
     pairs = [("Who?", "x"), ("Why?", "y")]
     for one, other in (("user", "assistant"), ("question", "answer")):
@@ -199,6 +216,8 @@ def test_where_and_id(tmp_path):
     entries = [{"n": index, "k": kind, "q": "Why?", "a": "So."} for index, kind in enumerate("abca")]
     items = converted(tmp_path, *entries, where={"k": ["a", "c"]}, id="x{n:02d}", **QA)
     assert [item.record["id"] for item in items if item.record] == ["x00", "x02", "x03"]
+    items = converted(tmp_path, *entries, where={"{q:0-1}{n}": ["W0", "W3"], "{absent}": None}, id="n", **QA)
+    assert [item.record["id"] for item in items if item.record] == ["0", "3"]
     items = converted(tmp_path, *entries, where={"k": "b", "absent": None}, id="n", **QA)
     assert [item.record["id"] for item in items if item.record] == ["1"]
 
@@ -429,5 +448,6 @@ def test_damage_at_random(tmp_path):
     for chosen in options:
         items = converted(tmp_path, *entries, **chosen)
         assert all((item.record is None) == bool(item.problem) for item in items)
+        assert len(items) >= (600 if chosen.keys().isdisjoint({"where", "together"}) else 1)
         assert all("\n" not in item.problem for item in items)
         assert sum(item.record is not None for item in items) >= (1 if "together" in chosen else 300)
