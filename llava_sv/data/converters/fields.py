@@ -103,7 +103,7 @@ class Fields:
             value = fill(name, entry, None) if "{" in name else lookup(entry, name, None)
             if value not in (wanted if isinstance(wanted, list) else [wanted]):
                 return False
-        return all(lookup(entry, name) < limit for name, limit in self.below.items())
+        return all(_number(entry, name) < limit for name, limit in self.below.items())
 
     def images(self, entry: dict[str, Any]) -> list[str]:
         """The names of the entry's pictures, as its files give them."""
@@ -192,6 +192,13 @@ def _sound(exchanges: Sequence[Callable[[], Exchange]]) -> tuple[list[Exchange],
         except ValueError as error:
             problems.append(f"question {number}: {error}")
     return made, problems
+
+
+def _number(entry: dict[str, Any], name: str) -> float:
+    value = lookup(entry, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise EntryError(f"{name!r} is {value!r}, no number")
+    return value
 
 
 def fields_of(inputs: Inputs, also: Sequence[str] = ()) -> Fields:
