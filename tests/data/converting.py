@@ -72,3 +72,17 @@ def picture_at(root: Path, text: str) -> Image.Image:
     picture = Image.open(io.BytesIO(data))
     picture.load()
     return picture
+
+
+def record(identity: str, image: str | list[str] | None, *said: str) -> dict[str, Any]:
+    """A record written out by hand."""
+    turns = [{"from": ("human", "gpt")[index % 2], "value": value} for index, value in enumerate(said)]
+    return {"id": identity} | ({"image": image} if image else {}) | {"conversations": turns}
+
+
+def has_picture(root: Path, text: str) -> bool:
+    ref = parse_ref(text)
+    if ref.column is None:
+        return (root / ref.path).is_file()
+    value = pq.read_table(root / ref.path)[ref.column][ref.row].as_py()
+    return bool((value if ref.item is None else value[ref.item])["bytes"])

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llava_sv.data.json_stream import read_values
+from llava_sv.data.json_stream import read_members, read_values
 from llava_sv.errors import UserError
 
 ROWS_AT_ONCE = 256
@@ -22,6 +22,18 @@ def entries(path: Path) -> Iterator[tuple[str, Any]]:
     """(where, value) of each element of a JSON array or line of JSONL, as a stream."""
     for line, value in read_values(path):
         yield f"{path} line {line}", value
+
+
+def elements(path: Path, key: str) -> Iterator[tuple[str, int, Any]]:
+    """(where, number, value) of each element of the list at `key` of a file that is one JSON object, as a stream.
+    `UserError` for a file with nothing there."""
+    number = -1
+    for found, line, value in read_members(path):
+        if found == key:
+            number += 1
+            yield f"{path} line {line}: {key}[{number}]", number, value
+    if number < 0:
+        raise UserError(f"{path}: has nothing in {key!r}; is it the right file?")
 
 
 def document(path: Path) -> Any:

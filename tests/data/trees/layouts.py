@@ -26,6 +26,11 @@ def save_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def pixels(name: str) -> dict[str, Any]:
+    """A picture as a column holds it."""
+    return {"bytes": picture_bytes(name), "path": name}
+
+
 def cauldron(path: Path, source: str, rows: list[tuple[list[str], list[tuple[str, str]]]]) -> Path:
     """Rows of (pictures' names, (question, answer) pairs) as the Cauldron and Docmatix hold them: lists of {bytes,
     path} and of {user, assistant, source}."""
