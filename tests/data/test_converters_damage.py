@@ -239,9 +239,10 @@ def test_anything_anywhere_is_a_problem_and_no_crash(name, tmp_path):
         place = rng.choice(places(whole)[1:])
         put(rng.choice(JUNK), *place)(whole)
         path.write_text("\n".join(map(json.dumps, whole)) if lines else json.dumps(whole), encoding="utf-8")
+        message, items = str(path), []
         try:
             items = convert(name, tmp_path)
         except UserError as error:
-            assert str(path) in str(error)
-        else:
-            assert all(item.record is not None or item.problem for item in items)
+            message = str(error)
+        assert str(path) in message
+        assert all(item.record is not None or item.problem for item in items)
