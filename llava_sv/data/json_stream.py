@@ -172,8 +172,9 @@ def _element(window: _Window) -> tuple[int, Any]:
     while True:
         try:
             value, end = _DECODER.raw_decode(window.text, window.at)
-            if end == len(window.text) and isinstance(value, int | float) and window.fill():
-                continue  # a number that the window's end may have cut
+            if isinstance(value, (int, float)) and len(window.text) - end <= 2 and not window._ended:
+                window.fill()  # the window's end may have cut the number, as in `1|2` or `1.5e+|3`
+                continue
             window.at = end
             return line, value
         except json.JSONDecodeError as error:

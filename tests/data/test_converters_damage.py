@@ -60,8 +60,8 @@ JSON_DAMAGE = {
         "data[2]",
         "no answers",
     ),
-    "textvqa": ("textvqa/TextVQA_0.5.1_train.json", put([], "data", 1, "answers"), "entry 4", "has no answer"),
-    "st-vqa": ("ST-VQA/train_task_3.json", put(None, "data", 0, "file_path"), "entry 1", "has no picture"),
+    "textvqa": ("textvqa/TextVQA_0.5.1_train.json", put([], "data", 1, "answers"), "entry 1", "has no answer"),
+    "st-vqa": ("ST-VQA/train_task_3.json", put(None, "data", 0, "file_path"), "entry 0", "has no picture"),
     "ocrbench-kv": ("ocrbench_kv/train.json", drop(0, "conversations"), "entry 0", "has no field 'conversations'"),
     "ocr-vqa": (
         "ocr_vqa/dataset.json",

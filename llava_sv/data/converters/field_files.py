@@ -60,7 +60,8 @@ def numbered(path: Path) -> Iterator[tuple[str, Any]]:
 
 def marked(inputs: Inputs, path: Path, found: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     """The entries, each with what its file's path tells."""
-    names = {"@stem": path.stem, "@dir": inputs.relative(path.parent), "@parent": inputs.relative(path.parent.parent)}
+    folder = Path(inputs.relative(path)).parent
+    names = {"@stem": path.stem, "@dir": folder.as_posix(), "@parent": folder.parent.as_posix()}
     for number, (where, entry) in enumerate(found):
         yield where, entry | names | {"@number": number} if isinstance(entry, dict) else entry
 
@@ -69,13 +70,14 @@ def object_entries(path: Path, inside: str) -> Iterator[tuple[str, Any]]:
     """The entries of a JSON file that is one object, in a stream: the items of its list at the key `inside`; with
     `KEY.*` the values of the object there, with "." the file's own values, each with its `@key`."""
     within, values = inside.removesuffix(".*"), inside.endswith(".*")
-    known = False
-    for number, (key, line, value) in enumerate(read_members(path)):
+    known, number = False, 0
+    for key, line, value in read_members(path):
         known = known or inside == "." or key == within
         if inside == ".":
             yield keyed(path, key, value)
         elif key == within and not values:
             yield f"{path} line {line} entry {number}", value
+            number += 1
         elif key == within and isinstance(value, dict):
             yield from (keyed(path, *member) for member in value.items())
     if not known:

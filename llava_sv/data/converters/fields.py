@@ -18,7 +18,7 @@ its suffix) or `{name:2-9}` (characters 2 up to 9) in it.
     prompt        what follows a record's first question: none, short, letter, caption, detail, or any text
     words         answers to put into other words: {"0": "No", "1": "Yes"}
     no_answer     what stands for an empty answer (default: that is a problem)
-    where         {name: value or list of values}: other entries are left out
+    where         {name or template: value or list of values}: other entries are left out
     below         {name: number}: so are entries at or above it (the other splits of one file)
     id            name or template; otherwise source, file and number
     parse         names of text fields that hold JSON, or a list or dict as Python writes it
@@ -31,7 +31,8 @@ its suffix) or `{name:2-9}` (characters 2 up to 9) in it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
+from functools import partial
 from typing import Any
 
 from llava_sv.data.converters import prompts
@@ -45,6 +46,7 @@ from llava_sv.data.converters.values import (
     lookup,
     pairs_of,
     parsed,
+    slots,
     text_of,
 )
 from llava_sv.errors import UserError
@@ -83,6 +85,13 @@ class Fields:
     together: str = ""
     apart: bool = False
 
+    def columns(self) -> set[str]:
+        """The names of the entry's own fields that the options speak of; of a dotted name, the first part as well."""
+        names = {self.question, self.answer, self.answers, self.turns, *self.choices, *self.parse}
+        for text in (*self.image, *self.where, *self.below, self.question_text, self.answer_text, self.id):
+            names |= slots(text) if "{" in text else {text}
+        return names | {name.split(".")[0] for name in names}
+
     @property
     def instruction(self) -> str:
         """What follows a record's first question."""
@@ -91,9 +100,10 @@ class Fields:
     def keeps(self, entry: dict[str, Any]) -> bool:
         """Whether the entry is one of those that `where` and `below` ask for."""
         for name, wanted in self.where.items():
-            if lookup(entry, name, None) not in (wanted if isinstance(wanted, list) else [wanted]):
+            value = fill(name, entry, None) if "{" in name else lookup(entry, name, None)
+            if value not in (wanted if isinstance(wanted, list) else [wanted]):
                 return False
-        return all(lookup(entry, name) < limit for name, limit in self.below.items())
+        return all(_number(entry, name) < limit for name, limit in self.below.items())
 
     def images(self, entry: dict[str, Any]) -> list[str]:
         """The names of the entry's pictures, as its files give them."""
@@ -109,25 +119,23 @@ class Fields:
                     names.append(one.removeprefix("./"))
         return names
 
-    def exchanges(self, entry: dict[str, Any]) -> list[Exchange]:
-        """The entry's questions with their answers."""
+    def exchanges(self, entry: dict[str, Any]) -> tuple[list[Exchange], list[str]]:
+        """(the entry's questions with their answers, what is wrong with those of several that cannot be used)."""
         if self.turns:
             turns = lookup(entry, self.turns)
             if not isinstance(turns, list) or not turns:
                 raise EntryError(f"{self.turns!r} holds no turns")
-            if not (self.question or self.question_text):
-                return [self._finished(question, answer) for question, answer in pairs_of(turns)]
-            return [self._exchange(self._object(turn)) for turn in turns]
+            if self.question or self.question_text:
+                return _sound([partial(self._asked, turn) for turn in turns])
+            return _sound([partial(self._finished, *pair) for pair in pairs_of(turns)])
         if self.question and isinstance(lookup(entry, self.question, None), list):
-            return self._several(entry)
-        return [self._exchange(entry)]
-
-    def _several(self, entry: dict[str, Any]) -> list[Exchange]:
-        questions, answers = lookup(entry, self.question), lookup(entry, self.answer or self.answers)
-        if not isinstance(answers, list) or len(answers) != len(questions) or not questions:
-            count = len(answers) if isinstance(answers, list) else 1
-            raise EntryError(f"{len(questions)} questions in {self.question!r} but {count} answers")
-        return [self._finished(question, first_of(answer)) for question, answer in zip(questions, answers)]
+            questions, answers = lookup(entry, self.question), lookup(entry, self.answer or self.answers)
+            if not isinstance(answers, list) or len(answers) != len(questions):
+                count = len(answers) if isinstance(answers, list) else 1
+                raise EntryError(f"{len(questions)} questions in {self.question!r} but {count} answers")
+            pairs = zip(questions, [first_of(answer) for answer in answers])
+            return _sound([partial(self._finished, *pair) for pair in pairs])
+        return [self._exchange(entry)], []
 
     def _exchange(self, entry: dict[str, Any]) -> Exchange:
         if self.question_text:
@@ -150,7 +158,7 @@ class Fields:
         """(options, index of the right one)."""
         if len(self.choices) > 1:
             given: Any = [lookup(entry, name, None) for name in self.choices]
-            given = [one for one in given if one not in (None, "")]
+            given = [one for one in given if one not in (None, "") and one == one]
         else:
             given = lookup(entry, self.choices[0])
         keys = list(given) if isinstance(given, dict) else []
@@ -159,19 +167,38 @@ class Fields:
         return options, choice_of(answer, options, keys, self.first_choice)
 
     def _finished(self, question: Any, answer: Any) -> Exchange:
-        answer = "" if answer is None else text_of(answer).strip()
+        question, answer = text_of(question), "" if answer is None else text_of(answer)
+        for mark in self.strip:
+            question, answer = question.replace(mark, ""), answer.replace(mark, "")
+        answer = answer.strip()
         answer = self.words.get(answer, answer) or self.no_answer
         if not answer:
             raise EntryError("has no answer")
-        question = text_of(question)
-        for mark in self.strip:
-            question, answer = question.replace(mark, ""), answer.replace(mark, "")
-        return question.strip(), answer.strip()
+        return question.strip(), answer
 
-    def _object(self, turn: Any) -> dict[str, Any]:
+    def _asked(self, turn: Any) -> Exchange:
         if not isinstance(turn, dict):
-            raise EntryError(f"{self.turns!r} holds {turn!r}, no object")
-        return turn
+            raise EntryError(f"{self.turns!r} holds {turn!r}, no object"[:80])
+        return self._exchange(turn)
+
+
+def _sound(exchanges: Sequence[Callable[[], Exchange]]) -> tuple[list[Exchange], list[str]]:
+    """Those exchanges of several that can be made, and what is wrong with the others, by number."""
+    made: list[Exchange] = []
+    problems: list[str] = []
+    for number, make in enumerate(exchanges):
+        try:
+            made.append(make())
+        except ValueError as error:
+            problems.append(f"question {number}: {error}")
+    return made, problems
+
+
+def _number(entry: dict[str, Any], name: str) -> float:
+    value = lookup(entry, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise EntryError(f"{name!r} is {value!r}, no number")
+    return value
 
 
 def fields_of(inputs: Inputs, also: Sequence[str] = ()) -> Fields:
@@ -185,10 +212,18 @@ def fields_of(inputs: Inputs, also: Sequence[str] = ()) -> Fields:
                 f"known: {', '.join(sorted([*known, *also]))}"
             )
     for name in ("image", "choices", "parse", "strip"):
-        if name in given:
+        if isinstance(given.get(name), str | list):
             given[name] = (given[name],) if isinstance(given[name], str) else tuple(given[name])
-    if "words" in given:
+    if isinstance(given.get("words"), dict):
         given["words"] = {str(key): str(value) for key, value in given["words"].items()}
+    for name, value in given.items():
+        default = known[name].default
+        kind = type(default) if default is not MISSING else dict
+        if not isinstance(value, kind) or (kind is tuple and not all(isinstance(one, str) for one in value)):
+            wanted = {str: "text", bool: "true or false", int: "a number", dict: "names with values", tuple: "names"}[
+                kind
+            ]
+            raise UserError(f"source {inputs.source.name!r}: option {name!r} is {value!r}; expected {wanted}")
     if given.get("together", "") not in ("", "all", "adjacent"):
         raise UserError(f"source {inputs.source.name!r}: option 'together' is 'all' or 'adjacent'")
     return Fields(**given)
@@ -256,9 +291,16 @@ def _drafts(
                 identity = fill(fields.id, entry) if "{" in fields.id else text_of(lookup(entry, fields.id))
             else:
                 identity = f"{inputs.source.name}/{entry.get('@stem', '')}/{number}"
-            yield _Draft(where, identity, references, fields.exchanges(entry))
-        except (ValueError, TypeError, KeyError, IndexError) as error:
+            exchanges, problems = fields.exchanges(entry)
+            if exchanges:
+                yield _Draft(where, identity, references, exchanges)
+                yield from (Item(where, problem=problem) for problem in problems)
+            else:
+                raise EntryError(problems[0] if problems else "holds no question with an answer")
+        except EntryError as error:
             yield Item(where, problem=str(error))
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            yield Item(where, problem=f"is not as published ({error})")
 
 
 def _together(drafts: Iterator[_Draft | Item]) -> Iterator[_Draft | Item]:

@@ -2,7 +2,8 @@
 column is what, the source's options say (`fields`); `image` names columns of pictures (bytes, or {bytes, path}, or
 lists of them), which records refer to by row, or of file names. Called through `get_converter`.
 
-The pictures' bytes are not read, save where the file does not tell otherwise which rows have one.
+Only columns that the options name are read, and of pictures not the bytes, save where the file does not tell otherwise
+which rows have one.
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ def parquet_fields(inputs: Inputs) -> Iterator[Item]:
         def images(entry: dict[str, Any], names: Fields = names) -> list[str]:
             return entry["@pictures"] + [inputs.image(one) for one in names.images(entry)]
 
-        yield from items(inputs, fields, _entries(inputs, path, pictures), images)
+        yield from items(inputs, fields, _entries(inputs, path, pictures, fields.columns()), images)
 
 
-def _entries(inputs: Inputs, path: Path, pictures: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    columns = [name for name in schema_of(path).names if name not in pictures]
+def _entries(
+    inputs: Inputs, path: Path, pictures: Sequence[str], wanted: set[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    columns = [name for name in schema_of(path).names if name in wanted and name not in pictures]
     relative = inputs.relative(path)
     present = zip(*[items_present(path, name) for name in pictures]) if pictures else None
     for number, where, entry in read.rows(path, columns):

@@ -30,7 +30,7 @@ def parsed(name: str, value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     try:
         return ast.literal_eval(value)
@@ -80,6 +80,11 @@ def fill(template: str, entry: dict[str, Any], default: Any = _MISSING) -> Any:
         return name if slot[2] == "file" else name.rsplit(".", 1)[0]
 
     return _SLOT.sub(filled, template)
+
+
+def slots(template: str) -> set[str]:
+    """The names in a template."""
+    return {slot[1] for slot in _SLOT.finditer(template)}
 
 
 def text_of(value: Any) -> str:

@@ -107,7 +107,7 @@ def _others(inputs: Inputs) -> list[Path]:
 
 
 def _picture(pictures: dict[int, Picture], identity: Any) -> Picture:
-    found = pictures.get(int(identity))
+    found = pictures.get(int(identity)) if str(identity).isdecimal() else None
     if found is None:
         raise ValueError(f"image {identity} is not in {IMAGE_DATA}")
     return found

@@ -12,7 +12,7 @@ shortly stands once in a conversation, after its first question.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from llava_sv.data.converters.attempt import text
 from llava_sv.data.converters.items import Inputs, Item, conversation
@@ -26,47 +26,57 @@ def vqa_pairs(inputs: Inputs) -> Iterator[Item]:
     answers: dict[Any, str] = {}
     asked: list[tuple[str, Any]] = []
     for path in inputs.files:
-        known = False
-        for number, (key, line, entry) in enumerate(read_members(path)):
-            known = known or key in ("questions", "annotations")
-            where = f"{path} line {line} entry {number}"
+        count = {"questions": 0, "annotations": 0}
+        for key, line, entry in read_members(path):
+            if key not in count:
+                continue
+            where = f"{path} line {line} entry {count[key]}"
+            count[key] += 1
             if key == "questions":
                 asked.append((where, entry))
-            elif key == "annotations":
+            else:
                 try:
                     answers[entry["question_id"]] = _answer(entry)
                 except (KeyError, TypeError, ValueError):
                     yield Item(where, problem="has no question_id with an answer")
-        if not known:
+        if not any(count.values()):
             raise UserError(f"{path}: has neither 'questions' nor 'annotations'; expected VQAv2's files, as published")
     yield from _paired(inputs, asked, answers)
 
 
 def _paired(inputs: Inputs, asked: list[tuple[str, Any]], answers: dict[Any, str]) -> Iterator[Item]:
-    template, by_image = inputs.option("image"), inputs.option("per", "image") == "image"
-    groups: dict[str, list[tuple[str, str, Any]]] = {}
-    places: dict[str, str] = {}
+    by_image = inputs.option("per", "image") == "image"
+    groups: dict[str, list[_Exchange]] = {}
     for where, entry in asked:
         try:
-            identity = entry["question_id"]
-            if identity not in answers:
-                yield Item(where, problem=f"question {identity} has no answer in the annotations")
-                continue
-            question = text(entry, "question")
-            image = template.format_map(entry)
+            found = _exchange(where, entry, answers, inputs.option("image"))
         except KeyError as error:
             yield Item(where, problem=f"has no field {error.args[0]!r}")
-            continue
         except (TypeError, ValueError) as error:
             yield Item(where, problem=str(error))
-            continue
-        group = image if by_image else str(identity)
-        places.setdefault(group, where)
-        groups.setdefault(group, []).append((question, answers[identity], (identity, image)))
-    for group, found in groups.items():
-        exchanges = [(short(found[0][0]), found[0][1]), *((question, answer) for question, answer, _ in found[1:])]
-        identity, image = found[0][2]
-        yield Item(places[group], conversation(identity, exchanges, [inputs.image(image)]))
+        else:
+            groups.setdefault(found.image if by_image else str(found.identity), []).append(found)
+    for group in groups.values():
+        first = group[0]
+        exchanges = [(short(first.question), first.answer), *((one.question, one.answer) for one in group[1:])]
+        yield Item(first.where, conversation(first.identity, exchanges, [inputs.image(first.image)]))
+
+
+class _Exchange(NamedTuple):
+    where: str
+    identity: Any
+    image: str
+    question: str
+    answer: str
+
+
+def _exchange(where: str, entry: Any, answers: dict[Any, str], image: str) -> _Exchange:
+    if not isinstance(entry, dict):
+        raise ValueError(f"is {type(entry).__name__}, expected an object")
+    identity = entry["question_id"]
+    if identity not in answers:
+        raise ValueError(f"question {identity} has no answer in the annotations")
+    return _Exchange(where, identity, image.format_map(entry), text(entry, "question"), answers[identity])
 
 
 def _answer(entry: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ LONGEST_TEXT = 1 << 20
 def webdataset(inputs: Inputs) -> Iterator[Item]:
     """One record a key, which is a member's path up to the first dot of its name."""
     for path in inputs.files:
-        for key, parts in _samples(path):
+        for key, parts in _samples(path, inputs.option("caption", "txt").partition(":")[0]):
             yield attempt(f"{path} member {key}", _record, inputs, path, key, parts)
 
 
@@ -61,8 +61,8 @@ def _caption(parts: dict[str, Any], wanted: str) -> str:
     return found
 
 
-def _samples(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(key, {suffix: TarInfo of a picture, or bytes of a text, None where too long}) of each run of members."""
+def _samples(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, {suffix: member, or of the one named `text` its bytes, None where too long}) of each run of members."""
     current, end = "", 0
     parts: dict[str, Any] = {}
     try:
@@ -79,7 +79,7 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     if parts:
                         yield current, parts
                     current, parts = key, {}
-                parts[suffix.lower()] = _part(tar, member, suffix.lower())
+                parts[suffix.lower()] = _read(tar, member) if suffix.lower() == text else member
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would remember every one
     except (tarfile.TarError, EOFError, OSError) as error:
         raise UserError(f"{path}: cannot be read as an uncompressed tar ({str(error).splitlines()[0]})") from error
@@ -96,9 +96,7 @@ def _check_end(path: Path, end: int) -> None:
             raise UserError(f"{path}: is damaged or cut off at byte {end}; fetch it again")
 
 
-def _part(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> Any:
-    if suffix in PICTURES:
-        return member
+def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
     if member.size > LONGEST_TEXT:
         return None
     file = tar.extractfile(member)

@@ -70,15 +70,17 @@ def kvqa(root: Path) -> int:
 
 
 def websrc(root: Path) -> int:
-    """Two websites, three pages. An id is domain, website, page of that, question: auto 08, page 0000001, ..."""
+    """Two websites for training with three pages, one for validation. An id is domain, website, page, question: auto
+    03, page 00542 of it, ..."""
     columns = ["question", "id", "element_id", "answer_start", "answer"]
     pages = {
-        "auto/08": [
-            ("What is the price, in dollars?", "au080000100000", 31, 0, "10,995"),
-            ("Is it automatic?", "au080000100001", -1, 1, "yes"),
-            ("What is the colour?", "au080000200000", 12, 4, 'pearl "white"'),
+        "auto/03": [
+            ("What is the price, in dollars?", "au030054200000", 31, 0, "10,995"),
+            ("Is it automatic?", "au030054200001", -1, 1, "yes"),
+            ("What is the colour?", "au030056200000", 12, 4, 'pearl "white"'),
         ],
-        "sports/16": [("Who won?", "sp160000100001", 7, 0, "The Reds")],
+        "sports/01": [("Who won?", "sp010000100001", 7, 0, "The Reds")],
+        "auto/08": [("Who made it?", "au080000100000", 7, 0, "Alda")],
     }
     for site, rows in pages.items():
         save_table(root / "websrc" / site / "dataset.csv", columns, rows)
