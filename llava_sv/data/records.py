@@ -76,9 +76,9 @@ def _plain(raw: Any) -> LlavaRecord | None:
             return None
         for text in (str(identity), questions, answers):
             text.encode()  # half of a surrogate pair is no character
-        return LlavaRecord(
-            str(identity), images, tuple([{"from": turn["from"], "value": turn["value"]} for turn in turns])
-        )
+        if any([len(turn) != 2 for turn in turns]):
+            turns = [{"from": turn["from"], "value": turn["value"]} for turn in turns]
+        return LlavaRecord(str(identity), images, tuple(turns))
     except (TypeError, KeyError, AttributeError, UnicodeEncodeError):
         return None
 

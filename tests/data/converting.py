@@ -74,7 +74,8 @@ def picture_at(root: Path, text: str) -> Image.Image:
     return picture
 
 
-def record(identity: str, image: str | None, *said: str) -> dict[str, Any]:
+def record(identity: str, image: str | list[str] | None, *said: str) -> dict[str, Any]:
+    """A record written out by hand."""
     turns = [{"from": ("human", "gpt")[index % 2], "value": value} for index, value in enumerate(said)]
     return {"id": identity} | ({"image": image} if image else {}) | {"conversations": turns}
 
@@ -83,4 +84,5 @@ def has_picture(root: Path, text: str) -> bool:
     ref = parse_ref(text)
     if ref.column is None:
         return (root / ref.path).is_file()
-    return bool(pq.read_table(root / ref.path)[ref.column][ref.row].as_py()["bytes"])
+    value = pq.read_table(root / ref.path)[ref.column][ref.row].as_py()
+    return bool((value if ref.item is None else value[ref.item])["bytes"])

@@ -10,13 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llava_sv.data.converters import get_converter
-from llava_sv.data.converters.items import Inputs, Item
 from llava_sv.data.converters.prompts import LETTER, SHORT
-from llava_sv.data.image_refs import parse_ref
 from llava_sv.data.records import check_record
 from llava_sv.data.sources import catalogue
 from llava_sv.errors import UserError
+from tests.data.converting import convert, has_picture, inputs_of, record
 from tests.data.trees import makers
 
 GROUPS = ("knowledge", "chart", "document")
@@ -30,21 +28,6 @@ COLLECTED = {  # names fixed by the paper's Tables 8 and 9
         *("deepform", "tat-qa", "visualmrc", "docvqa", "sujet-finance", "docmatix", "docreason25k", "docstruct4m"),
     },
 }
-
-
-def inputs_of(name: str, root: Path) -> Inputs:
-    source = catalogue()[name]
-    return Inputs(source, root, tuple(path for glob in source.annotations for path in sorted(root.glob(glob))))
-
-
-def convert(name: str, root: Path) -> list[Item]:
-    inputs = inputs_of(name, root)
-    return list(get_converter(inputs.source.converter)(inputs))
-
-
-def record(identity: str, image: str | list[str] | None, *said: str) -> dict:
-    turns = [{"from": ("human", "gpt")[index % 2], "value": value} for index, value in enumerate(said)]
-    return {"id": identity} | ({"image": image} if image else {}) | {"conversations": turns}
 
 
 def test_every_source_is_there():
@@ -64,14 +47,6 @@ def test_sample(name, tmp_path):
     for item in items:
         for image in check_record(item.record, item.where).images:
             assert has_picture(tmp_path, image), image
-
-
-def has_picture(root: Path, text: str) -> bool:
-    ref = parse_ref(text)
-    if ref.column is None:
-        return (root / ref.path).is_file()
-    value = pq.read_table(root / ref.path)[ref.column][ref.row].as_py()
-    return bool((value if ref.item is None else value[ref.item])["bytes"])
 
 
 COLUMN = "the_cauldron/tat_qa/train-00000-of-00001.parquet::images"

@@ -97,10 +97,10 @@ RECORDS = {
         "B",
     ),
     "hw-squad": record(
-        "hw-squad/HW-SQuAD_train_1.0/0/0",
-        "hw-squad/images/train/1_1.png",
+        "hw-squad/HW-SQuAD_train_1.0/0",
+        "HW-SQuAD/HW-SQuAD_document_images/1_1.jpg",
         f"<image>\nWhen was it founded?\n{SHORT}",
-        "1132",
+        "in 1132",
         "What was founded?",
         "The abbey",
     ),
@@ -189,7 +189,7 @@ RECORDS = {
     ),
     "plotqa": record(
         "plotqa/0",
-        "plotqa/train/png/0.png",
+        "PlotQA/train/png/0.png",
         f"<image>\nDoes the line intersect?\n{SHORT}",
         "No",
         "What is the average rainfall\nper year?",

@@ -177,7 +177,7 @@ def test_ai2d_damaged_picture_is_named_once(tmp_path):
 
 def test_plotqa_loses_the_damaged_questions_alone(tmp_path):
     makers()["plotqa"](tmp_path)
-    path = tmp_path / "plotqa/train/qa_pairs_V1.json"
+    path = tmp_path / "PlotQA/train/qa_pairs_V1.json"
     pairs = json.loads(path.read_text("utf-8"))["qa_pairs"]
     pairs[1]["answer"] = None
     del pairs[3]["image_index"]
@@ -215,3 +215,14 @@ def test_coco_text_of_other_parts(tmp_path):
     makers()["coco-text"](tmp_path)
     items = convert("coco-text", tmp_path, sets=["val"])
     assert [item.record["conversations"][1]["value"] for item in items] == ["EXIT"]
+
+
+def test_squad_paragraphs_printed_to_pictures(tmp_path):
+    makers()["squad"](tmp_path)
+    path = tmp_path / "squad/train-v1.1.json"
+    whole = json.loads(path.read_text("utf-8"))
+    whole["data"][1]["paragraphs"][0]["page"] = "b/1.png"
+    save_json(path, whole)
+    bad, good = convert("squad", tmp_path, image="page")
+    assert bad.problem == "has no field 'page'"
+    assert good.record == record("squad/train-v1.1/1/0", "b/1.png", f"<image>\nWhen?\n{SHORT}", "late 1990s")

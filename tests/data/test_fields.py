@@ -5,18 +5,21 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from llava_sv.data.converters import get_converter
+from llava_sv.data.converters.fields import Fields
 from llava_sv.data.converters.items import Inputs, Item
 from llava_sv.data.converters.prompts import LETTER, SHORT
 from llava_sv.data.converters.values import EntryError, choice_of, fill, lookup, pairs_of, parsed, text_of
-from llava_sv.data.sources import Source
+from llava_sv.data.sources import Source, source_of
 from llava_sv.errors import UserError
 
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -451,3 +454,24 @@ def test_damage_at_random(tmp_path):
         assert len(items) >= (600 if chosen.keys().isdisjoint({"where", "together"}) else 1)
         assert all("\n" not in item.problem for item in items)
         assert sum(item.record is not None for item in items) >= (1 if "together" in chosen else 300)
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "Sources.md"
+
+
+def test_the_page_names_every_option():
+    rows = "".join(line for line in PAGE.read_text().splitlines() if line.startswith("| `"))
+    assert set(Fields.__dataclass_fields__) <= set(re.findall(r"`(\w+)`", rows))
+
+
+def test_the_page_s_example(tmp_path):
+    """The entry shown, on the annotation shown, gives the record shown."""
+    text = PAGE.read_text()
+    ((name, given),) = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, re.S)[0]).items()
+    expected = json.loads(re.findall(r"```json\n(.*?)```", text, re.S)[0])
+    path = tmp_path / "signs/train.json"
+    path.parent.mkdir()
+    path.write_text("[" + re.findall(r"^`(\{.*\})`", text, re.M)[0] + "]")
+    source = source_of(name, "own", given, "page")
+    (item,) = get_converter(source.converter)(Inputs(source, tmp_path, (path,)))
+    assert item.record == expected

@@ -20,6 +20,7 @@ CONVERTERS: dict[str, str] = {
     "coco_text": "ocr:coco_text",
     "crepe": "visual_genome:crepe",
     "hiertext": "ocr:hiertext",
+    "hw_squad": "squad:hw_squad",
     "icdar_text": "ocr:icdar_text",
     "iconqa": "iconqa:iconqa",
     "imagenet": "imagenet:imagenet",

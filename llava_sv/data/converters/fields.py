@@ -88,7 +88,7 @@ class Fields:
     def columns(self) -> set[str]:
         """The names of the entry's own fields that the options speak of; of a dotted name, the first part as well."""
         names = {self.question, self.answer, self.answers, self.turns, *self.choices, *self.parse}
-        for text in (*self.image, *self.where, self.question_text, self.answer_text, self.id):
+        for text in (*self.image, *self.where, *self.below, self.question_text, self.answer_text, self.id):
             names |= slots(text) if "{" in text else {text}
         return names | {name.split(".")[0] for name in names}
 

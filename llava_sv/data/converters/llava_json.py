@@ -13,6 +13,7 @@ question. `<image>` stays where it stands; where there is none, the pictures go 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +33,8 @@ ROLES = {
     "model": "gpt",
     "system": "system",
 }
-KEYS = (("from", "value"), ("role", "content"))
+_LLAVAS = frozenset(("human", "gpt"))
+WHO, WHAT = ("from", "role"), ("value", "content")
 AFTER_CROP = "Look at that region and answer the question."
 
 
@@ -67,6 +69,9 @@ def human_and_gpt(given: Any) -> list[dict[str, str]]:
     """Turns of any of the three shapes as LLaVA's. `ValueError` for other shapes and unknown speakers."""
     if not isinstance(given, list):
         raise ValueError(f"the conversation is {type(given).__name__}, expected a list of turns")
+    with contextlib.suppress(TypeError, KeyError):  # as LLaVA has them, most often: nothing to do
+        if all([turn["from"] in _LLAVAS and len(turn) == 2 and isinstance(turn["value"], str) for turn in given]):
+            return given
     turns: list[dict[str, str]] = []
     system = ""
     for index, turn in enumerate(given):
@@ -86,12 +91,13 @@ def _spoken(turn: Any, index: int) -> list[tuple[str, Any]]:
     if isinstance(turn, dict):
         if "user" in turn and "assistant" in turn:
             return [("human", turn["user"]), ("gpt", turn["assistant"])]
-        for who, what in KEYS:
-            if who in turn and what in turn:
-                role = ROLES.get(str(turn[who]).lower())
-                if role is None:
-                    raise ValueError(f"turn {index} has unknown speaker {turn[who]!r}; known: {', '.join(ROLES)}")
-                return [(role, turn[what])]
+        who = next((key for key in WHO if key in turn), None)
+        what = next((key for key in WHAT if key in turn), None)
+        if who and what:
+            role = ROLES.get(str(turn[who]).lower())
+            if role is None:
+                raise ValueError(f"turn {index} has unknown speaker {turn[who]!r}; known: {', '.join(ROLES)}")
+            return [(role, turn[what])]
     raise ValueError(f"turn {index} is neither {{from, value}}, {{role, content}} nor {{user, assistant}}")
 
 

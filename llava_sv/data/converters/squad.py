@@ -1,4 +1,5 @@
-"""Paragraphs with questions about them, in SQuAD's JSON: `squad`. Called through `get_converter`.
+"""Paragraphs with questions about them, in SQuAD's JSON (`squad`), and pages of handwriting with such questions, in
+HW-SQuAD's (`hw_squad`; BenthamQA's is the same). Called through `get_converter`.
 
 {data: [{title, paragraphs: [{context, qas: [{id, question, answers: [{text}], is_impossible}]}]}]}; a paragraph becomes
 a conversation, of text alone: the paragraph opens the first question. Option `image`: name of a paragraph's field with
@@ -35,7 +36,7 @@ def _record(inputs: Inputs, identity: str, paragraph: Any) -> dict[str, Any]:
     """Without questions, a record without turns."""
     exchanges = _exchanges(paragraph["qas"])
     image = inputs.option("image", "")
-    if image:
+    if image and exchanges:
         return conversation(identity, exchanges, [inputs.image(paragraph[image])])
     if exchanges:
         question, answer = exchanges[0]
@@ -58,3 +59,25 @@ def _exchanges(questions: Any) -> list[tuple[str, str]]:
         question, answer = exchanges[0]
         exchanges[0] = (prompts.short(f"{question}\n{prompts.UNANSWERABLE}" if hint else question), answer)
     return exchanges
+
+
+def hw_squad(inputs: Inputs) -> Iterator[Item]:
+    """{data: [{document_image: {document_image: file, gold_standard_transcription: [{wordno, text}]}, qas: [{question,
+    answers: [{answer_start_word_no, answer_end_word_no}]}]}]}: a conversation a page that has questions."""
+    for path in inputs.files:
+        for where, number, page in read.elements(path, "data"):
+            if not isinstance(page, dict) or page.get("qas"):
+                yield attempt(where, _page_record, inputs, f"{inputs.source.name}/{path.stem}/{number}", page)
+
+
+def _page_record(inputs: Inputs, identity: str, page: Any) -> dict[str, Any]:
+    picture = page["document_image"]
+    words = {word["wordno"]: word["text"] for word in picture["gold_standard_transcription"]}
+    exchanges = []
+    for one in page["qas"]:
+        spans = [range(given["answer_start_word_no"], given["answer_end_word_no"] + 1) for given in one["answers"]]
+        answers = [" ".join(words[number] for number in span) for span in spans if all(at in words for at in span)]
+        answer = prompts.most_common([given for given in answers if given])
+        exchanges.append((one["question"].strip(), answer))
+    exchanges[0] = (prompts.short(exchanges[0][0]), exchanges[0][1])
+    return conversation(identity, exchanges, [inputs.image(picture["document_image"])])

@@ -60,24 +60,43 @@ def tqa(root: Path) -> int:
 
 
 def hw_squad(root: Path) -> int:
-    paragraphs = [
-        {
-            "image": "train/1_1.png",
-            "context": "The abbey was founded in 1132.",
-            "qas": [
-                {"id": "h1", "question": "When was it founded?", "answers": [{"text": "1132", "answer_start": 25}]},
-                {"id": "h2", "question": "What was founded? ", "answers": [{"text": "The abbey", "answer_start": 0}]},
-            ],
-        },
-        {
-            "image": "train/1_2.png",
-            "context": "It has two towers.",
-            "qas": [{"id": "h3", "question": "How many towers?", "answers": [{"text": "two", "answer_start": 7}]}],
-        },
+    """Three pages, one of them without questions; one question has two answers that differ."""
+
+    def page(name: str, text: str, asked: dict[str, list[tuple[int, int]]] | None) -> dict[str, Any]:
+        words = [
+            {"wordno": number, "text": word, "xmin": 10 * number, "ymin": 4, "xmax": 10 * number + 9, "ymax": 12}
+            for number, word in enumerate(text.split())
+        ]
+        given: dict[str, Any] = {
+            "document_id": name,
+            "document_image": {
+                "document_image": f"HW-SQuAD_document_images/{name}.jpg",
+                "image_height": 16,
+                "image_width": 24,
+                "gold_standard_transcription": words,
+            },
+        }
+        if asked is None:
+            return given
+        questions = [
+            {
+                "question_id": f"{name}_{number}",
+                "question": question,
+                "answers": [{"answer_start_word_no": start, "answer_end_word_no": end} for start, end in spans],
+            }
+            for number, (question, spans) in enumerate(asked.items())
+        ]
+        return given | {"qas": questions}
+
+    asked = {"When was it founded?": [(5, 5), (4, 5), (4, 5)], "What was founded? ": [(0, 1)]}
+    pages = [
+        page("1_1", "The abbey was founded in 1132", asked),
+        page("1_2", "Nothing is asked", None),
+        page("1_3", "It has two towers", {"How many towers?": [(2, 2)]}),
     ]
-    save_json(root / "hw-squad/HW-SQuAD_train_1.0.json", {"data": [{"title": "Abbey", "paragraphs": paragraphs}]})
-    for paragraph in paragraphs:
-        save_picture(root / "hw-squad/images" / str(paragraph["image"]))
+    save_json(root / "HW-SQuAD/HW-SQuAD_train_1.0.json", {"dataset_name": "HW-SQuAD", "data": pages})
+    for given in pages:
+        save_picture(root / "HW-SQuAD" / given["document_image"]["document_image"])
     return 2
 
 

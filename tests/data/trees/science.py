@@ -53,9 +53,9 @@ def plotqa(root: Path) -> int:
         asked(1, "How many bars are there?", 4, "vbar_categorical"),
         *[asked(2, f"Question {number}?", number / 10) for number in range(25)],
     ]
-    save_json(root / "plotqa/train/qa_pairs_V1.json", {"qa_pairs": pairs})
+    save_json(root / "PlotQA/train/qa_pairs_V1.json", {"qa_pairs": pairs})
     for number in range(3):
-        save_picture(root / f"plotqa/train/png/{number}.png")
+        save_picture(root / f"PlotQA/train/png/{number}.png")
     return 3
 
 
