@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -214,3 +215,34 @@ def test_another_file(name, message, tmp_path):
     path.write_text('{"version": 1}', encoding="utf-8")
     with pytest.raises(UserError, match=message):
         convert(name, tmp_path)
+
+
+JUNK = [None, True, 0, -1, 1.5, "", "\0", [], {}, [None], [[]], {"a": 1}, "words", 10**30, float("nan")]
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where something stands in a JSON document."""
+    members = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, member in members for place in places(member, (*path, key)))]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in {*PARQUET_DAMAGE, *TEXT_DAMAGE, "synthtext"}])
+def test_anything_anywhere_is_a_problem_and_no_crash(name, tmp_path):
+    """40 documents, each with something else in one place."""
+    makers()[name](tmp_path)
+    path = next(path for path in inputs_of(name, tmp_path).files if path.suffix != ".csv")
+    text = path.read_text("utf-8")
+    lines = path.suffix == ".jsonl" and "\n{" in text
+    rng = random.Random(name)
+    for _ in range(40):
+        whole = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
+        place = rng.choice(places(whole)[1:])
+        put(rng.choice(JUNK), *place)(whole)
+        path.write_text("\n".join(map(json.dumps, whole)) if lines else json.dumps(whole), encoding="utf-8")
+        message, items = str(path), []
+        try:
+            items = convert(name, tmp_path)
+        except UserError as error:
+            message = str(error)
+        assert str(path) in message
+        assert all(item.record is not None or item.problem for item in items)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -63,12 +64,13 @@ def coco_text(inputs: Inputs) -> Iterator[Item]:
                 yield Item(where, problem="has no 'file_name'")
             elif image.get("set") in sets:
                 keys = whole["imgToAnns"].get(name, [])
-                found = [whole["anns"].get(str(key)) for key in keys]
-                yield from _item(inputs, where, name, inputs.image(image["file_name"]), found, _coco)
+                texts_of = partial(_coco, anns=whole["anns"])
+                yield from _item(inputs, where, name, inputs.image(image["file_name"]), keys, texts_of)
 
 
-def _coco(found: Any) -> Iterator[tuple[str, Box]]:
-    for one in found:
+def _coco(keys: Any, anns: dict[str, Any]) -> Iterator[tuple[str, Box]]:
+    for key in keys:
+        one = anns.get(str(key))
         if one is None:
             raise ValueError("'imgToAnns' names an annotation that is not there")
         if one.get("legibility") == "legible":
