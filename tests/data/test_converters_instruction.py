@@ -9,16 +9,12 @@ from typing import Any
 import pytest
 
 from llava_sv.data.records import check_record
-from tests.data.converting import convert, images_of, picture_at, records, refusal, sample
+from tests.data.converting import convert, images_of, picture_at, record, records, refusal, sample
 from tests.data.trees import caption, instruction
 from tests.data.trees.files import save_json, save_jsonl
 from tests.data.trees.instruction import turns
 
 COGVLM = "llava_details-minigpt4_3500_formate"
-
-
-def record(identity: str, image: str, *texts: str) -> dict[str, Any]:
-    return {"id": identity, "image": image, "conversations": turns(*texts)}
 
 
 FIRST = {
@@ -124,6 +120,7 @@ def svit(root: Path, *entries: Any) -> Path:
     [
         [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}],
         [{"from": "Human", "value": "Q"}, {"from": "chatgpt", "value": "A"}],
+        [{"from": "human", "content": "Q"}, {"from": "gpt", "content": "A"}],
         [{"user": "Q", "assistant": "A", "source": "x"}],
     ],
 )

@@ -12,16 +12,11 @@ from pathlib import Path
 import pytest
 
 from llava_sv.data.records import check_record
-from tests.data.converting import convert, images_of, picture_at, records, refusal, sample
+from tests.data.converting import convert, images_of, picture_at, record, records, refusal, sample
 from tests.data.trees.files import picture, picture_bytes
 from tests.data.trees.pretrain import MAKERS, tar_of
 
 CAPTION = "Provide a one-sentence caption for the provided image."
-
-
-def record(identity: str, image: str, question: str, answer: str) -> dict:
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    return {"id": identity, "image": image, "conversations": turns}
 
 
 FIRST = {

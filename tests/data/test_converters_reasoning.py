@@ -10,19 +10,14 @@ from typing import Any
 import pytest
 
 from llava_sv.data.records import check_record
-from tests.data.converting import convert, images_of, inputs_of, picture_at, records, refusal, sample
+from tests.data.converting import convert, images_of, inputs_of, picture_at, record, records, refusal, sample
 from tests.data.trees import reasoning, vqa
 from tests.data.trees.files import save_json
-from tests.data.trees.instruction import turns
 from tests.data.trees.pretrain import vg_pictures
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 INSUFFICIENT = "When the provided information is insufficient, respond with 'Unanswerable'."
-
-
-def record(identity: str, image: str, *texts: str) -> dict[str, Any]:
-    return {"id": identity, "image": image, "conversations": turns(*texts)}
 
 
 FIRST = {

@@ -32,7 +32,7 @@ ROLES = {
     "model": "gpt",
     "system": "system",
 }
-KEYS = (("from", "value"), ("role", "content"))
+WHO, WHAT = ("from", "role"), ("value", "content")
 AFTER_CROP = "Look at that region and answer the question."
 
 
@@ -86,12 +86,13 @@ def _spoken(turn: Any, index: int) -> list[tuple[str, Any]]:
     if isinstance(turn, dict):
         if "user" in turn and "assistant" in turn:
             return [("human", turn["user"]), ("gpt", turn["assistant"])]
-        for who, what in KEYS:
-            if who in turn and what in turn:
-                role = ROLES.get(str(turn[who]).lower())
-                if role is None:
-                    raise ValueError(f"turn {index} has unknown speaker {turn[who]!r}; known: {', '.join(ROLES)}")
-                return [(role, turn[what])]
+        who = next((key for key in WHO if key in turn), None)
+        what = next((key for key in WHAT if key in turn), None)
+        if who and what:
+            role = ROLES.get(str(turn[who]).lower())
+            if role is None:
+                raise ValueError(f"turn {index} has unknown speaker {turn[who]!r}; known: {', '.join(ROLES)}")
+            return [(role, turn[what])]
     raise ValueError(f"turn {index} is neither {{from, value}}, {{role, content}} nor {{user, assistant}}")
 
 
