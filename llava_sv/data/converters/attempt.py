@@ -18,7 +18,7 @@ def attempt(where: str, make: Callable[..., dict[str, Any]], *arguments: Any) ->
         return Item(where, problem=f"has no field {error.args[0]!r}")
     except (ValueError, UserError) as error:
         return Item(where, problem=str(error))
-    except (TypeError, IndexError, AttributeError, RecursionError) as error:
+    except (TypeError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
         return Item(where, problem=f"is not as published ({error})")
 
 

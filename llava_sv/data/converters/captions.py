@@ -19,7 +19,7 @@ def coco_captions(inputs: Inputs) -> Iterator[Item]:
     """One record a caption."""
     for path in inputs.files:
         found = (image for _, image in object_entries(path, "images") if isinstance(image, dict))
-        names = {image.get("id"): image.get("file_name") for image in found}
+        names = {image["id"]: image.get("file_name") for image in found if isinstance(image.get("id"), (int, str))}
         for where, annotation in object_entries(path, "annotations"):
             yield attempt(where, _coco, inputs, annotation, names)
 

@@ -74,7 +74,7 @@ def items_present(path: Path, column: str) -> Iterator[list[int | None]]:
         with pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
                 yield from _group_present(file, group, column)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
 
 

@@ -67,7 +67,11 @@ def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, str, dict[st
     with `image_refs.row_ref`). `UserError` for a column that is not there."""
     number = 0
     for batch in batches(path, list(columns)):
-        for values in batch.to_pylist():
+        try:
+            found = batch.to_pylist()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: holds text that is not UTF-8, in row {number} or soon after") from error
+        for values in found:
             yield number, f"{path} row {number}", values
             number += 1
 
@@ -86,7 +90,7 @@ def schema(path: Path) -> pa.Schema:
             return pq.read_schema(path)
         with pa.memory_map(str(path)) as source:
             return _arrow_reader(source).schema
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
 
 
@@ -106,7 +110,7 @@ def batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
                     parts = reader
                 for part in parts:
                     yield part.select(columns)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
 
 

@@ -97,7 +97,7 @@ def _pictures(inputs: Inputs) -> dict[int, Picture]:
         try:
             name = "/".join(entry["url"].split("/")[-2:])
             pictures[int(entry.get("image_id", entry.get("id")))] = Picture(name, entry["width"], entry["height"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"{where}: expected image_id, url, width and height, as published") from error
     return pictures
 
