@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from llava_sv.bench import clock
+from llava_sv.bench.data_mix import measure_mix
 from llava_sv.bench.data_records import write_records
 from llava_sv.errors import UserError
 from llava_sv.files import write_json
@@ -109,13 +110,8 @@ def run(folder: Path, count: int, workers: int | None, seed: int) -> dict[str, A
         "json_load_rss_bytes": int(loaded["rss_bytes"] * scale),
         "json_load_records": sliced,
         "json_load_scale": scale,
-        "mix_read_share": mix_read_share(folder, count),
+        **measure_mix(folder, count, seed),
     }
-
-
-def mix_read_share(folder: Path, count: int) -> float | None:
-    """Seconds of reading the inputs over seconds of mixing several JSON sources; None: not measured."""
-    return None
 
 
 def render(report: dict[str, Any]) -> str:
@@ -139,8 +135,11 @@ def render(report: dict[str, Any]) -> str:
         f"| 640 x 480 JPEG to 336 x 336 | {report['loader_images_per_second']:.0f} | "
         f"{report['pil_images_per_second']:.0f} | {report['loader_ratio']:.2f} |",
     ]
-    if report["mix_read_share"] is not None:
-        rows += ["", f"Reading the sources is {report['mix_read_share']:.0%} of the time of mixing them."]
+    rows += [
+        "",
+        f"One process mixes {report['mix_records_per_second']:,.0f} records a second: {report['mix_read_share']:.0%} of its "
+        f"time is reading the sources' files, {report['mix_convert_share']:.0%} converting what they hold.",
+    ]
     return "\n".join(rows)
 
 

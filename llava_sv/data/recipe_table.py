@@ -50,7 +50,7 @@ def _row(source: Source, recipes: list[Recipe]) -> str:
             if entry.source.name == source.name:
                 uses.append(recipe.name if entry.count is None else f"{recipe.name} {entry.count:,}")
     marked = f"; **stands close to {', '.join(source.contaminates)}**" if source.contaminates else ""
-    title = f"[{source.title}]({source.home})" if source.home.startswith("http") else f"{source.title} ({source.home})"
+    title = f"[{source.title}]({source.home})" if " " not in source.home else f"{source.title} ({source.home})"
     paths = ", ".join(f"`{path}`" for path in (*source.annotations, *filter(None, [source.images])))
     return _cells(f"`{source.name}`", title + marked, paths, ", ".join(uses), source.licence)
 
