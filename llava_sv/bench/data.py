@@ -137,8 +137,8 @@ def render(report: dict[str, Any]) -> str:
     ]
     rows += [
         "",
-        f"One process mixes {report['mix_records_per_second']:,.0f} records a second: {report['mix_read_share']:.0%} of its "
-        f"time is reading the sources' files, {report['mix_convert_share']:.0%} converting what they hold.",
+        f"One process mixes {report['mix_records_per_second']:,.0f} records a second: {report['mix_read_share']:.0%} "
+        f"of its time is reading the sources' files, {report['mix_convert_share']:.0%} converting what they hold.",
     ]
     return "\n".join(rows)
 

@@ -76,7 +76,7 @@ def _plain(raw: Any) -> LlavaRecord | None:
             return None
         for text in (str(identity), questions, answers):
             text.encode()  # half of a surrogate pair is no character
-        if any([len(turn) != 2 for turn in turns]):
+        if set(map(len, turns)) != {2}:
             turns = [{"from": turn["from"], "value": turn["value"]} for turn in turns]
         return LlavaRecord(str(identity), images, tuple(turns))
     except (TypeError, KeyError, AttributeError, UnicodeEncodeError):

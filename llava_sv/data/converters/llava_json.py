@@ -70,7 +70,8 @@ def human_and_gpt(given: Any) -> list[dict[str, str]]:
     if not isinstance(given, list):
         raise ValueError(f"the conversation is {type(given).__name__}, expected a list of turns")
     with contextlib.suppress(TypeError, KeyError):  # as LLaVA has them, most often: nothing to do
-        if all([turn["from"] in _LLAVAS and len(turn) == 2 and isinstance(turn["value"], str) for turn in given]):
+        fits = [turn["from"] in _LLAVAS and len(turn) == 2 and isinstance(turn["value"], str) for turn in given]
+        if all(fits):
             return given
     turns: list[dict[str, str]] = []
     system = ""
