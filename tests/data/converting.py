@@ -55,6 +55,12 @@ def refusal(name: str, root: Path, **options: Any) -> str:
     return str(caught.value)
 
 
+def record(identity: str, image: str | list[str] | None, *said: str) -> dict[str, Any]:
+    """A record by hand: what is said in turn, a human first."""
+    turns = [{"from": ("human", "gpt")[index % 2], "value": value} for index, value in enumerate(said)]
+    return {"id": identity} | ({"image": image} if image else {}) | {"conversations": turns}
+
+
 def images_of(record: dict[str, Any]) -> list[str]:
     given = record.get("image", [])
     return [given] if isinstance(given, str) else given
@@ -72,12 +78,6 @@ def picture_at(root: Path, text: str) -> Image.Image:
     picture = Image.open(io.BytesIO(data))
     picture.load()
     return picture
-
-
-def record(identity: str, image: str | list[str] | None, *said: str) -> dict[str, Any]:
-    """A record written out by hand."""
-    turns = [{"from": ("human", "gpt")[index % 2], "value": value} for index, value in enumerate(said)]
-    return {"id": identity} | ({"image": image} if image else {}) | {"conversations": turns}
 
 
 def has_picture(root: Path, text: str) -> bool:

@@ -3,8 +3,12 @@ out by hand; damaged entries and damaged files."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,7 +37,8 @@ COLLECTED = {  # names fixed by the paper's Tables 8 and 9
 def test_every_source_is_there():
     for group, names in COLLECTED.items():
         assert {name for name, source in catalogue().items() if source.group == group} == names
-    assert catalogue()["docvqa"].contaminates == ("docvqa",)
+    marked = {name: catalogue()[name].contaminates for name in NAMES if catalogue()[name].contaminates}
+    assert marked == {"docvqa": ("docvqa",), "kvqa": ("kvqa",), "chart2text": ("chart2text",)}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -55,7 +60,7 @@ ICONS = "iconqa/iconqa_data/iconqa/train"
 EXPECTED: dict[str, list[dict]] = {
     "viquae": [
         record(
-            *("viquae_1", "viquae/images/512px-Alpha Tower.jpg"),
+            *("viquae/viquae_1", "viquae/images/512px-Alpha Tower.jpg"),
             *(f"<image>\nIn which city is this tower?\n{SHORT}", "Lisbon"),
             *("In which year was this tower opened?", "1902"),
         )
@@ -70,18 +75,18 @@ EXPECTED: dict[str, list[dict]] = {
     ],
     "websrc": [
         record(
-            *("au030054200000", "websrc/auto/03/processed_data/0300542.png"),
+            *("websrc/au030054200000", "websrc/auto/03/processed_data/0300542.png"),
             *(f"<image>\nWhat is the price, in dollars?\n{SHORT}", "10,995"),
             *("Is it automatic?", "yes"),
         ),
         record(
-            *("au030056200000", "websrc/auto/03/processed_data/0300562.png"),
+            *("websrc/au030056200000", "websrc/auto/03/processed_data/0300562.png"),
             *(f"<image>\nWhat is the colour?\n{SHORT}", 'pearl "white"'),
         ),
     ],
     "okvqa": [
         record(
-            *("22MexNkBPpdZGX6sxbxVBH", "coco/train2017/000000299207.jpg"),
+            *("okvqa/22MexNkBPpdZGX6sxbxVBH", "coco/train2017/000000299207.jpg"),
             *(f"<image>\nWhat is on the table?\nA. a hat\nB. a map\nC. a cup\nD. a bell\n{LETTER}", "D"),
         ),
         record(
@@ -91,11 +96,11 @@ EXPECTED: dict[str, list[dict]] = {
     ],
     "volcano": [
         record(
-            *("v2", "coco/train2017/000000000025.jpg"),
+            *("volcano/v2", "coco/train2017/000000000025.jpg"),
             *("<image>\nCorrect it with the feedback.\nFeedback: the hat is red.\nAnswer: a blue hat", "A red hat."),
             *("Sure?", "Yes."),
         ),
-        record("v3", None, "What is 2 + 2?", "4"),
+        record("volcano/v3", None, "What is 2 + 2?", "4"),
     ],
     "rlaif-v": [
         record(
@@ -127,12 +132,12 @@ EXPECTED: dict[str, list[dict]] = {
     ],
     "infographicvqa": [
         record(
-            *("65718", "infographicvqa/infographicsvqa_images/20471.jpeg"),
+            *("infographicvqa/65718", "infographicvqa/infographicsvqa_images/20471.jpeg"),
             *(f"<image>\nWhich social platform has heavy female audience?\n{SHORT}", "pinterest"),
             *("How many sections are there?", "4"),
         ),
         record(
-            *("65719", "infographicvqa/infographicsvqa_images/31231.jpeg"),
+            *("infographicvqa/65719", "infographicvqa/infographicsvqa_images/31231.jpeg"),
             *(f"<image>\nWhat percent is unused?\n{SHORT}", "12%"),
         ),
     ],
@@ -157,7 +162,7 @@ EXPECTED: dict[str, list[dict]] = {
     ],
     "dvqa": [
         record(
-            *("1", "dvqa/images/bar_train_00190001.png"),
+            *("dvqa/1", "dvqa/images/bar_train_00190001.png"),
             *(f"<image>\nHow many bars are there?\n{SHORT}", "three"),
             *("Is each bar a single solid color without patterns?", "yes"),
         )
@@ -200,31 +205,31 @@ EXPECTED: dict[str, list[dict]] = {
     ],
     "visualmrc": [
         record(
-            *("00f", "visualmrc/images/00f.png"),
+            *("visualmrc/00f", "visualmrc/images/00f.png"),
             *("<image>\nWhat is the rule?", "The rule is to wait."),
             *("Who set it?", "The council set it."),
         )
     ],
     "docvqa": [
         record(
-            *("337", "docvqa/spdocvqa_images/xnbl0037_1.png"),
+            *("docvqa/337", "docvqa/spdocvqa_images/xnbl0037_1.png"),
             *(f"<image>\nwhat is the date mentioned in this letter?\n{SHORT}", "1/8/93"),
             *("To whom is it sent?", "Paul"),
         ),
-        record("338", "docvqa/spdocvqa_images/ffbf0227_5.png", f"<image>\nWhat is the total?\n{SHORT}", "12.50"),
+        record("docvqa/338", "docvqa/spdocvqa_images/ffbf0227_5.png", f"<image>\nWhat is the total?\n{SHORT}", "12.50"),
         record(
-            *("49153", "docvqa/spdocvqa_images/pybv0228_81.png"),
+            *("docvqa/49153", "docvqa/spdocvqa_images/pybv0228_81.png"),
             *(f"<image>\nWhat is the actual value per 1000?\n{SHORT}", "0.28"),
         ),
     ],
     "sujet-finance": [
         record(
-            *("AAPL_2020_3", "sujet-finance/data/train-00000-of-00001.parquet::image/0"),
+            *("sujet-finance/AAPL_2020_3", "sujet-finance/data/train-00000-of-00001.parquet::image/0"),
             *("<image>\nWhat is Apple's revenue?", "$274.5 billion"),
             *("In which year?", "2020"),
         ),
         record(
-            *("AAPL_2020_4", "sujet-finance/data/train-00000-of-00001.parquet::image/1"),
+            *("sujet-finance/AAPL_2020_4", "sujet-finance/data/train-00000-of-00001.parquet::image/1"),
             *("<image>\nIs there a table?", "Yes, there is."),
         ),
     ],
@@ -333,3 +338,33 @@ def test_damaged_file(name, tmp_path):
         convert(name, tmp_path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+JUNK: list[Any] = [None, True, 0, -1, 1.5, "", "x", [], {}, [None], [[]], {"a": 1}, 10**30, float("inf")]
+
+
+def places(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The ways to every value inside a JSON value."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield (*way, key)
+        yield from places(inner, (*way, key))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if ".json" in catalogue()[name].annotations[0]])
+def test_junk_in_any_place(name, tmp_path):
+    """60 times one value of the annotations replaced: records and named problems, or one line about the file."""
+    makers()[name](tmp_path)
+    path = inputs_of(name, tmp_path).files[0]
+    text = path.read_text()
+    draw = random.Random(name)
+    for _ in range(60):
+        whole = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+        *way, last = draw.choice(list(places(whole)))
+        inner = whole
+        for key in way:
+            inner = inner[key]
+        inner[last] = draw.choice(JUNK)
+        lines = whole if path.suffix == ".jsonl" else [whole]
+        path.write_text("\n".join(json.dumps(line) for line in lines))
+        with contextlib.suppress(UserError):
+            assert all((item.record is None) == bool(item.problem) for item in convert(name, tmp_path))

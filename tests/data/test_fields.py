@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,6 +22,7 @@ from llava_sv.data.converters.prompts import LETTER, SHORT
 from llava_sv.data.converters.values import EntryError, choice_of, fill, lookup, pairs_of, parsed, text_of
 from llava_sv.data.sources import Source, source_of
 from llava_sv.errors import UserError
+from tests.data.trees.files import picture
 
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -349,6 +351,27 @@ def test_bytes_of_pictures_are_not_read(tmp_path, kind):
     with pytest.raises((OSError, pa.ArrowException)):
         pq.read_table(path)
     assert convert("parquet_fields", path, image="images", turns="texts") == before
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_files_of_the_datasets_library(tmp_path, suffix):
+    """As it writes pictures itself: lists of two, one and none, in a shard of parquet or a saved folder."""
+    pictures = [[picture("a"), picture("b")], [picture("c")], []]
+    features = datasets.Features({"q": datasets.Value("string"), "i": datasets.Sequence(datasets.Image())})
+    made = datasets.Dataset.from_dict({"q": ["1?", "2?", "3?"], "i": pictures}, features=features)
+    if suffix == "parquet":
+        path = tmp_path / "a.parquet"
+        made.to_parquet(path)
+    else:
+        made.save_to_disk(tmp_path)
+        (path,) = tmp_path.glob("*.arrow")
+    items = convert("parquet_fields", path, image="i", question="q", answer_text="x")
+    assert [item.record and item.record["image"] for item in items] == [
+        [f"{path.name}::i/0/0", f"{path.name}::i/0/1"],
+        f"{path.name}::i/1/0",
+        None,
+    ]
+    assert items[2].problem == "has no picture"
 
 
 def test_names_of_files_in_rows(tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sv.data.converters import prompts
+from llava_sv.data.converters.attempt import attempt
 from llava_sv.data.converters.items import Inputs, Item, conversation
 from llava_sv.data.converters.read import document
 from llava_sv.data.converters.values import EntryError, choice_of, lookup, text_of
@@ -22,27 +23,25 @@ PICTURES = (".png", ".jpg")
 def iconqa(inputs: Inputs) -> Iterator[Item]:
     """A record a problem."""
     for path in inputs.files:
-        problem = document(path)
-        try:
-            if not isinstance(problem, dict):
-                raise EntryError("is no object; expected question and answer")
-            yield Item(str(path), _record(inputs, path, problem))
-        except ValueError as error:
-            yield Item(str(path), problem=str(error))
+        yield attempt(str(path), _record, inputs, path, document(path))
 
 
-def _record(inputs: Inputs, path: Path, problem: dict[str, Any]) -> dict[str, Any]:
+def _record(inputs: Inputs, path: Path, problem: Any) -> dict[str, Any]:
+    if not isinstance(problem, dict):
+        raise EntryError("expected an object with question and answer")
     folder = inputs.relative(path.parent)
     identity = f"{inputs.source.name}/{path.parent.parent.name}/{path.parent.name}"
     images = [f"{folder}/image.png"]
     question = text_of(lookup(problem, "question")).strip()
     answer = lookup(problem, "answer")
     options = problem.get("choices")
-    if not options:
+    if options is None:
         answer = text_of(answer).strip()
         if not answer:
             raise EntryError("has no answer")
         return conversation(identity, [(prompts.short(question), answer)], images)
+    if not isinstance(options, list) or not options:
+        raise EntryError("field 'choices' holds no options")
     options = [text_of(option) for option in options]
     right = choice_of(answer, options)
     if all(option.lower().endswith(PICTURES) for option in options):

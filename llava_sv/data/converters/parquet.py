@@ -41,7 +41,7 @@ def parquet_fields(inputs: Inputs) -> Iterator[Item]:
 def _entries(
     inputs: Inputs, path: Path, pictures: Sequence[str], wanted: set[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    columns = [name for name in schema_of(path).names if name in wanted and name not in pictures]
+    columns = [name for name in read.schema(path).names if name in wanted and name not in pictures]
     relative = inputs.relative(path)
     present = zip(*[items_present(path, name) for name in pictures]) if pictures else None
     for number, where, entry in read.rows(path, columns):
@@ -50,11 +50,6 @@ def _entries(
             references += [row_ref(relative, column, number, item) for item in found]
         entry |= {"@pictures": references, "@stem": path.stem, "@number": number}
         yield where, entry
-
-
-def schema_of(path: Path) -> pa.Schema:
-    """The columns of a parquet or Arrow file. `UserError` for one that cannot be read."""
-    return read._schema(path)
 
 
 def _holds_pictures(path: Path, column: str) -> bool:
@@ -72,7 +67,7 @@ def is_list(kind: pa.DataType) -> bool:
 def items_present(path: Path, column: str) -> Iterator[list[int | None]]:
     """For each row the pictures it has: [] or [None] of a column of pictures, item numbers of one of lists."""
     if path.suffix.lower() != ".parquet":
-        for batch in read._batches(path, [column]):
+        for batch in read.batches(path, [column]):
             yield from _present(batch.column(0))
         return
     try:

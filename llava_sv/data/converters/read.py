@@ -66,7 +66,7 @@ def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, str, dict[st
     """(row number, where, values) of a parquet or Arrow file, reading `columns` only (leave pictures out: refer to them
     with `image_refs.row_ref`). `UserError` for a column that is not there."""
     number = 0
-    for batch in _batches(path, list(columns)):
+    for batch in batches(path, list(columns)):
         try:
             found = batch.to_pylist()
         except UnicodeDecodeError as error:
@@ -78,12 +78,13 @@ def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, str, dict[st
 
 def column_type(path: Path, column: str) -> pa.DataType:
     """The Arrow type of a column of a parquet or Arrow file: a list of pictures, or one?"""
-    schema = _schema(path)
-    _check_columns(path, schema, [column])
-    return schema.field(column).type
+    found = schema(path)
+    _check_columns(path, found, [column])
+    return found.field(column).type
 
 
-def _schema(path: Path) -> pa.Schema:
+def schema(path: Path) -> pa.Schema:
+    """The columns of a parquet or Arrow file. `UserError` for one that cannot be read."""
     try:
         if path.suffix.lower() == ".parquet":
             return pq.read_schema(path)
@@ -93,8 +94,9 @@ def _schema(path: Path) -> pa.Schema:
         raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
 
 
-def _batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    _check_columns(path, _schema(path), columns)
+def batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """The rows of some columns, `ROWS_AT_ONCE` of a parquet file, or an Arrow file's own batches."""
+    _check_columns(path, schema(path), columns)
     try:
         if path.suffix.lower() == ".parquet":
             with pq.ParquetFile(path) as file:
@@ -121,7 +123,7 @@ def _arrow_reader(source: Any) -> Any:
         return pa.ipc.open_stream(source)
 
 
-def _check_columns(path: Path, schema: pa.Schema, columns: list[str]) -> None:
+def _check_columns(path: Path, found: pa.Schema, columns: list[str]) -> None:
     for column in columns:
-        if column not in schema.names:
-            raise UserError(f"{path}: has no column {column!r}; it has {', '.join(schema.names)}")
+        if column not in found.names:
+            raise UserError(f"{path}: has no column {column!r}; it has {', '.join(found.names)}")
