@@ -211,7 +211,7 @@ def test_damaged_file(name, tmp_path):
 )
 def test_another_file(name, message, tmp_path):
     makers()[name](tmp_path)
-    (path,) = inputs_of(name, tmp_path).files
+    path = inputs_of(name, tmp_path).files[0]
     path.write_text('{"version": 1}', encoding="utf-8")
     with pytest.raises(UserError, match=message):
         convert(name, tmp_path)

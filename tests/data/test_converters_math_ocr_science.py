@@ -39,6 +39,7 @@ def test_contamination_is_marked():
         "ocrbench-kv": ("ocrbench",),
         "scienceqa": ("scienceqa",),
         "sketchy-vqa": ("sketchy-vqa",),
+        "squad": ("squad",),
     }
 
 
@@ -135,7 +136,7 @@ RECORDS = {
         "No",
     ),
     "screenqa": record(
-        "screenqa/2",
+        "screenqa/train/2",
         "rico/combined/100.jpg",
         f"<image>\nHow long is the password?\n{UNSURE}\n{SHORT}",
         "Unanswerable",

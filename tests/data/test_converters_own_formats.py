@@ -95,7 +95,8 @@ def test_options_lose_their_own_letters(options, texts):
 
 
 @pytest.mark.parametrize(
-    ("label", "index"), [("B", 1), ("B) two", 1), ("two", 1), ("(A)", 0), ("A.", 0), ("B. twofold", 1)]
+    ("label", "index"),
+    [("B", 1), ("B) two", 1), ("two", 1), ("(A)", 0), ("A.", 0), ("B. twofold", 1), ("[B]", 1), ("The answer is B", 1)],
 )
 def test_label_is_read_by_letter_or_words(label, index):
     assert label_of(label, ["A) one", "B) two"], ["one", "two"]) == index
@@ -223,6 +224,6 @@ def test_squad_paragraphs_printed_to_pictures(tmp_path):
     whole = json.loads(path.read_text("utf-8"))
     whole["data"][1]["paragraphs"][0]["page"] = "b/1.png"
     save_json(path, whole)
-    bad, good = convert("squad", tmp_path, image="page")
+    bad, good, _ = convert("squad", tmp_path, image="page")
     assert bad.problem == "has no field 'page'"
     assert good.record == record("squad/train-v1.1/1/0", "b/1.png", f"<image>\nWhen?\n{SHORT}", "late 1990s")

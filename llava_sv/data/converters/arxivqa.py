@@ -50,6 +50,7 @@ def label_of(label: Any, options: list[str], texts: list[str]) -> int:
         if label in known:
             return known.index(label)
     match = _LETTER.match(label)
-    if match is not None and string.ascii_uppercase.index(match[1]) < len(texts):
-        return string.ascii_uppercase.index(match[1])
+    letters = {match[1]} if match is not None else set(re.findall(r"\b[A-Z]\b", label))
+    if len(letters) == 1 and (index := string.ascii_uppercase.index(letters.pop())) < len(texts):
+        return index
     raise ValueError(f"label {label!r} is none of the {len(texts)} options")

@@ -25,7 +25,7 @@ _CODES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 16: "u1", 17: "u2"}
 Texts = Iterator[list[str]]
 """For each cell, in MATLAB's order, the rows of its character array, without the blanks that fill them up."""
 
-_DAMAGE = (ValueError, struct.error, zlib.error, IndexError, KeyError, OSError)
+_DAMAGE = (ValueError, struct.error, zlib.error, IndexError, OSError)
 
 
 def read_texts(path: Path, names: Sequence[str]) -> dict[str, Texts]:
@@ -129,6 +129,8 @@ def _rows(cell: memoryview, order: str) -> list[str]:
     kind, characters, _ = _part(cell, at, order)
     if kind == 16:  # UTF-8
         units = np.frombuffer(bytes(characters).decode("utf-8").encode("utf-32-le"), "<u4")
+    elif kind not in _CODES:
+        raise ValueError(f"text of an unknown type, {kind}")
     else:
         units = np.frombuffer(characters, order + _CODES[kind]).astype("<u4")
     table = units[: count * width].reshape(width, count).T

@@ -191,7 +191,7 @@ def ocrbench_kv(root: Path) -> int:
 
 
 def ocr_vqa(root: Path) -> int:
-    """The third book is of the test."""
+    """Books of training, of validation and of the test."""
 
     def book(split: int, title: str, asked: dict[str, str]) -> dict[str, Any]:
         return {
@@ -206,7 +206,7 @@ def ocr_vqa(root: Path) -> int:
 
     books = {
         "761183272": book(1, "Mom's Wall Calendar", {"Who wrote this book?": "Mark Young", "Is it a comic?": "No"}),
-        "0061565644": book(1, "How to Eat", {"What is the title of this book?": 'How to "Eat"'}),
+        "0061565644": book(2, "How to Eat", {"What is the title of this book?": 'How to "Eat"'}),
         "1111": book(3, "Tests", {"Who wrote this book?": "Nobody"}),
     }
     save_json(root / "ocr_vqa/dataset.json", books)
@@ -222,9 +222,11 @@ def screenqa(root: Path) -> int:
         {"image_id": 100, "question": "How long is the password?", "ground_truth": ["<no answer>"]},
     ]
     save_json(root / "screenqa/short_answers/train.json", entries)
-    for entry in entries:
+    held_out = [{"image_id": 31, "question": "From whom are you protected?", "ground_truth": ["thieves"]}]
+    save_json(root / "screenqa/short_answers/validation.json", held_out)
+    for entry in entries + held_out:
         save_picture(root / f"rico/combined/{entry['image_id']}.jpg")
-    return 3
+    return 4
 
 
 def _onevision(root: Path, folder: str, asked: list[tuple[str, str, str]]) -> int:
@@ -297,7 +299,10 @@ def squad(root: Path) -> int:
         },
     ]
     save_json(root / "squad/train-v1.1.json", {"data": articles, "version": "1.1"})
-    return 2
+    asked = {"id": "56d9", "question": "Who won?", "answers": [{"answer_start": 0, "text": "Denver"}]}
+    held_out = {"title": "Super_Bowl_50", "paragraphs": [{"context": "Denver won.", "qas": [asked]}]}
+    save_json(root / "squad/dev-v1.1.json", {"data": [held_out], "version": "1.1"})
+    return 3
 
 
 def docscan(root: Path) -> int:
