@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import random
 import subprocess
+import sys
 import time
 
+import psutil
 import pytest
 
 from llava_sv.data import index_build, index_file, index_worker, json_spans
@@ -25,9 +27,10 @@ def small_stretches(monkeypatch):
     monkeypatch.setattr(json_spans, "SPAN_BYTES", 5000)
     monkeypatch.setattr(index_build, "STATE_BYTES", 30_000)
     monkeypatch.setattr(index_file, "BATCH_ROWS", 16)
+    monkeypatch.setattr(index_build.os, "fsync", lambda descriptor: None)  # for a power cut, which is not tried here
 
 
-def values(count=3000):
+def values(count=2000):
     rng = random.Random(0)
     made = []
     for number in range(count):
@@ -38,7 +41,7 @@ def values(count=3000):
     return made
 
 
-def write(folder, kind, count=3000):
+def write(folder, kind, count=2000):
     if kind == "array":
         return write_array(folder / "data.json", values(count))
     path = folder / "data.jsonl"
@@ -223,3 +226,34 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(index_build._Build, "_note", full)
     with pytest.raises(UserError, match=r"\.partial: the index cannot be written \(No space left on device\)$"):
         open_index(path, tmp_path / "cache")
+
+
+def test_a_killed_build_leaves_no_process_behind(tmp_path):
+    """And the next one, by another number of processes, ends with the same bytes."""
+    path = write(tmp_path, "array", 200)
+    expected = undisturbed(path, tmp_path / "undisturbed")
+    script = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from llava_sv.data import index_build, index_file, json_spans\n"
+        "from llava_sv.data.index import open_index\n"
+        "json_spans.SPAN_BYTES, index_build.STATE_BYTES, index_file.BATCH_ROWS = 5000, 10000, 16\n"
+        "note = index_build._Build._note\n"
+        "def slow(*arguments):\n"
+        "    note(*arguments)\n"
+        "    print(flush=True)\n"
+        "    time.sleep(600)\n"
+        "index_build._Build._note = slow\n"
+        "open_index(sys.argv[1], sys.argv[2], workers=2)\n"
+    )
+    command = [sys.executable, "-c", script, str(path), str(tmp_path / "cache")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert process.stdout.readline()
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    process.kill()
+    process.communicate()
+    gone, alive = psutil.wait_procs(workers, timeout=60)
+    assert (len(gone), alive) == (2, [])
+    assert index_location(path, tmp_path / "cache").with_suffix(".state").exists()
+    assert undisturbed(path, tmp_path / "cache") == expected
