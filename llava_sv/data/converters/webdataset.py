@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sv.data.converters.attempt import attempt
+from llava_sv.data.converters.clock import timed_stream
 from llava_sv.data.converters.items import Inputs, Item, conversation
 from llava_sv.data.converters.prompts import DESCRIBE
 from llava_sv.data.image_refs import parse_ref, tar_ref
@@ -61,6 +62,7 @@ def _caption(parts: dict[str, Any], wanted: str) -> str:
     return found
 
 
+@timed_stream
 def _samples(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(key, {suffix: member, or of the one named `text` its bytes, None where too long}) of each run of members."""
     current, end = "", 0
