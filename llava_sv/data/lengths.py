@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from llava_sv.constants import IMAGE_TOKEN_INDEX
+from llava_sv.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_sv.conversation import Template
 from llava_sv.data.index import Records
 from llava_sv.data.preprocess import preprocess
@@ -68,13 +68,19 @@ def exact_lengths(
 
 def text_lengths(records: Records, tokenizer: Any, template: Template) -> np.ndarray:
     """Tokens of each record's text, images not counted, int [records]."""
+    return text_counts(records, tokenizer, template)[:, 0].copy()
+
+
+def text_counts(records: Records, tokenizer: Any, template: Template) -> np.ndarray:
+    """(tokens of the text, those of them that carry loss) of each record, int [records, 2]."""
     kind = repr((tokenizer.backend_tokenizer.to_str(), tokenizer("a")["input_ids"], template))
 
-    def count(index: int) -> int:
-        ids = preprocess(records[index], tokenizer, template)["input_ids"]
-        return int((ids != IMAGE_TOKEN_INDEX).sum())
+    def count(index: int) -> list[list[int]]:
+        sample = preprocess(records[index], tokenizer, template)
+        text, supervised = sample["input_ids"] != IMAGE_TOKEN_INDEX, sample["labels"] != IGNORE_INDEX
+        return [[int(text.sum()), int(supervised.sum())]]
 
-    return _kept(records, "text", kind, count, "counting tokens")
+    return _kept(records, "tokens", kind, count, "counting tokens")
 
 
 def image_sizes(records: Records, folder: str | Path) -> np.ndarray:
