@@ -75,7 +75,10 @@ def main(argv: list[str]) -> int:
         values["plots"] = [str(path) for path in draw(values, found, Path(args.plots))]
     print("\n".join(page(values)))
     if args.json:
-        write_json(args.json, values)
+        try:
+            write_json(args.json, values)
+        except OSError as error:
+            raise UserError(f"--json {args.json}: cannot be written ({error.strerror}); name another file") from error
     return 0
 
 

@@ -174,7 +174,7 @@ def _tokens_of_groups(axes: Axes, groups: dict[str, dict[str, Any]], skips: bool
         left = left + width
     axes.xaxis.set_major_formatter(short)
     axes.set_xlabel("tokens")
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    axes.legend(frameon=False, fontsize=9, loc="best")
 
 
 def _sources(values: dict[str, Any], found: Columns) -> Any:
