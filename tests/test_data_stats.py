@@ -200,7 +200,7 @@ def test_a_dense_checkpoint_with_a_budget_to_try(data, bases, tmp_path):
         (["--tokenizer", "x"], "--tokenizer and --template go together"),
         (["--template", "plain"], "--tokenizer and --template go together"),
         (["--tokenizer", "x", "--template", "nine"], "unknown conversation template 'nine'; known: plain, v1"),
-        (["--tokenizer", "nowhere", "--template", "plain"], "tokenizer nowhere: cannot be loaded"),
+        (["--tokenizer", "{data}/nowhere", "--template", "plain"], "/nowhere: cannot be loaded"),
         (["--checkpoint", "nowhere"], "--checkpoint nowhere: no readable config.json there"),
         (["--checkpoint", "x", "--family", "llava"], "--family does not go with --checkpoint"),
         (["--checkpoint", "x", "--preset", "2x2"], "--preset does not go with --checkpoint"),
