@@ -1,8 +1,7 @@
-"""Synthetic records in the proportions of LLaVA-665K, and the pictures that some of them name. Called by `bench.data`.
+"""Synthetic records much like LLaVA-665K's, and pictures. Called by `bench.data` and `bench.data_measure`.
 
-A seed and a number arrive, a JSON array (or JSONL) leaves, written in a stream. Turns, lengths of question and answer,
-the share without an image, and the spread of image folders are those of the 665,298 records of LLaVA's mixture,
-roughly: 6 % text alone, 1 to some 20 exchanges, answers of one word or of a paragraph.
+A seed and a number arrive, a JSON array (or JSONL) leaves, written in a stream: 6 % text alone, 1 to 24 exchanges,
+answers of one word or of a paragraph, images in that mixture's five folders.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from llava_sv.files import replacing
@@ -21,10 +22,11 @@ FOLDERS = {"coco/train2017": 0.6, "gqa/images": 0.12, "ocr_vqa/images": 0.13, "v
 """Image folder -> share of the records with an image."""
 
 ASK_SHORT = "Answer the question using a single word or phrase."
-_WORDS = (
+_TEXT = (
     "the a of in on and is are with person man woman street table red blue white black small large standing sitting "
     "holding wearing near next behind front image picture shows appears several people car bus dog cat window door"
-).split()
+)
+_WORDS = tuple(_TEXT.split(" "))
 BLOCK = 2000
 """Records whose text is drawn once and used again with other numbers: drawing nine million anew takes hours."""
 
@@ -32,7 +34,7 @@ BLOCK = 2000
 def write_records(path: Path, count: int, seed: int = 0, source: str | None = None, quiet: bool = False) -> None:
     """A JSON array of `count` records, or JSONL where `path` ends with it; `source` names their source.
 
-    Raises nothing of its own; the file is whole or absent.
+    The file is whole or absent.
     """
     lines = path.suffix == ".jsonl"
     heads = _block(random.Random(seed), source)
@@ -66,7 +68,8 @@ def _record(rng: random.Random, source: str | None) -> dict[str, Any]:
     turns: list[dict[str, str]] = []
     for number in range(exchanges):
         question = _sentence(rng, 6, 12)[:-1] + "?" + (f"\n{ASK_SHORT}" if short and not number else "")
-        answer = rng.choice(_WORDS).title() if short else " ".join(_sentence(rng, 8, 18) for _ in range(rng.randint(1, 4)))
+        told = [_sentence(rng, 8, 18) for _ in range(1 if short else rng.randint(1, 4))]
+        answer = rng.choice(_WORDS).title() if short else " ".join(told)
         turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     if has_image:
         turns[0]["value"] = f"<image>\n{turns[0]['value']}"
@@ -76,3 +79,13 @@ def _record(rng: random.Random, source: str | None) -> dict[str, Any]:
 
 def _sentence(rng: random.Random, least: int, most: int) -> str:
     return " ".join(rng.choices(_WORDS, k=rng.randint(least, most))).capitalize() + "."
+
+
+def write_pictures(folder: Path, count: int, seed: int = 0) -> None:
+    """JPEG files 000000000000.jpg and on, of 640 x 480 pixels or upright, coarse noise, as large as a photo's."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8))
+        size = (480, 640) if number % 4 == 0 else (640, 480)
+        coarse.resize(size, Image.Resampling.BICUBIC).save(folder / f"{number:012d}.jpg", quality=90)
