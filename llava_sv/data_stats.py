@@ -117,7 +117,7 @@ def _visual(args: argparse.Namespace) -> tuple[Visual | None, Any]:
         config = read_checkpoint(
             args.checkpoint, args.num_retained, args.num_skipped, flag="--checkpoint", may_be_dense=True
         )
-        return of_config(config, args.checkpoint), config
+        return of_config(config, Path(args.checkpoint).resolve().name), config
     if args.family is None:
         return None, None
     name, setting = find_setting(args.family, args.preset)

@@ -142,7 +142,7 @@ def _bars(axes: Axes, rows: dict[str, dict[str, Any]]) -> None:
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(short)
     axes.set_xlabel("records")
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    axes.legend(frameon=False, fontsize=9, loc="best")
 
 
 def _groups(values: dict[str, Any], found: Columns) -> Any:
