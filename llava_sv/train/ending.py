@@ -67,6 +67,8 @@ def _finish_threads() -> None:
 
 def leave_at_once(code: int) -> NoReturn:
     """End this process with `code`: threads are waited for, atexit functions run, output is flushed, and no more."""
+    with contextlib.suppress(SystemExit):
+        sys.exit(code)  # trackers put their own in its place, to tell a run that failed from one that finished
     waiting = threading.Thread(target=_finish_threads, daemon=True)
     waiting.start()
     waiting.join(PATIENCE)

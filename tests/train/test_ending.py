@@ -87,6 +87,14 @@ def test_an_atexit_function_that_fails():
     assert "atexit ran" in done.stdout
 
 
+def test_who_watches_exits_hears_the_code():
+    """As trackers do, which mark a run as failed by it."""
+    watch = "real = sys.exit; sys.exit = lambda code=0: (print('heard', code), real(code))"
+    done = program("raise Stopped(75)", watch)
+    assert done.returncode == 75
+    assert done.stdout.splitlines() == ["heard 75", "atexit ran"]
+
+
 def test_nobody_reads_the_output():
     command = f'{sys.executable} -c "$PROGRAM" | true; exit ${{PIPESTATUS[0]}}'
     source = PROGRAM.format(main="time.sleep(0.5); print('done')", before="", patience=600)
