@@ -238,3 +238,13 @@ def test_help_ends_with_examples(capsys):
         cli.main(["data", "stats", "--help"])
     assert caught.value.code == 0
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith("  llava-sv data stats ")
+
+
+def test_data_of_text_alone(data, tmp_path):
+    write_array(data / "text.json", [text_only(0), text_only(1)])
+    llama_3_tokenizer().save_pretrained(tmp_path)
+    flags = ["--tokenizer", tmp_path, "--template", "plain", "--family", "llava", "--plots", tmp_path / "plots"]
+    report = stats(data, *flags, file="text.json")
+    assert report["visual"]["dense"] == {"tokens": 0, "per_image": None}
+    assert report["sequence"]["dense"] == report["sequence"]["skipping"]
+    assert [path.rsplit("/")[-1] for path in report["plots"]] == ["records.png", "lengths.png"]
