@@ -28,7 +28,7 @@ COMMANDS: dict[str, Command] = {
     "data toy": Command("llava_sv.data.toy:main", "draw the toy images, conversations and benchmark"),
     "data check": Command("llava_sv.data.commands:check_main", "check a LLaVA data file before training on it"),
     "data index": Command("llava_sv.data.commands:index_main", "build the memory-mapped index of a data file"),
-    "data stats": Command("llava_sv.data.commands:stats_main", "count records, images, turns and lengths"),
+    "data stats": Command("llava_sv.data_stats:main", "count records by task group, lengths before and after skipping"),
     "data mix": Command("llava_sv.data.mix:main", "make a mixture (SV-1M, ...) from its sources, or list them"),
     "data convert": Command("llava_sv.data.convert_source:main", "turn one source into a LLaVA JSON file"),
     "train": Command("llava_sv.train.train:main", "pretrain or fine-tune (scripts/v1_5/*.sh call this for you)"),

@@ -27,7 +27,7 @@ LEVELS: list[set[str]] = [
     {"generation"},
     {"bench"},
     {"eval"},
-    {"train", "serve", "analysis"},
+    {"train", "serve", "analysis", "data_stats"},
     {"release", "cluster_doctor"},
     {"doctor"},
     {"cli"},

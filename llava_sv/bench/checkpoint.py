@@ -24,19 +24,26 @@ ENCODERS_WITH_CLS = ("clip_vision_model",)
 """`model_type`s of encoders that run a CLS row beside the patches."""
 
 
-def read_checkpoint(folder: str, num_retained: int | None = None, num_skipped: int | None = None) -> Any:
+def read_checkpoint(
+    folder: str,
+    num_retained: int | None = None,
+    num_skipped: int | None = None,
+    flag: str = "--model-path",
+    may_be_dense: bool = False,
+) -> Any:
     """The config of the checkpoint in `folder`, its encoder described, its budget replaced where one is given.
 
-    Raises `UserError` for a folder without a LLaVA's config.json, and a budget that its family cannot give.
+    flag: what named the folder; may_be_dense: whether a dense checkpoint needs no budget. Raises `UserError` for a
+    folder without a LLaVA's config.json, and a budget that its family cannot give.
     """
     if not Path(folder, "config.json").is_file():
-        raise UserError(f"--model-path {folder}: no readable config.json there; name a checkpoint's folder")
+        raise UserError(f"{flag} {folder}: no readable config.json there; name a checkpoint's folder")
     config = read_config(folder)
     if config.vision_config is None:
         config.vision_config = read_vision_config(config.mm_vision_tower, config.mm_vision_image_size).to_dict()
     given = {"num_retained": num_retained, "num_skipped": num_skipped}
     given = {name: count for name, count in given.items() if count is not None}
-    if config.skip_vision is None and len(given) < 2:
+    if config.skip_vision is None and len(given) < 2 and (given or not may_be_dense):
         raise UserError(f"--num-retained and --num-skipped are needed here: {folder} is dense")
     block = {} if config.skip_vision is None else config.skip_vision.to_dict()
     if num_skipped is not None and not block.get("merge", True):

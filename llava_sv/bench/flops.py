@@ -28,6 +28,8 @@ from llava_sv.bench.presets import (
     Budget,
     LlmSize,
     Setting,
+    check_budget,
+    find_budget,
     find_setting,
     read_llm,
 )
@@ -232,13 +234,8 @@ def _of_preset(args: argparse.Namespace) -> Question:
     name, setting = find_setting(args.family, args.preset)
     if args.image_size:
         raise UserError("--image-size goes with --model-path: a preset is for one size; say --dense-tokens")
-    retained = setting.num_retained if args.num_retained is None else args.num_retained
-    skipped = setting.num_skipped if args.num_skipped is None else args.num_skipped
-    if retained is None or skipped is None:
-        raise UserError("--num-retained and --num-skipped are needed here: the preset gives none")
-    rest = (args.dense_tokens or setting.dense_tokens) - retained
-    merged = rest if skipped < rest else 0
-    budget = Budget(retained, skipped, summaries=2, pooled=retained + skipped, merged_from=merged)
+    setting = replace(setting, dense_tokens=args.dense_tokens or setting.dense_tokens)
+    budget = find_budget(setting, args.num_retained, args.num_skipped)
     return Question(args.family, name, setting, read_llm(args.llm_config), budget, args.text_tokens, _supervised(args))
 
 
@@ -269,11 +266,7 @@ def _check(question: Question) -> None:
     ]
     if wrong:
         raise UserError(f"{', '.join(wrong)}: too small; token counts are whole numbers, --num-retained at least 1")
-    if budget.retained + budget.skipped > setting.dense_tokens:
-        raise UserError(
-            f"--num-retained {budget.retained} + --num-skipped {budget.skipped} is more than the "
-            f"{setting.dense_tokens} dense tokens; lower one of them, or raise --dense-tokens"
-        )
+    check_budget(setting.dense_tokens, budget.retained, budget.skipped)
 
 
 def main(argv: list[str]) -> int:

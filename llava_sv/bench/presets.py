@@ -128,6 +128,27 @@ def find_setting(family: str, preset: str | None) -> tuple[str, Setting]:
     return name, presets[name]
 
 
+def find_budget(setting: Setting, num_retained: int | None, num_skipped: int | None) -> Budget:
+    """What skipping makes of a setting's image, with both summaries and merging where it makes fewer tokens; a number
+    that is None is the preset's. `UserError` where that gives none."""
+    retained = setting.num_retained if num_retained is None else num_retained
+    skipped = setting.num_skipped if num_skipped is None else num_skipped
+    if retained is None or skipped is None:
+        raise UserError("--num-retained and --num-skipped are needed here: the preset gives none")
+    rest = setting.dense_tokens - retained
+    merged = rest if skipped < rest else 0
+    return Budget(retained, skipped, summaries=2, pooled=retained + skipped, merged_from=merged)
+
+
+def check_budget(dense: int, retained: int, skipped: int) -> None:
+    """`UserError` for more tokens than there are."""
+    if retained + skipped > dense:
+        raise UserError(
+            f"--num-retained {retained} + --num-skipped {skipped} is more than the {dense} dense tokens; "
+            "lower one of them, or raise --dense-tokens"
+        )
+
+
 def read_llm(text: str) -> LlmSize:
     """A name of `LLMS`, or `LlmSize`'s fields as `name=number,...`; `UserError` lists what is known."""
     if text in LLMS:

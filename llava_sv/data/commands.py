@@ -1,4 +1,4 @@
-"""`llava-sv data check | index | stats`: look at a data file before training on it. Called by `llava_sv.cli`.
+"""`llava-sv data check | index`: look at a data file before training on it. Called by `llava_sv.cli`.
 
 A command line arrives, an exit code leaves: 0, or 2 where `check` found problems. `UserError` travels to the caller.
 """
@@ -12,10 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from llava_sv.data.index import Records, open_index, open_records
+from llava_sv.data.index import open_index
 from llava_sv.data.json_stream import read_values
 from llava_sv.data.records import check_record
 from llava_sv.errors import UserError
@@ -185,82 +184,3 @@ def index_main(argv: list[str]) -> int:
     if args.json:
         write_json(args.json, report)
     return 0
-
-
-# -- stats ------------------------------------------------------------------------------------------------------------
-
-
-def stats_main(argv: list[str]) -> int:
-    """Count what a file holds."""
-    parser = _parser(
-        "stats",
-        "Count records, images, turns and lengths of a data file.",
-        "playground/data/toy/sft.json --tokenizer playground/tiny/llm --template llama_3",
-    )
-    parser.add_argument("--cache-dir", metavar="DIR", help="where to keep it [datasets' cache, where training looks]")
-    parser.add_argument("--tokenizer", metavar="PATH", help="count tokens with this tokenizer too")
-    parser.add_argument("--template", help="conversation template to count tokens in (with --tokenizer)")
-    args = parser.parse_args(argv)
-    if (args.tokenizer is None) != (args.template is None):
-        raise UserError("--tokenizer and --template go together: tokens are counted of a rendered conversation")
-    records = open_records(args.data, args.cache_dir)
-    report = _stats(records)
-    if args.tokenizer is not None:
-        report |= _token_stats(records, args.tokenizer, args.template)
-    width = max(map(len, report))
-    for name, value in report.items():
-        print(f"{name:<{width}}  {_shown(value)}")
-    if args.json:
-        write_json(args.json, {"file": args.data, **report})
-    return 0
-
-
-def _stats(records: Records) -> dict[str, Any]:
-    images = records.num_images
-    return {
-        "records": len(records),
-        "with_image": int((images > 0).sum()),
-        "text_only": int((images == 0).sum()),
-        "several_images": int((images > 1).sum()),
-        "images": int(images.sum()),
-        "exchanges": int(records.num_turns.sum()) // 2,
-        "exchanges_per_record": _quantiles(records.num_turns // 2),
-        "characters_per_record": _quantiles(records.num_chars),
-    }
-
-
-def _token_stats(records: Records, tokenizer_path: str, template_name: str) -> dict[str, Any]:
-    from transformers import AutoTokenizer
-
-    from llava_sv.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-    from llava_sv.conversation import get_template
-    from llava_sv.data.preprocess import check_tokenizer, preprocess
-
-    template = get_template(template_name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, use_fast=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer {tokenizer_path}: cannot be loaded ({str(error).splitlines()[0]})") from error
-    check_tokenizer(tokenizer, template)
-    text, supervised = [], []
-    for record in tqdm(records, total=len(records), desc="counting tokens", unit="record"):
-        sample = preprocess(record, tokenizer, template)
-        text.append(int((sample["input_ids"] != IMAGE_TOKEN_INDEX).sum()))
-        supervised.append(int((sample["labels"] != IGNORE_INDEX).sum()))
-    return {
-        "text_tokens": sum(text),
-        "text_tokens_per_record": _quantiles(np.array(text)),
-        "supervised_tokens": sum(supervised),
-        "supervised_tokens_per_record": _quantiles(np.array(supervised)),
-    }
-
-
-def _quantiles(values: np.ndarray) -> dict[str, float]:
-    low, half, high, most = np.quantile(values, [0, 0.5, 0.95, 1]).tolist()
-    return {"mean": float(values.mean()), "least": low, "median": half, "95%": high, "most": most}
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {number:.4g}" for name, number in value.items())
-    return f"{value:,}"

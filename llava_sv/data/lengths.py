@@ -23,7 +23,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from llava_sv.constants import IMAGE_TOKEN_INDEX
+from llava_sv.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_sv.conversation import Template
 from llava_sv.data.index import Records, cache_folder
 from llava_sv.data.preprocess import preprocess
@@ -114,10 +114,16 @@ def visual_lengths(
 
 def text_lengths(records: Records, tokenizer: Any, template: Template) -> np.ndarray:
     """Tokens of each record's text, images not counted, int32 [records], mapped into memory."""
+    return text_counts(records, tokenizer, template)[:, 0]
 
-    def count(index: int) -> int:
-        ids = preprocess(records[index], tokenizer, template)["input_ids"]
-        return int((ids != IMAGE_TOKEN_INDEX).sum())
+
+def text_counts(records: Records, tokenizer: Any, template: Template) -> np.ndarray:
+    """(tokens of the text, those of them that carry loss) of each record, int32 [records, 2], mapped into memory."""
+
+    def count(index: int) -> list[list[int]]:
+        sample = preprocess(records[index], tokenizer, template)
+        text, supervised = sample["input_ids"] != IMAGE_TOKEN_INDEX, sample["labels"] != IGNORE_INDEX
+        return [[int(text.sum()), int(supervised.sum())]]
 
     return _kept(records, *_text_kind(tokenizer, template), count, "counting tokens")
 
@@ -136,7 +142,8 @@ def image_sizes(records: Records, folder: str | Path) -> np.ndarray:
 
 
 def _text_kind(tokenizer: Any, template: Template) -> tuple[str, str]:
-    return "text", repr((tokenizer.backend_tokenizer.to_str(), tokenizer("a")["input_ids"], template))
+    depends = tokenizer.backend_tokenizer.to_str(), tokenizer("a")["input_ids"], template
+    return "text", repr(("all and supervised", *depends))
 
 
 def _size_kind(folder: str | Path) -> tuple[str, str]:
@@ -168,7 +175,8 @@ class _Chunks(Dataset):
 
 
 def _kept(records: Records, what: str, kind: str, count: Callable[[int], Any], doing: str) -> np.ndarray:
-    """`count` of every record, from the file that an earlier call left, or counted into it."""
+    """The pairs that `count` gives of every record (of text one, of sizes one a picture), from the file that an earlier
+    call left, or counted into it."""
     path = _where(records, what, kind)
     if not path.is_file():
         with FileLock(f"{path}.lock"):
@@ -197,13 +205,13 @@ def _count_into(path: Path, records: Records, what: str, count: Callable[[int], 
     partial = path.with_suffix(".partial")
     per_record = records.num_images if what == "sizes" else np.ones(len(records), np.int32)
     starts = np.r_[0, np.add.reduceat(per_record, np.arange(0, len(records), CHUNK), dtype=np.int64)].cumsum()
-    shape = (int(starts[-1]), 2) if what == "sizes" else (int(starts[-1]),)
+    shape = int(starts[-1]), 2
     found = _partial(partial, shape)
-    missing = (found if found.ndim == 1 else found[:, 0]) == UNCOUNTED
+    missing = found[:, 0] == UNCOUNTED
     first = int(np.searchsorted(starts, missing.argmax(), side="right")) - 1 if missing.any() else len(starts) - 1
     for number, values in _counted(len(records), count, doing, first):
-        part = np.array(values if what != "sizes" else [pair for pairs in values for pair in pairs], np.int32)
-        found[starts[number] : starts[number + 1]] = part.reshape(-1, *shape[1:])
+        part = np.array([pair for pairs in values for pair in pairs], np.int32)
+        found[starts[number] : starts[number + 1]] = part.reshape(-1, 2)
     if isinstance(found, np.memmap):
         found.flush()
     del found

@@ -26,7 +26,8 @@ CHUNK_BYTES = 16 * 2**20
 def loading_by_chunks(model_class: Any) -> Iterator[None]:
     """Inside, `model_class.from_pretrained` loads by chunks where ZeRO-3 is on; a no-op elsewhere.
 
-    Everything else of `from_pretrained` (files, precision, fresh weights, tied weights) stays the library's.
+    Everything else of `from_pretrained` (files, precision, fresh weights, tied weights) stays the library's; so does
+    the loading of quantised weights, and of checkpoints whose tensors must be fused or split, not only renamed.
     """
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -36,7 +37,8 @@ def loading_by_chunks(model_class: Any) -> Iterator[None]:
     library = model_class._load_pretrained_model
 
     def load(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *rest: Any) -> tuple[Any, Any]:
-        if state_dict is not None or not checkpoint_files or load_config.hf_quantizer is not None or rest:
+        ours = state_dict is None and checkpoint_files and load_config.hf_quantizer is None and not rest
+        if not ours or not names_only(load_config.weight_mapping):
             return library(model, state_dict, checkpoint_files, load_config, *rest)
         found = load_partitioned(model, checkpoint_files, load_config.weight_mapping)
         return _as_library_info(found), None
@@ -137,19 +139,21 @@ class _Source:
             value.data.copy_(values[key])
 
 
-def _renaming(model: Any, mapping: list[Any] | None, wanted: dict[str, Tensor]) -> Any:
-    """A function from a file's key to the model's, by transformers' own table of old names."""
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
+def names_only(mapping: list[Any] | None) -> bool:
+    """Whether transformers' table for a checkpoint renames keys, and does nothing to their tensors."""
+    from transformers.core_model_loading import WeightRenaming
 
-    renamings = [entry for entry in mapping or [] if isinstance(entry, WeightRenaming)]
-    others = [entry for entry in mapping or [] if not isinstance(entry, WeightRenaming)]
-    if others:
-        raise NotImplementedError(f"{type(model).__name__}: its checkpoints need {others[0]}, not only other names")
+    return all(isinstance(entry, WeightRenaming) for entry in mapping or [])
+
+
+def _renaming(model: Any, mapping: list[Any] | None, wanted: dict[str, Tensor]) -> Any:
+    """A function from a file's key to the model's, by transformers' own table of old names (`names_only`)."""
+    from transformers.core_model_loading import rename_source_key
+
+    options = {"base_model_prefix": model.base_model_prefix, "meta_state_dict": wanted}
 
     def name_of(key: str) -> str:
-        return rename_source_key(key, renamings, [], base_model_prefix=model.base_model_prefix, meta_state_dict=wanted)[
-            0
-        ]
+        return rename_source_key(key, mapping or [], [], **options)[0]
 
     return name_of
 

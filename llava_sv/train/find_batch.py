@@ -47,8 +47,10 @@ def settle(argv: list[str]) -> list[str]:
         return [*argv, f"--{ACCUMULATE}", str(accumulation(whole, _per_device(given), world))]
     if whole % world:
         raise UserError(f"--{GLOBAL} {whole}: no multiple of the {world} processes; choose one that is")
+    from llava_sv.train.flags import without
+
     batch = _planned(argv, world)
-    rest = _without(argv, (PER_DEVICE, ACCUMULATE))
+    rest, _ = without(argv, (PER_DEVICE, ACCUMULATE))
     numbers = [f"--{PER_DEVICE}", str(batch), f"--{ACCUMULATE}", str(accumulation(whole, batch, world))]
     return [*rest, *numbers, "--probe_batch", "True"]
 
@@ -79,18 +81,6 @@ def accumulation(whole: int, batch: int, world: int) -> int:
             f"--{GLOBAL} {whole} is no multiple of --{PER_DEVICE} {batch} x {world} processes; change one of them"
         )
     return whole // (batch * world)
-
-
-def _without(argv: list[str], names: tuple[str, ...]) -> list[str]:
-    """The command line without these flags and their values."""
-    kept: list[str] = []
-    dropping = False
-    for word in argv:
-        if word.startswith("--"):
-            dropping = word[2:].partition("=")[0].replace("-", "_") in names
-        if not dropping:
-            kept.append(word)
-    return kept
 
 
 def free_gib(use_cpu: bool) -> float:

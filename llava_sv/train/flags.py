@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import os
 import sys
+from collections.abc import Collection
 from typing import NoReturn
 
 from transformers import HfArgumentParser
@@ -77,6 +78,24 @@ def _words(argv: list[str]) -> list[tuple[str, list[str]]]:
     return words
 
 
+def without(argv: list[str], names: Collection[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """(the command line without the flags `names`, {name: the values of its last occurrence} of those found).
+
+    Names have `_` and no dashes; the command line may write `-`, and `--name=value`.
+    """
+    kept: list[str] = []
+    taken: dict[str, list[str]] = {}
+    into = kept
+    for word in argv:
+        name, equals, value = word[2:].partition("=") if word.startswith("--") else ("", "", "")
+        if name.replace("-", "_") in names:
+            into = taken[name.replace("-", "_")] = [value] if equals else []
+            continue
+        into = kept if word.startswith("--") else into
+        into.append(word)
+    return kept, taken
+
+
 def translate(argv: list[str]) -> tuple[list[str], list[str]]:
     """(the command line in today's names, one note for each flag that was translated or left out)."""
     out: list[str] = []
@@ -107,7 +126,8 @@ def known_flags() -> list[str]:
     return [item.name for kind in kinds for item in dataclasses.fields(kind) if item.init]
 
 
-def _check_known(argv: list[str]) -> None:
+def check_known(argv: list[str]) -> None:
+    """`UserError` for a flag that training does not have, with those that are nearly called so."""
     known = known_flags()
     accepted = {*known, *(f"no_{name}" for name in known), "help"}
     for name, _ in _words(argv):
@@ -120,7 +140,7 @@ def _check_known(argv: list[str]) -> None:
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """The arguments of a command line; `UserError` for a flag or value that is not known. Prints notes on old names."""
     argv, notes = translate(argv)
-    _check_known(argv)
+    check_known(argv)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
@@ -137,7 +157,7 @@ def check(argv: list[str]) -> None:
     """`UserError` for flags and words that `parse` would refuse, as far as they show apart from the others: some flags
     of a command line are enough, and no device is looked for."""
     argv, _ = translate(argv)
-    _check_known(argv)
+    check_known(argv)
     Parser().parse_args(argv)
 
 

@@ -29,6 +29,7 @@ POWERS = [2**power for power in range(9)]
 """Batches to choose from."""
 
 CHECKPOINTING = "gradient_checkpointing"
+PER_DEVICE = "per_device_train_batch_size"
 
 STAGES: tuple[tuple[int | None, bool], ...] = ((None, False), (1, False), (2, False), (2, True), (3, False), (3, True))
 """(ZeRO stage, whether on the host what can be): rows of the table."""
@@ -61,9 +62,11 @@ def read(argv: list[str]) -> Asked:
     from llava_sv.train.distributed import read_config
 
     own, rest = _own_parser().parse_known_args(argv)
-    rest, auto = _take_auto(rest)
     translated, _ = flags.translate(rest)
-    flags._check_known(translated)
+    others, batch = flags.without(translated, (PER_DEVICE,))
+    auto = batch.get(PER_DEVICE) == ["auto"]
+    translated = others if auto else translated
+    flags.check_known(translated)
     values = SimpleNamespace(**vars(flags.Parser().parse_args(translated)))
     if auto:
         values.per_device_train_batch_size = "auto"
@@ -92,18 +95,6 @@ def _own_parser() -> argparse.ArgumentParser:
     parser.add_argument("--global_batch_size", type=int, help="samples of an optimizer step, to be kept [the flags']")
     parser.add_argument("--json", metavar="FILE", help="write the plan as JSON")
     return parser
-
-
-def _take_auto(argv: list[str]) -> tuple[list[str], bool]:
-    """`--per_device_train_batch_size auto` out of a command line, and whether it was there."""
-    for index, word in enumerate(argv):
-        name, _, value = word.replace("-", "_").partition("=")
-        if name == "__per_device_train_batch_size":
-            if value == "auto":
-                return [*argv[:index], *argv[index + 1 :]], True
-            if not value and argv[index + 1 : index + 2] == ["auto"]:
-                return [*argv[:index], *argv[index + 2 :]], True
-    return argv, False
 
 
 def _device_memory(given: float | None) -> tuple[float, str]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_sv.cluster.agree import leave
 from llava_sv.errors import UserError, exit_on_user_error
+from llava_sv.train.ending import in_order
 from llava_sv.train.stopping import SIGNALS
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`llava-sv train`, and `python llava_sv/train/train.py`. Returns the exit code."""
-    return exit_on_user_error(train, argv=sys.argv[1:] if argv is None else argv)
+    """`llava-sv train`, and `python llava_sv/train/train.py`. Returns the exit code, or leaves with it (`ending`)."""
+    return in_order(lambda: exit_on_user_error(train, argv=sys.argv[1:] if argv is None else argv))
 
 
 def train(attn_implementation: str | Callable[[], str] | None = None, argv: list[str] | None = None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from llava_sv.errors import exit_on_user_error
+from llava_sv.train.ending import in_order
 from llava_sv.train.train import train
 
 
@@ -17,8 +18,8 @@ def fastest_attention() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train as `argv` says; returns the exit code."""
-    return exit_on_user_error(train, attn_implementation=fastest_attention, argv=argv)
+    """Train as `argv` says; returns the exit code, or leaves with it (`ending`)."""
+    return in_order(lambda: exit_on_user_error(train, attn_implementation=fastest_attention, argv=argv))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`llava-sv data check | index | stats` through the command table: what they print, their exit codes, their JSON."""
+"""`llava-sv data check | index` through the command table: what they print, their exit codes, their JSON."""
 
 import json
 
@@ -6,7 +6,6 @@ import pytest
 
 from llava_sv import cli
 from tests.data.samples import text_only, with_image, write_array, write_images
-from tests.tokenizers_util import llama_3_tokenizer
 
 
 @pytest.fixture
@@ -129,40 +128,7 @@ def test_stats_of_an_index(tmp_path, capsys):
     assert "records" in capsys.readouterr().out
 
 
-def test_stats_by_hand(tmp_path, capsys):
-    report, llm = tmp_path / "report.json", tmp_path / "llm"
-    llama_3_tokenizer().save_pretrained(llm)
-    arguments = ["--cache-dir", str(tmp_path / "cache"), "--json", str(report)]
-    arguments += ["--tokenizer", str(llm), "--template", "plain"]
-    assert cli.main(["data", "stats", _good(tmp_path), *arguments]) == 0
-    values = json.loads(report.read_text())
-    names = ("records", "with_image", "text_only", "several_images", "images", "exchanges")
-    assert [values[name] for name in names] == [3, 2, 1, 1, 3, 3]
-    characters = [len("<image>\nWhat is it?A square."), len("<image><image>A square."), len("How many?Two.")]
-    assert values["characters_per_record"]["most"] == max(characters)
-    assert values["characters_per_record"]["mean"] == pytest.approx(sum(characters) / 3)
-    tokenizer = llama_3_tokenizer()
-    said = [
-        len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in ("A square.\n", "A square.\n", "Two.\n")
-    ]
-    assert values["supervised_tokens"] == sum(said)
-    assert values["text_tokens"] == sum(said) + 3  # a BOS each: plain drops the question
-    assert "several_images" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--tokenizer", "x"], "--tokenizer and --template go together"),
-        (["--tokenizer", "x", "--template", "nine"], "unknown conversation template 'nine'; known: plain, v1"),
-    ],
-)
-def test_stats_of_a_half_told_tokenizer(tmp_path, capsys, arguments, message):
-    assert cli.main(["data", "stats", _good(tmp_path), "--cache-dir", str(tmp_path / "cache"), *arguments]) == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("command", ["check", "index", "stats"])
+@pytest.mark.parametrize("command", ["check", "index"])
 def test_help_ends_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["data", command, "--help"])

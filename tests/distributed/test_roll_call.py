@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -134,13 +135,35 @@ def test_who_speaks_twice_is_one_member(port):
 
 
 def test_strangers_do_not_disturb(port):
-    threading.Timer(
-        0.5, lambda: socket.create_connection(("127.0.0.1", port)).sendall(b"GET / HTTP/1.0\r\n\r\n")
-    ).start()
-    threads = threading.Timer(1.0, lambda: meet(member(1), "127.0.0.1", port, 10))
-    threads.start()
-    meet(member(0), "127.0.0.1", port, 10)
-    threads.join()
+    """A port scanner, a browser, another program's JSON, and one that hangs up: number 1 comes after them all."""
+    answers = []
+
+    def strangers_and_then_number_1():
+        for words in (b"", b"GET / HTTP/1.0\r\n\r\n", b'{"llava_sv": {"kind": "node"}}\n', b"[1, 2]\n", b"\xff\x00\n"):
+            with connected(port) as link:
+                link.sendall(words)
+                link.shutdown(socket.SHUT_WR)
+                answers.append(link.recv(1 << 16))
+        told.extend(all_meet(port, [member(1)]))
+
+    told: list[str] = []
+    thread = threading.Thread(target=strangers_and_then_number_1)
+    thread.start()
+    assert all_meet(port, [member(0)]) == ["ok"]
+    thread.join(60)
+    assert told == ["ok"]
+    assert answers == [b""] * 5, "strangers are told nothing"
+
+
+def connected(port):
+    """A connection to whoever listens on `port`, soon."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=20)
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 def test_an_address_that_does_not_resolve():

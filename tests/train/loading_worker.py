@@ -41,7 +41,7 @@ def peak_of(load: Any) -> float:
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaForCausalLM, MixtralForCausalLM
 
     from llava_sv.errors import UserError
     from llava_sv.model.checkpoint_io import gathered, load_strictly
@@ -55,7 +55,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
             return load_vision_tower(path, TOWER, dtype=dtype).vision_tower["vision_model"]
         if case["what"] == "whole":
             return load_whole(path, read_config(path), dtype=dtype)
-        return load_strictly(LlamaForCausalLM, path, dtype=dtype)
+        kind = MixtralForCausalLM if case["what"] == "experts" else LlamaForCausalLM
+        return load_strictly(kind, path, dtype=dtype)
 
     if case["what"] == "memory":
         library = peak_of(lambda: LlamaForCausalLM.from_pretrained(path, dtype=dtype))

@@ -11,7 +11,7 @@ from llava_sv.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava_sv.errors import UserError
 from llava_sv.model.config import SkipVisionConfig
 from llava_sv.model.multimodal_projector.builder import RESAMPLERS
-from llava_sv.train.flags import parse, translate
+from llava_sv.train.flags import parse, translate, without
 
 BASE = ["--model_name_or_path", "llm", "--version", "plain", "--output_dir", "out", "--use_cpu", "True"]
 
@@ -144,3 +144,19 @@ def test_exit_code_and_help_from_the_command_line(world, tmp_path):
     assert shown.returncode == 0
     assert "example" in shown.stdout[-700:]
     assert "--sv_num_retained" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "kept", "taken"),
+    [
+        ("--a 1 --b 2 --c 3", "--a 1 --c 3", {"b": ["2"]}),
+        ("--b=2 --a", "--a", {"b": ["2"]}),
+        ("--long-name x --a", "--a", {"long_name": ["x"]}),
+        ("--a --b 1 2 --long_name", "--a", {"b": ["1", "2"], "long_name": []}),
+        ("--b 1 --a -1 --b=4 --c", "--a -1 --c", {"b": ["4"]}),
+        ("--bb 1 b", "--bb 1 b", {}),
+        ("", "", {}),
+    ],
+)
+def test_flags_taken_out_of_a_command_line(words, kept, taken):
+    assert without(words.split(), ("b", "long_name")) == (kept.split(), taken)

@@ -1,19 +1,18 @@
 """Checkpoints loaded under ZeRO-3 by two processes: the weights of plain loading, its errors, and no whole copy."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from llava_sv.errors import UserError
 from llava_sv.model.builders import build_model
 from llava_sv.model.checkpoint_io import load_strictly
 from llava_sv.model.loading import load_whole, read_config
 from llava_sv.model.multimodal_encoder.builder import load_vision_tower
-from llava_sv.model.partitioned_loading import chunks
+from llava_sv.model.partitioned_loading import chunks, names_only
 from tests.model.checkpoints import make_clip, make_llm, make_siglip
 from tests.train import loading_worker, runs
 
@@ -42,6 +41,14 @@ def tied(folder):
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
 
 
+def experts(folder):
+    """Its file has each expert's tensors apart, the model all in one: the library's own loading fuses them."""
+    torch.manual_seed(3)
+    config = MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=3)
+    MixtralForCausalLM(config).save_pretrained(folder)
+    assert any(".experts.2." in key for key in load_file(folder / "model.safetensors"))
+
+
 def whole(folder):
     bases = str(make_llm(folder / "llm")), str(make_clip(folder / "clip"))
     for part in build_model("llava", *bases, skip_vision={"num_retained": 4, "num_skipped": 5}, conv_template="plain"):
@@ -55,6 +62,7 @@ LOADED = {
     "tied": ("decoder", tied, "float32"),
     "clip": ("tower", make_clip, "float32"),
     "siglip with its pooling head": ("tower", make_siglip, "float32"),
+    "experts": ("experts", experts, "float32"),
     "a whole llava": ("whole", whole, "float32"),
 }
 
@@ -89,7 +97,7 @@ def plainly(what, path, dtype):
         return load_vision_tower(path, loading_worker.TOWER, dtype=dtype).vision_tower["vision_model"]
     if what == "whole":
         return load_whole(path, read_config(path), dtype=dtype)
-    return load_strictly(LlamaForCausalLM, path, dtype=dtype)
+    return load_strictly(MixtralForCausalLM if what == "experts" else LlamaForCausalLM, path, dtype=dtype)
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +170,10 @@ def test_chunks_are_bounded_and_keep_their_order():
     assert list(chunks({}, 7)) == []
 
 
-def test_renamings_that_are_more_than_names_are_not_guessed_at():
-    from llava_sv.model.partitioned_loading import _renaming
+def test_which_tables_of_old_names_are_followed():
+    from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
 
-    with pytest.raises(NotImplementedError, match="not only other names"):
-        _renaming(SimpleNamespace(base_model_prefix="model"), [object()], {})
+    renamed = WeightRenaming("old.", "new.")
+    assert names_only(None)
+    assert names_only([renamed])
+    assert not names_only([renamed, WeightConverter("*.w1", "w", operations=[Concatenate(dim=0)])])

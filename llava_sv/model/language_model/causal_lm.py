@@ -137,11 +137,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM, Stock):
             attention_mask, position_ids = kwargs.pop("attention_mask"), kwargs.pop("position_ids")
         if self.training:
             self._last_roles = token_roles
-        ffn_rows = (
-            rows_through_ffn(token_roles, self.training)
-            if token_roles is not None and self.config.skip_vision
-            else None
-        )
+        skipping = token_roles if self.config.skip_vision else None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -149,19 +145,13 @@ class LlavaCausalLM(LlavaMetaForCausalLM, Stock):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            ffn_rows=ffn_rows,
+            ffn_rows=None if skipping is None else rows_through_ffn(skipping, self.training),
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        loss = None if labels is None else self._loss(hidden, labels, num_items_in_batch)
-        logits = None
-        if labels is None or not self.training:
-            count = isinstance(logits_to_keep, int)
-            keep = slice(-logits_to_keep if logits_to_keep else None, None) if count else logits_to_keep
-            logits = self.lm_head(hidden[:, keep])
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
+            loss=None if labels is None else self._loss(hidden, labels, num_items_in_batch),
+            logits=self._logits(hidden, logits_to_keep) if labels is None or not self.training else None,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -184,6 +174,12 @@ class LlavaCausalLM(LlavaMetaForCausalLM, Stock):
         if images is not None or packs is not None or (self.training and self.get_vision_tower() is not None):
             return True
         return bool((input_ids == IMAGE_TOKEN_INDEX).any())
+
+    def _logits(self, hidden_BTC: Tensor, to_keep: int | Tensor) -> Tensor:
+        """Of the last `to_keep` positions (0: of all), or of those that a tensor lists."""
+        if isinstance(to_keep, int):
+            return self.lm_head(hidden_BTC[:, slice(-to_keep if to_keep else None, None)])
+        return self.lm_head(hidden_BTC[:, to_keep])
 
     def _loss(self, hidden_BTC: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
         """Cross entropy of the supervised positions only; the head is called once, however few there are."""

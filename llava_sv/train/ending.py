@@ -1,0 +1,82 @@
+"""How a process of a run of several ends: with its exit code, whatever libraries have left running.
+
+Training's entries (`train.main`, `train_mem.main`) wrap their work in `in_order`. Threads of the process group's
+backend may outlive the group; one that wants to release a Python object while the interpreter is being taken down
+aborts the process (SIGABRT, "terminate called without an active exception"), after all work has been done and saved.
+So what Python does at its end is done here, by hand, and the process leaves without taking anything down.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import NoReturn
+
+from llava_sv.errors import INTERRUPTED
+
+PATIENCE = 60.0
+"""Seconds that Python threads get to finish, all together; daemon threads get none, as elsewhere."""
+
+
+def in_order(main: Callable[[], int]) -> int:
+    """Run `main`, a whole program, and return its exit code; where this process is one of several, leave with it.
+
+    There, an exception prints its traceback and leaves with 1, `SystemExit` with its own code.
+    """
+    if not several():
+        return main()
+    try:
+        code = main()
+    except SystemExit as ending:
+        code = _code_of(ending)
+    except KeyboardInterrupt:
+        sys.excepthook(*sys.exc_info())
+        code = INTERRUPTED
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    leave_at_once(code)
+
+
+def several() -> bool:
+    """Whether this process is one of several."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    return world.isdigit() and int(world) > 1
+
+
+def _code_of(ending: SystemExit) -> int:
+    """The exit code that Python gives this; a text is printed."""
+    if ending.code is None or isinstance(ending.code, int):
+        return ending.code or 0
+    print(ending.code, file=sys.stderr)
+    return 1
+
+
+def _finish_threads() -> None:
+    """Let pools hand out what they were given (as Python does before its atexit functions), and wait for threads."""
+    for function in reversed(getattr(threading, "_threading_atexits", ())):
+        function()
+    for thread in threading.enumerate():
+        if not thread.daemon and thread is not threading.main_thread():
+            thread.join()
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """End this process with `code`: threads are waited for, atexit functions run, output is flushed, and no more."""
+    with contextlib.suppress(SystemExit):
+        sys.exit(code)  # trackers put their own in its place, to tell a run that failed from one that finished
+    waiting = threading.Thread(target=_finish_threads, daemon=True)
+    waiting.start()
+    waiting.join(PATIENCE)
+    try:
+        atexit._run_exitfuncs()
+    except BaseException:  # one that fails changes no exit code
+        sys.excepthook(*sys.exc_info())
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(code)
