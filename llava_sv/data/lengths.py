@@ -17,24 +17,22 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from llava_sv.constants import IMAGE_TOKEN_INDEX
 from llava_sv.conversation import Template
+from llava_sv.data.image_store import ImageStore
 from llava_sv.data.index import Records
 from llava_sv.data.preprocess import preprocess
 from llava_sv.data.split import SomeRecords
 from llava_sv.files import replacing
+from llava_sv.mm_utils import ImageError
 
 CHUNK = 500
 """Records that one worker counts at a time."""
 
 MAX_WORKERS = 16
-EXIF_ORIENTATION = 0x0112
-TURNED = (5, 6, 7, 8)
-"""EXIF orientations that exchange width and height."""
 
 
 def exact_lengths(
@@ -82,22 +80,21 @@ def image_sizes(records: Records, folder: str | Path) -> np.ndarray:
 
     Only the head of a file is read.
     """
+    store = ImageStore(folder)
     sizes = _kept(
         records,
         "sizes",
         str(Path(folder).resolve()),
-        lambda index: [_size(Path(folder) / name) for name in records[index].images],
+        lambda index: [_size(store, name) for name in records[index].images],
         "reading image sizes",
     )
     return np.asarray(sizes, dtype=int).reshape(-1, 2)
 
 
-def _size(path: Path) -> tuple[int, int]:
+def _size(store: ImageStore, image: str) -> tuple[int, int]:
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            return (height, width) if image.getexif().get(EXIF_ORIENTATION) in TURNED else (width, height)
-    except Exception:  # damaged files make Pillow raise nearly anything; training says what is wrong with them
+        return store.size(image)
+    except ImageError:  # training says what is wrong with it
         return 0, 0
 
 
