@@ -28,6 +28,7 @@ COMMANDS: dict[str, Command] = {
     "data toy": Command("llava_sv.data.toy:main", "draw the toy images, conversations and benchmark"),
     "data check": Command("llava_sv.data.commands:check_main", "check a LLaVA data file before training on it"),
     "data index": Command("llava_sv.data.commands:index_main", "build the memory-mapped index of a data file"),
+    "data shard": Command("llava_sv.data.shard:shard_main", "pack records and images into tar or parquet shards"),
     "data stats": Command("llava_sv.data.commands:stats_main", "count records, images, turns and lengths"),
     "train": Command("llava_sv.train.train:main", "pretrain or fine-tune (scripts/v1_5/*.sh call this for you)"),
     "convert": Command(

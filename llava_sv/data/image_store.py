@@ -72,6 +72,11 @@ class ImageStore:
             width, height = image.size
             return (height, width) if image.getexif().get(EXIF_ORIENTATION) in TURNED else (width, height)
 
+    def length(self, ref: str) -> int:
+        """Bytes of the picture's file."""
+        with self._told(ref), self._stream(ref) as stream:
+            return stream.seek(0, io.SEEK_END)
+
     def bytes(self, ref: str) -> builtins.bytes:
         """The picture's file, undecoded."""
         with self._told(ref):
