@@ -168,7 +168,7 @@ def _pinpoints(text: str | None) -> list[list[int]] | None:
 class DataArguments:
     """What to train on."""
 
-    data_path: str | None = _flag(None, "Training records: LLaVA JSON (an array) or JSONL.")
+    data_path: str | None = _flag(None, "Training records: LLaVA JSON (an array) or JSONL, or a folder that llava-sv data mix wrote.")
     image_folder: str | None = _flag(None, "Folder that the records' image paths start from.")
     image_aspect_ratio: str = _flag(
         "pad",
@@ -228,7 +228,7 @@ class TrainingArguments(transformers.TrainingArguments):
         False, "Search for unused parameters under DDP: needless, since every parameter is used in every step."
     )
     eval_data_path: str | None = _flag(
-        None, "Validation records, LLaVA JSON or JSONL: their loss is logged as eval_loss, a mean over tokens."
+        None, "Validation records, as --data_path names them: their loss is logged as eval_loss, a mean over tokens."
     )
     validation_split: float = _flag(
         0.0, "Hold this share (below 1) or number of records out of --data_path by --seed, for validation; 0: none."

@@ -22,7 +22,7 @@ from llava_sv.errors import UserError
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate")
 
 MEND = {
-    "data": "every node must read the same file (--data_path)",
+    "data": "every node must read the same data (--data_path)",
     "output": "--output_dir must be on storage that all nodes share",
     "code": "the repository must be at the same commit everywhere",
     "settings": "start every node with the same flags",

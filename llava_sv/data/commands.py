@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from llava_sv.data.index import Records, open_index
+from llava_sv.data.index import Records, open_index, open_records
 from llava_sv.data.json_stream import read_values
 from llava_sv.data.records import check_record
 from llava_sv.errors import UserError
@@ -168,9 +168,12 @@ def index_main(argv: list[str]) -> int:
         "playground/data/toy/sft.json",
     )
     parser.add_argument("--cache-dir", metavar="DIR", help="where to keep it [datasets' cache, where training looks]")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that make it [one a core, at most 8]")
     args = parser.parse_args(argv)
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers: expected 1 or more, got {args.workers}")
     began = time.perf_counter()
-    records = open_index(args.data, args.cache_dir)
+    records = open_index(args.data, args.cache_dir, args.workers)
     report = {
         "file": args.data,
         "index": str(records.index_path),
@@ -200,7 +203,7 @@ def stats_main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if (args.tokenizer is None) != (args.template is None):
         raise UserError("--tokenizer and --template go together: tokens are counted of a rendered conversation")
-    records = open_index(args.data, args.cache_dir)
+    records = open_records(args.data, args.cache_dir)
     report = _stats(records)
     if args.tokenizer is not None:
         report |= _token_stats(records, args.tokenizer, args.template)

@@ -108,9 +108,9 @@ class LazySupervisedDataset(Dataset):
         """How many pictures were missing or corrupt so far, over all workers: `{"missing": n, "corrupt": n}`."""
         return self.reader.counts.total()
 
-    def modalities(self) -> list[bool]:
-        """Whether each record has an image."""
-        return (self.records.num_images > 0).tolist()
+    def modalities(self) -> np.ndarray:
+        """Whether each record has an image, bool [records]."""
+        return self.records.num_images > 0
 
     def lengths(self, visual_tokens: Callable[[tuple[int, int] | None], int]) -> list[int]:
         """Tokens of each record in the spliced sequence: its text's, and `visual_tokens(None)` for each image.

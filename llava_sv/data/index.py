@@ -1,101 +1,160 @@
-"""The index of a data file: its records, checked once and laid out in Arrow, memory-mapped from a cache.
+"""The records of a data set, checked once, laid out in Arrow and memory-mapped. Called by `train.build`,
+`train.evaluation` and the `data` commands.
 
-A LLaVA JSON or JSONL file arrives; `Records` leave. Called by `train.build` and the `data` commands. The file
-is streamed (arrays too), so memory stays small whatever its size; every rank and worker shares the same pages.
+What `--data_path` names arrives (`open_records`); `Records` leave. A JSON file's index is made in a cache on first use
+(`data.index_build`); every rank and worker shares the same pages, and opening them copies nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import os
-from collections.abc import Collection, Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from filelock import FileLock
-from tqdm import tqdm
 
-from llava_sv.data.json_stream import read_values
-from llava_sv.data.records import LlavaRecord, check_record
+from llava_sv.data.index_build import build_index
+from llava_sv.data.index_file import LAYOUT, IndexWriter, Rows, read_batches
+from llava_sv.data.records import LlavaRecord
 from llava_sv.errors import UserError
-from llava_sv.files import replacing
 
-LAYOUT = 1
-"""Version of the columns below; a change makes new indexes."""
+__all__ = ["INDEX_NAME", "IndexWriter", "Records", "index_location", "open_index", "open_records"]
 
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("images", pa.list_(pa.string())),
-        ("speakers", pa.list_(pa.string())),
-        ("values", pa.list_(pa.string())),
-        ("num_images", pa.int32()),
-        ("num_turns", pa.int32()),
-        ("num_chars", pa.int32()),
-    ]
-)
-BATCH = 1000
+INDEX_NAME = "index.arrow"
+"""The index in a folder that `llava-sv data mix` writes."""
 
 
 class Records:
-    """A sequence of `LlavaRecord`, memory-mapped. `path`: the data file; `index_path`: its index.
+    """A sequence of `LlavaRecord`, memory-mapped. `path`: what was opened; `index_path`: its index.
 
-    `num_images`, `num_turns`, `num_chars` (of all turns together): int arrays [records], read without decoding text.
+    Columns (`num_images`, `num_turns`, `num_chars`, `modality`, `source_codes`, `lines`) are arrays [records], read
+    without decoding any text and made anew each time: keep one only as long as it is needed. Pickled, it is its two
+    paths: a worker opens the file itself.
     """
 
     def __init__(self, path: Path, index_path: Path) -> None:
-        import datasets
-
         self.path, self.index_path = path, index_path
-        self._data = datasets.Dataset.from_file(str(index_path))
+        self._batches = read_batches(index_path)
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)]).tolist()
+        self._rows: list[Rows | None] = [None] * len(self._batches)
+        self._sources: list[str] | None = None
+
+    def __reduce__(self) -> tuple[type[Records], tuple[Path, Path]]:
+        return Records, (self.path, self.index_path)
 
     def __len__(self) -> int:
-        return len(self._data)
+        return self._starts[-1]
 
     def __getitem__(self, index: int) -> LlavaRecord:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        row = self._data[int(index) % len(self)]
-        turns = tuple({"from": who, "value": said} for who, said in zip(row["speakers"], row["values"]))
-        return LlavaRecord(row["id"], tuple(row["images"]), turns)
+        rows, row = self._at(index)
+        return rows.record(row)
 
     def __iter__(self) -> Iterator[LlavaRecord]:
         return (self[index] for index in range(len(self)))
 
+    def _at(self, index: int) -> tuple[Rows, int]:
+        """The batch that holds a record, and the record's row there."""
+        total = self._starts[-1]
+        if not -total <= index < total:
+            raise IndexError(f"record {index} of {total}")
+        index = int(index) % total
+        number = bisect_right(self._starts, index) - 1
+        rows = self._rows[number]
+        if rows is None:
+            rows = self._rows[number] = Rows(self._batches[number])
+        return rows, index - self._starts[number]
+
     def images_of(self, ids: Collection[str]) -> dict[str, tuple[str, ...]]:
         """Image paths of the records with these ids, found without decoding the others."""
-        column = self._data.data.column("id")
-        found = pc.is_in(column, value_set=pa.array(list(ids), column.type)).to_numpy()
-        return {record.id: record.images for record in (self[int(index)] for index in found.nonzero()[0])}
+        wanted = pa.array(list(ids), pa.string())
+        found: dict[str, tuple[str, ...]] = {}
+        for start, batch in zip(self._starts, self._batches):
+            here = pc.is_in(batch.column("id"), value_set=wanted).to_numpy(zero_copy_only=False)
+            for row in here.nonzero()[0].tolist():
+                record = self[start + row]
+                found[record.id] = record.images
+        return found
 
     @property
     def num_images(self) -> np.ndarray:
-        """Images of each record."""
+        """Images of each record, int32."""
         return self._column("num_images")
 
     @property
     def num_turns(self) -> np.ndarray:
-        """Turns of each record."""
+        """Turns of each record, int32."""
         return self._column("num_turns")
 
     @property
     def num_chars(self) -> np.ndarray:
-        """Characters of each record's turns."""
+        """Characters of each record's turns together, int32."""
         return self._column("num_chars")
 
+    @property
+    def lines(self) -> np.ndarray:
+        """Line of each record in the file it was read from, from 1, int64; 0: none."""
+        return self._column("line")
+
+    @property
+    def modality(self) -> np.ndarray:
+        """Whether each record has an image, bool."""
+        return np.concatenate([batch.column("num_images").to_numpy() > 0 for batch in self._batches])
+
+    @property
+    def sources(self) -> list[str]:
+        """The names of the sources that the records are from, sorted; "" stands for records that name none."""
+        if self._sources is None:
+            self._sources = sorted(
+                {name for batch in self._batches for name in batch.column("source").unique().to_pylist()}
+            )
+        return list(self._sources)
+
+    @property
+    def source_codes(self) -> np.ndarray:
+        """The source of each record, as its place in `sources`, int32."""
+        names = pa.array(self.sources, pa.string())
+        parts = [pc.index_in(batch.column("source"), value_set=names).to_numpy() for batch in self._batches]
+        return np.concatenate(parts)
+
+    def source_of(self, index: int) -> str:
+        """The source of record `index`."""
+        rows, row = self._at(index)
+        return rows.source(row)
+
     def _column(self, name: str) -> np.ndarray:
-        return self._data.data.column(name).to_numpy()
+        return np.concatenate([batch.column(name).to_numpy() for batch in self._batches])
 
 
-def open_index(path: str | Path, cache_dir: str | Path | None = None) -> Records:
-    """The records of `path`; its index is made on the first call and found on later ones.
+def open_records(path: str | Path, cache_dir: str | Path | None = None) -> Records:
+    """The records that `--data_path` names: a JSON or JSONL file (see `open_index`), an index (`.arrow`), or a folder
+    with one, as `llava-sv data mix` writes it, or of shards.
 
-    cache_dir: default: `llava_sv` in the `datasets` library's cache (`HF_DATASETS_CACHE`). The index is made under a
-    temporary name and by one process at a time; a changed file gets a new one.
+    Raises `UserError` for something else, and for what is damaged.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        if (path / INDEX_NAME).is_file():
+            return Records(path, path / INDEX_NAME)
+        from llava_sv.data.shard_index import holds_shards, open_shards
+
+        if holds_shards(path):
+            return open_shards(path, cache_dir)
+        raise UserError(
+            f"{path}: holds no {INDEX_NAME} and no shards; name a folder that llava-sv data mix or shard wrote, or a file"
+        )
+    if path.suffix == ".arrow" and path.is_file():
+        return Records(path, path)
+    return open_index(path, cache_dir)
+
+
+def open_index(path: str | Path, cache_dir: str | Path | None = None, workers: int | None = None) -> Records:
+    """The records of a JSON or JSONL file; its index is made on the first call and found on later ones.
+
+    cache_dir: default: `llava_sv` in the `datasets` library's cache (`HF_DATASETS_CACHE`). workers: processes that
+    make it (see `build_index`). One process at a time makes it; a changed file gets a new one.
 
     Raises `UserError` at the first thing wrong with the file (see `read_values`, `check_record`).
     """
@@ -103,59 +162,17 @@ def open_index(path: str | Path, cache_dir: str | Path | None = None) -> Records
     if not path.is_file():
         raise UserError(f"no such data file: {path}")
     index_path = index_location(path, cache_dir)
-    if not index_path.is_file():
-        index_path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{index_path}.lock"):
-            if not index_path.is_file():
-                _build(path, index_path)
+    build_index(path, index_path, workers)
     return Records(path, index_path)
 
 
 def index_location(path: Path, cache_dir: str | Path | None = None) -> Path:
-    """Where the index of `path` belongs: named by the file's real path, size, time of change, and `LAYOUT`."""
+    """Where the index of `path` belongs: named by the file's real path, then size, time of change, and `LAYOUT`."""
     if cache_dir is None:
         import datasets
 
         cache_dir = Path(datasets.config.HF_DATASETS_CACHE) / "llava_sv"
     state = path.stat()
-    key = f"{path.resolve()}|{state.st_size}|{state.st_mtime_ns}|{LAYOUT}"
-    return Path(cache_dir) / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.arrow"
-
-
-def checked_records(values: Iterable[tuple[int, Any]], path: Path) -> Iterator[LlavaRecord]:
-    """The records of (line, value) pairs. Raises `UserError` at the first that is not one."""
-    for line, value in values:
-        yield check_record(value, f"{path} line {line}")
-
-
-def _build(path: Path, index_path: Path) -> None:
-    bar = tqdm(
-        total=path.stat().st_size, desc=f"indexing {path.name}", unit="B", unit_scale=True, disable=_is_quiet(path)
-    )
-    with bar, replacing(index_path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
-        with pa.ipc.new_stream(sink, SCHEMA) as writer:
-            records = checked_records(read_values(path, progress=bar.update), path)
-            total = 0
-            while batch := list(itertools.islice(records, BATCH)):
-                writer.write_batch(_columns(batch))
-                total += len(batch)
-        if not total:
-            raise UserError(f"{path}: holds no records")
-
-
-def _is_quiet(path: Path) -> bool:
-    """A small file needs no bar, and one rank's is enough."""
-    return path.stat().st_size < 1 << 24 or os.environ.get("LOCAL_RANK", "0") != "0"
-
-
-def _columns(records: list[LlavaRecord]) -> pa.RecordBatch:
-    columns = [
-        [record.id for record in records],
-        [list(record.images) for record in records],
-        [[turn["from"] for turn in record.turns] for record in records],
-        [[turn["value"] for turn in record.turns] for record in records],
-        [len(record.images) for record in records],
-        [len(record.turns) for record in records],
-        [sum(len(turn["value"]) for turn in record.turns) for record in records],
-    ]
-    return pa.record_batch([pa.array(column, field.type) for column, field in zip(columns, SCHEMA)], schema=SCHEMA)
+    where = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    version = hashlib.sha256(f"{state.st_size}|{state.st_mtime_ns}|{LAYOUT}".encode()).hexdigest()[:12]
+    return Path(cache_dir) / f"{path.stem}-{where}{version}.arrow"

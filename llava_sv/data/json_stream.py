@@ -1,6 +1,6 @@
 """A JSON array or JSONL file arrives; its values leave one by one, each with its line, without the file in memory.
 
-Called by `data.index` and `data.commands`. Damage is told by file, line and column.
+Called by `data.index_build` (stretch by stretch) and `data.commands`. Damage is told by file, line and column.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from llava_sv.data.json_spans import Span
 from llava_sv.errors import UserError
 
 CHUNK_BYTES = 1 << 23
@@ -41,14 +42,31 @@ def read_values(
         yield from (_array if first == "[" else _lines)(window, on_error)
 
 
-class _Window:
-    """A stretch of a file's text, of which `text[at:]` is still to be read; knows lines and columns."""
+def read_span(path: Path, span: Span) -> Iterator[tuple[int, Any]]:
+    """(line, value) of each record in a stretch of a file; together, what `read_values` gives of the whole."""
+    with path.open("rb") as file:
+        window = _Window(path, file, None, span)
+        yield from _elements(window, span.first, span.last) if span.array else _lines(window, None)
 
-    def __init__(self, path: Path, file: BinaryIO, progress: Callable[[int], Any] | None) -> None:
+
+class _Window:
+    """A stretch of a file's text, of which `text[at:]` is still to be read; knows lines and columns.
+
+    span: the stretch; default: the whole file.
+    """
+
+    def __init__(
+        self, path: Path, file: BinaryIO, progress: Callable[[int], Any] | None, span: Span | None = None
+    ) -> None:
         self.path, self.text, self.at = path, "", 0
         self._file, self._progress, self._ended, self._bytes = file, progress, False, 0
-        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._line, self._line_start, self._counted = 1, 0, 0  # the line of text[_counted], and where it begins
+        self._end: int | None = None
+        if span is not None:
+            self._bytes, self._end = span.start.offset, span.end.offset
+            self._line, self._line_start = span.start.line, 1 - span.start.column
+            file.seek(self._bytes)
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig" if span is None else "utf-8")()
 
     def fill(self) -> bool:
         """Drop what was read and read on, at least doubling what is left; False where the file has ended."""
@@ -57,7 +75,8 @@ class _Window:
         self.position(self.at)
         self.text, self._line_start = self.text[self.at :], self._line_start - self.at
         self.at = self._counted = 0
-        data = self._file.read(max(CHUNK_BYTES, len(self.text)))
+        size = max(CHUNK_BYTES, len(self.text))
+        data = self._file.read(size if self._end is None else min(size, self._end - self._bytes))
         try:
             self.text += self._decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
@@ -97,21 +116,29 @@ class _Window:
 def _array(window: _Window, on_error: Callable[[UserError], Any] | None) -> Iterator[tuple[int, Any]]:
     try:
         window.at += 1
-        more = window.peek() != "]"
-        while more:
-            yield _element(window)
-            mark = window.peek()
-            if mark not in (",", "]"):
-                raise window.malformed("expected ',' or ']' after a record", window.at)
-            more = mark == ","
-            window.at += more
-        window.at += 1
-        if window.peek():
-            raise window.malformed("text after the array's end", window.at)
+        yield from _elements(window, True, True)
     except UserError as error:
         if on_error is None:
             raise
         on_error(error)
+
+
+def _elements(window: _Window, first: bool, last: bool) -> Iterator[tuple[int, Any]]:
+    """What follows an array's opening bracket (`first`) or one of its commas, to the array's end or (not `last`) to the
+    window's, behind another comma."""
+    more = not (first and window.peek() == "]")
+    while more:
+        if not last and not window.peek():
+            return
+        yield _element(window)
+        mark = window.peek()
+        if mark not in (",", "]"):
+            raise window.malformed("expected ',' or ']' after a record", window.at)
+        more = mark == ","
+        window.at += more
+    window.at += 1
+    if window.peek():
+        raise window.malformed("text after the array's end", window.at)
 
 
 def _element(window: _Window) -> tuple[int, Any]:

@@ -45,6 +45,21 @@ class SomeRecords:
         return self.records.num_images[self.indices]
 
     @property
+    def modality(self) -> np.ndarray:
+        """Whether each record has an image."""
+        return self.records.modality[self.indices]
+
+    @property
+    def sources(self) -> list[str]:
+        """See `Records.sources`: those of all of `records`."""
+        return self.records.sources
+
+    @property
+    def source_codes(self) -> np.ndarray:
+        """The source of each record, as its place in `sources`."""
+        return self.records.source_codes[self.indices]
+
+    @property
     def num_turns(self) -> np.ndarray:
         """Turns of each record."""
         return self.records.num_turns[self.indices]

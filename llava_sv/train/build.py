@@ -13,7 +13,7 @@ import torch
 from llava_sv.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava_sv.conversation import get_template
 from llava_sv.data.dataset import LazySupervisedDataset
-from llava_sv.data.index import open_index
+from llava_sv.data.index import open_records
 from llava_sv.data.lengths import exact_lengths
 from llava_sv.data.packing import PackedDataset
 from llava_sv.errors import UserError
@@ -217,7 +217,7 @@ def build_dataset(
     tokenizer: Any, image_processor: Any, data_args: DataArguments, version: str, image_config: Any
 ) -> LazySupervisedDataset:
     """The training records, prepared as they are read; `image_config` (the model's) says how images are cut."""
-    records = open_index(str(data_args.data_path))
+    records = open_records(str(data_args.data_path))
     return LazySupervisedDataset(records, tokenizer, image_processor, data_args, get_template(version), image_config)
 
 
@@ -239,7 +239,7 @@ def pack(model: Any, dataset: LazySupervisedDataset, args: TrainingArguments) ->
 
 def check_room(config: Any, dataset: LazySupervisedDataset, args: TrainingArguments) -> None:
     """`UserError` where an image alone may fill the whole sequence: the cut would take it, and all that follows it."""
-    if not any(dataset.modalities()):
+    if not dataset.modalities().any():
         return
     most = config.visual_tokens_per_image()
     if most >= args.model_max_length:

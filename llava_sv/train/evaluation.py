@@ -112,9 +112,9 @@ def prepare(dataset: Any, data_args: Any, args: Any) -> Evaluator | None:
         held = _same_way(dataset, records, data_args)
         said.append(f"{len(records):,} of {total:,} records, held out by seed {seed} and never trained on")
     elif args.eval_data_path:
-        from llava_sv.data.index import open_index
+        from llava_sv.data.index import open_records
 
-        held = _same_way(dataset, open_index(args.eval_data_path), data_args)
+        held = _same_way(dataset, open_records(args.eval_data_path), data_args)
         said.append(f"{len(held):,} records of {args.eval_data_path}")
     if held is not None:
         _check_readable(held)

@@ -22,7 +22,7 @@ WHERE = {
 }
 """Where the recipe's own annotation files come from, by file name."""
 
-RECORDS = "give a LLaVA JSON or JSONL file"
+RECORDS = "give a LLaVA JSON or JSONL file, an .arrow index, or a folder that llava-sv data mix or data shard wrote"
 
 NEEDED = ("model_name_or_path", "vision_tower", "data_path", "image_folder", "pretrain_mm_mlp_adapter", "deepspeed")
 """Flags that name something on disk, in the order they are reported."""
@@ -86,7 +86,8 @@ def shared_inputs(flags: Mapping[str, Any]) -> dict[str, Path | None]:
     """What the flags name that must be the same on every node, by content: the data, and base models' folders."""
     files: dict[str, Path | None] = {}
     if flags.get("data_path"):
-        files["data"] = Path(flags["data_path"]).expanduser()
+        given = flags["data_path"]
+        files["data"] = data_file(given) or Path(given).expanduser()
     for name, flag in (("model", "model_name_or_path"), ("model vision_tower", "vision_tower")):
         if flags.get(flag):
             files[name] = find_model(flags[flag])
@@ -103,11 +104,16 @@ def looks_like_hub_id(name: str) -> bool:
 
 def read_config(model: Path) -> dict:
     """The contents of a model folder's config.json; empty where it cannot be read."""
+    return read_json(model / "config.json")
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; empty where there is none to be read."""
     try:
-        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return config if isinstance(config, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def is_llava(model: Path) -> bool:
@@ -143,9 +149,22 @@ def _missing_tower(name: str, model: Path | None) -> str | None:
     return _missing_model("vision_tower", "vision tower", name)
 
 
+def data_file(name: str) -> Path | None:
+    """What stands for the training records that a flag names: the file; a folder's index, or its shards' manifest."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if (path / "index.arrow").is_file():
+        return path / "index.arrow"
+    manifest = path / "manifest.json"
+    return manifest if read_json(manifest).get("kind") == "shards" else None
+
+
 def _missing_data(name: str) -> str | None:
-    if Path(name).expanduser().is_file():
+    if data_file(name) is not None:
         return None
+    if Path(name).expanduser().is_dir():
+        return f"training data (DATA, --data_path): folder {name} holds no index.arrow and no shards; {RECORDS}"
     hint = WHERE.get(Path(name).name, RECORDS)
     if "toy" in Path(name).parts:
         hint = "made by: llava-sv data toy"
@@ -183,7 +202,7 @@ def missing_inputs(argv: list[str]) -> list[str]:
     problems.append(_missing_tower(flags.get("vision_tower", ""), found))
     data = flags.get("data_path", "")
     problems.append(_missing_data(data) if data else "training data (DATA, --data_path): not given")
-    if flags.get("eval_data_path") and not Path(flags["eval_data_path"]).expanduser().is_file():
+    if flags.get("eval_data_path") and data_file(flags["eval_data_path"]) is None:
         problems.append(f"validation data (--eval_data_path): no file {flags['eval_data_path']}; {RECORDS}")
     if flags.get("image_folder"):
         problems.append(_missing_images(flags["image_folder"]))

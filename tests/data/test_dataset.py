@@ -180,7 +180,7 @@ def test_lengths_are_text_plus_visual_tokens(tmp_path):
         expected.append(len(ids) - images + 50 * images)
     assert lengths == expected
     assert all(isinstance(length, int) for length in lengths)
-    assert data.modalities() == [True, False, True]
+    assert data.modalities().tolist() == [True, False, True]
 
 
 def test_lengths_of_large_data_are_estimated_well(tmp_path, monkeypatch):

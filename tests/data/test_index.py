@@ -8,8 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from llava_sv.data import index as index_module
-from llava_sv.data import json_stream
+from llava_sv.data import index_file, index_worker, json_spans, json_stream
 from llava_sv.data.index import index_location, open_index
 from llava_sv.data.records import check_record
 from llava_sv.errors import UserError
@@ -30,7 +29,7 @@ def _mixed(count):
 
 
 def test_records_are_those_of_the_file_for_array_and_jsonl(tmp_path, monkeypatch):
-    monkeypatch.setattr(index_module, "BATCH", 7)
+    monkeypatch.setattr(index_file, "BATCH_ROWS", 7)
     raw = _mixed(30)
     expected = [check_record(value, "f") for value in raw]
     array = open_index(write_array(tmp_path / "a.json", raw), tmp_path / "cache")
@@ -49,7 +48,7 @@ def test_records_are_those_of_the_file_for_array_and_jsonl(tmp_path, monkeypatch
 def test_second_opening_reads_the_cache_and_a_changed_file_is_read_anew(tmp_path, monkeypatch):
     path = write_array(tmp_path / "a.json", _mixed(3))
     first = open_index(path, tmp_path / "cache")
-    monkeypatch.setattr(index_module, "read_values", lambda *a, **k: pytest.fail("the file was read again"))
+    monkeypatch.setattr(index_worker, "read_span", lambda *a, **k: pytest.fail("the file was read again"))
     assert list(open_index(path, tmp_path / "cache")) == list(first)
     monkeypatch.undo()
     write_array(path, _mixed(4))
@@ -106,6 +105,7 @@ def test_several_processes_may_open_at_once(tmp_path):
 def test_memory_stays_small_whatever_the_array(tmp_path, monkeypatch):
     """Indexing 24 MB of records holds a window of text and a batch, not the file."""
     monkeypatch.setattr(json_stream, "CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(json_spans, "SPAN_BYTES", 1 << 20)
     path = tmp_path / "big.json"
     with path.open("w") as file:
         file.write("[")

@@ -1,0 +1,232 @@
+"""The Arrow file that records are kept in: its columns, writing it, opening it. Called by `data.index`,
+`data.index_build` and `data mix`.
+
+A stream of record batches, as `datasets.Dataset.from_file` reads it too. Batches are large, so that there are few of
+them to find when a file is opened, and bounded in rows and text, so that writing one needs little memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from llava_sv.data.records import LlavaRecord
+from llava_sv.errors import UserError
+from llava_sv.files import replacing
+
+LAYOUT = 2
+"""Version of the columns below; a change makes new indexes."""
+
+_LAYOUT_KEY = b"llava_sv_layout"
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("images", pa.list_(pa.string())),
+        ("speakers", pa.list_(pa.string())),
+        ("values", pa.list_(pa.string())),
+        ("num_images", pa.int32()),
+        ("num_turns", pa.int32()),
+        ("num_chars", pa.int32()),
+        ("source", pa.string()),
+        ("line", pa.int64()),
+    ],
+    metadata={_LAYOUT_KEY: str(LAYOUT).encode()},
+)
+
+BATCH_ROWS = 1 << 15
+BATCH_CHARS = 1 << 24
+"""A batch is written when it holds so many records, or so many characters of turns."""
+
+_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+"""What an Arrow stream ends with; without it, a file that was cut between two batches would look whole."""
+
+
+def head() -> bytes:
+    """The first bytes of an index."""
+    return SCHEMA.serialize().to_pybytes()
+
+
+def tail() -> bytes:
+    """The last bytes of an index."""
+    return _END
+
+
+class Batcher:
+    """Records are added; whole batches, as bytes of the file, are taken off by `take`."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[LlavaRecord, str, int]] = []
+        self._chars: list[int] = []
+        self._total = 0
+
+    def add(self, record: LlavaRecord, source: str, line: int) -> bool:
+        """Whether it is time to `take`."""
+        chars = sum([len(turn["value"]) for turn in record.turns])
+        self._rows.append((record, source, line))
+        self._chars.append(chars)
+        self._total += chars
+        return len(self._rows) >= BATCH_ROWS or self._total >= BATCH_CHARS
+
+    def take(self) -> pa.Buffer | None:
+        """The batch of what was added since; None: nothing was."""
+        if not self._rows:
+            return None
+        batch = _batch(self._rows, self._chars).serialize()
+        self._rows, self._chars, self._total = [], [], 0
+        return batch
+
+
+def _batch(rows: list[tuple[LlavaRecord, str, int]], chars: list[int]) -> pa.RecordBatch:
+    records = [row[0] for row in rows]
+    columns = [
+        pa.array([record.id for record in records], pa.string()),
+        _lists([record.images for record in records]),
+        _lists([[turn["from"] for turn in record.turns] for record in records]),
+        _lists([[turn["value"] for turn in record.turns] for record in records]),
+        pa.array([len(record.images) for record in records], pa.int32()),
+        pa.array([len(record.turns) for record in records], pa.int32()),
+        pa.array(chars, pa.int32()),
+        pa.array([row[1] for row in rows], pa.string()),
+        pa.array([row[2] for row in rows], pa.int64()),
+    ]
+    return pa.record_batch(columns, schema=SCHEMA)
+
+
+def _lists(rows: list[Any]) -> pa.Array:
+    """Lists of texts; much faster than to let pyarrow look through nested lists."""
+    ends = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum([len(row) for row in rows], out=ends[1:])
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array([text for row in rows for text in row], pa.string()))
+
+
+class IndexWriter:
+    """Writes an index: `with IndexWriter(path) as writer: writer.add(record, source, line)`. Atomic: `path` is there,
+    whole, once the block is left without an error, and as it was before otherwise.
+
+    Raises `UserError` on leaving where nothing was added.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path, self.count = Path(path), 0
+        self._batcher = Batcher()
+        self._replacing = replacing(self.path)
+        self._file: Any = None
+
+    def __enter__(self) -> IndexWriter:
+        self._file = self._replacing.__enter__().open("wb")
+        self._file.write(head())
+        return self
+
+    def add(self, record: LlavaRecord, source: str = "", line: int = 0) -> None:
+        """source: the data set it is from; line: of the file it was read from, from 1."""
+        self.count += 1
+        if self._batcher.add(record, source, line):
+            self._file.write(self._batcher.take())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                if not self.count:
+                    raise UserError(f"{self.path}: would hold no records")
+                self._file.write(self._batcher.take() or b"")
+                self._file.write(tail())
+            self._file.close()
+        except BaseException as failure:
+            self._file.close()
+            self._replacing.__exit__(type(failure), failure, failure.__traceback__)
+            raise
+        self._replacing.__exit__(kind, error, trace)
+
+
+def read_batches(path: Path) -> list[pa.RecordBatch]:
+    """The batches of an index, memory-mapped: nothing of them is read yet. Raises `UserError`, in one line, for a file
+    that is no index, is cut off, or has another layout."""
+    try:
+        with pa.memory_map(str(path)) as source:
+            reader = pa.ipc.open_stream(source)
+            _check_schema(path, reader.schema)
+            source_end = source.size()
+            source.seek(source_end - len(_END))
+            whole = source.read(len(_END)) == _END
+            source.seek(0)
+            batches = list(pa.ipc.open_stream(source)) if whole else []
+    except (pa.ArrowInvalid, OSError, EOFError) as error:
+        if not path.is_file():
+            raise UserError(f"no such index: {path}") from error
+        raise UserError(
+            f"{path}: is no index of records ({str(error).splitlines()[0]}); make one with: llava-sv data index FILE"
+        ) from error
+    if not whole:
+        raise UserError(f"{path}: is cut off; delete it, then copy it again or make it again from its source")
+    return batches
+
+
+def _check_schema(path: Path, schema: pa.Schema) -> None:
+    layout = (schema.metadata or {}).get(_LAYOUT_KEY)
+    if layout is None and schema.names == SCHEMA.names[:7]:
+        layout = b"1"
+    if layout is not None and layout != str(LAYOUT).encode():
+        raise UserError(
+            f"{path}: has layout {layout.decode(errors='replace')} and this version reads layout {LAYOUT}; make it "
+            "again from its source"
+        )
+    if not schema.equals(SCHEMA):
+        found = ", ".join(schema.names[:6]) + (", ..." if len(schema.names) > 6 else "")
+        raise UserError(
+            f"{path}: holds other columns ({found}) than an index of records; make one with: llava-sv data index FILE"
+        )
+
+
+class Rows:
+    """One batch, read row by row straight from the mapped file: views of its buffers, made on first use."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self._ids = _texts(batch.column(0))
+        self._images, self._speakers, self._values = (_nested(batch.column(index)) for index in (1, 2, 3))
+        self._sources = _texts(batch.column(7))
+
+    def record(self, row: int) -> LlavaRecord:
+        """Record `row` of the batch."""
+        turns = zip(_row_of(self._speakers, row), _row_of(self._values, row))
+        return LlavaRecord(
+            _text_of(self._ids, row),
+            tuple(_row_of(self._images, row)),
+            tuple([{"from": speaker, "value": value} for speaker, value in turns]),
+        )
+
+    def source(self, row: int) -> str:
+        """The source of record `row`."""
+        return _text_of(self._sources, row)
+
+
+_Texts = tuple[memoryview, memoryview]
+_Nested = tuple[memoryview, memoryview, memoryview]
+
+
+def _texts(array: pa.StringArray) -> _Texts:
+    """(offsets, characters) of an array that starts at its buffers' beginning."""
+    _, offsets, data = array.buffers()
+    return memoryview(offsets).cast("B").cast("i"), memoryview(data or b"").cast("B")
+
+
+def _nested(array: pa.ListArray) -> _Nested:
+    return memoryview(array.buffers()[1]).cast("B").cast("i"), *_texts(array.values)
+
+
+def _text_of(texts: _Texts, row: int) -> str:
+    offsets, data = texts
+    return str(data[offsets[row] : offsets[row + 1]], "utf-8")
+
+
+def _row_of(nested: _Nested, row: int) -> Iterable[str]:
+    lists, offsets, data = nested
+    ends = offsets[lists[row] : lists[row + 1] + 1].tolist()
+    return [str(data[start:end], "utf-8") for start, end in zip(ends, ends[1:])]

@@ -1,0 +1,179 @@
+"""Stretches of a JSON file to batches of an index, in this process or in several. Called by `data.index_build`.
+
+The other processes are fresh interpreters (`python -m llava_sv.data.index_worker`), spoken to through their standard
+input and output: nothing is forked from a process that may hold a GPU or a lock, and when the one that asks is killed,
+they read the end of their input and go.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import signal
+import struct
+import subprocess
+import sys
+import traceback
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llava_sv.data import json_spans
+from llava_sv.data.index_file import Batcher
+from llava_sv.data.json_spans import Span
+from llava_sv.data.json_stream import read_span
+from llava_sv.data.records import check_record
+from llava_sv.errors import UserError
+
+_LENGTH = struct.Struct("<Q")
+
+
+class WorkerEnded(UserError):
+    """A process is gone; what was made so far stands."""
+
+
+@dataclass
+class Converted:
+    """What a stretch became: bytes of batches, and the number of records in them."""
+
+    batches: list[Any] = field(default_factory=list)
+    records: int = 0
+
+
+def convert(path: Path, span: Span) -> Converted:
+    """Raises `UserError` at the first record that is none, with file and line."""
+    found, batcher = Converted(), Batcher()
+    for line, value in read_span(path, span):
+        record = check_record(value, f"{path} line {line}")
+        source = value.get("source")
+        found.records += 1
+        if batcher.add(record, source if isinstance(source, str) else "", line):
+            found.batches.append(batcher.take())
+    rest = batcher.take()
+    if rest is not None:
+        found.batches.append(rest)
+    return found
+
+
+def in_this_process(path: Path, todo: Iterator[Span]) -> Iterator[tuple[Span, Converted]]:
+    """Each stretch and what it became, in order."""
+    return ((span, convert(path, span)) for span in todo)
+
+
+def in_processes(path: Path, todo: Iterator[Span], workers: int) -> Iterator[tuple[Span, Converted]]:
+    """The same, by so many processes; a thread for each waits for its answers."""
+    free: queue.SimpleQueue[_Process] = queue.SimpleQueue()
+    processes = [_Process(path) for _ in range(workers)]
+    for process in processes:
+        free.put(process)
+
+    def ask(span: Span) -> Converted:
+        process = free.get()
+        try:
+            return process.ask(span)
+        finally:
+            free.put(process)
+
+    pool = ThreadPoolExecutor(workers)
+    waiting: deque[tuple[Span, Future[Converted]]] = deque()
+    try:
+        for span in todo:
+            waiting.append((span, pool.submit(ask, span)))
+            if len(waiting) > workers + 1:
+                first, answer = waiting.popleft()
+                yield first, answer.result()
+        while waiting:
+            first, answer = waiting.popleft()
+            yield first, answer.result()
+    finally:
+        for process in processes:
+            process.kill()
+        pool.shutdown(cancel_futures=True)
+
+
+class _Process:
+    """A process that converts stretches of one file."""
+
+    def __init__(self, path: Path) -> None:
+        root = str(Path(__file__).parents[2])
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._popen = subprocess.Popen(
+            [sys.executable, "-m", "llava_sv.data.index_worker", str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        )
+
+    def ask(self, span: Span) -> Converted:
+        assert self._popen.stdin is not None
+        assert self._popen.stdout is not None
+        try:
+            _send(self._popen.stdin, span)
+            kind, answer = _receive(self._popen.stdout)
+        except (EOFError, OSError) as error:
+            raise WorkerEnded(
+                "a process that makes the index ended early, for want of memory perhaps; run it again, which goes on "
+                "from there: llava-sv data index FILE --workers 1"
+            ) from error
+        if kind == "wrong":
+            raise UserError(answer)
+        if kind == "failed":
+            raise RuntimeError(answer)
+        return answer
+
+    def kill(self) -> None:
+        self._popen.kill()
+        self._popen.wait()
+        for pipe in (self._popen.stdin, self._popen.stdout):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except OSError:  # what was still to be sent to it has no reader
+                    pass
+
+
+def _send(pipe: BinaryIO, value: Any) -> None:
+    data = pickle.dumps(value, protocol=5)
+    pipe.write(_LENGTH.pack(len(data)))
+    pipe.write(data)
+    pipe.flush()
+
+
+def _receive(pipe: BinaryIO) -> Any:
+    size = pipe.read(_LENGTH.size)
+    if len(size) < _LENGTH.size:
+        raise EOFError
+    data = pipe.read(_LENGTH.unpack(size)[0])
+    if len(data) < _LENGTH.unpack(size)[0]:
+        raise EOFError
+    return pickle.loads(data)
+
+
+def main(path: Path) -> None:
+    """Answer stretches on standard output until standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the one that asks decides
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever prints does not spoil the answers
+    while True:
+        try:
+            span = _receive(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            answer: tuple[str, Any] = ("done", convert(path, span))
+        except UserError as error:
+            answer = ("wrong", str(error))
+        except Exception:
+            answer = ("failed", traceback.format_exc())
+        try:
+            _send(out, answer)
+        except BrokenPipeError:
+            os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
