@@ -143,7 +143,7 @@ def open_records(path: str | Path, cache_dir: str | Path | None = None) -> Recor
         if holds_shards(path):
             return open_shards(path, cache_dir)
         raise UserError(
-            f"{path}: holds no {INDEX_NAME} and no shards; name a folder that llava-sv data mix or shard wrote, or a file"
+            f"{path}: holds no {INDEX_NAME} and no shards; name a folder that llava-sv data mix or shard made"
         )
     if path.suffix == ".arrow" and path.is_file():
         return Records(path, path)
