@@ -74,8 +74,14 @@ class _Writer:
 
     def write(self, number: int, start: int, end: int) -> dict[str, Any]:
         """Shard `number` of records [start, end): written, noted; what the manifest says of it."""
-        self.left_out = []
         path = Path(self.job.output) / shard_name(number, self.job.format)
+        try:
+            return self._write(path, start, end)
+        except OSError as error:  # of pictures, the store makes an `ImageError`
+            raise UserError(f"{path}: cannot be written ({error.strerror or error}); then run it again") from error
+
+    def _write(self, path: Path, start: int, end: int) -> dict[str, Any]:
+        self.left_out = []
         with replacing(path) as temporary:
             samples = FORMATS[self.job.format](temporary, self._packed(start, end))
             entry = {
@@ -230,16 +236,31 @@ def _begin(output: Path, identity: dict[str, Any]) -> bool:
                     f"{', '.join(changed)}); choose another --output, or remove it"
                 )
             if made:
+                _tidy(output)
                 return False
     if not (output / JOB).is_file():
-        others = [path.name for path in output.iterdir() if path.name not in (".lock", PROGRESS)]
+        others = [path.name for path in output.iterdir() if not path.name.startswith(".")]
         if others:
             raise UserError(f"{output} holds other files ({others[0]}); choose an empty or new --output")
         write_json(output / JOB, {"job": identity})
     (output / PROGRESS).mkdir(exist_ok=True)
-    for torn in output.glob(f".[0-9]*.*.{identity['format']}"):
-        torn.unlink()
+    _remove_torn(output)
     return True
+
+
+def _remove_torn(output: Path) -> None:
+    """Away with what killed runs were writing."""
+    for kind in FORMATS:
+        for path in output.glob(f".[0-9]*.*.{kind}"):
+            path.unlink(missing_ok=True)
+
+
+def _tidy(output: Path) -> None:
+    """Away with what only an unfinished packing needs."""
+    _remove_torn(output)
+    shutil.rmtree(output / PROGRESS, ignore_errors=True)
+    for path in (output / JOB, *output.glob(".manifest.*.json"), *output.glob(".job.*.json")):
+        path.unlink(missing_ok=True)
 
 
 def _finish(output: Path, identity: dict[str, Any], entries: list[dict[str, Any]], versions: dict[str, str]) -> dict:
@@ -256,8 +277,7 @@ def _finish(output: Path, identity: dict[str, Any], entries: list[dict[str, Any]
         "versions": versions,
     }
     write_json(output / MANIFEST, manifest)
-    shutil.rmtree(output / PROGRESS, ignore_errors=True)
-    (output / JOB).unlink(missing_ok=True)
+    _tidy(output)
     return manifest
 
 
