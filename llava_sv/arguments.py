@@ -170,7 +170,7 @@ class DataArguments:
     """What to train on."""
 
     data_path: str | None = _flag(
-        None, "Training records: LLaVA JSON (an array) or JSONL, or a folder that llava-sv data mix wrote."
+        None, "Training records: LLaVA JSON (an array) or JSONL, or a folder that data mix or data shard wrote."
     )
     image_folder: str | None = _flag(None, "Folder that the records' image paths start from.")
     image_aspect_ratio: str = _flag(

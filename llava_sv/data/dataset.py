@@ -5,7 +5,7 @@ T tokens, an image being one mark; V pictures of the sample; H, W pixels of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,10 @@ from llava_sv.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_IN
 from llava_sv.conversation import Template
 from llava_sv.data.image_policy import ImageReader
 from llava_sv.data.index import Records
+from llava_sv.data.lengths import VisualTokens, counted, text_lengths, visual_lengths
 from llava_sv.data.preprocess import check_tokenizer, preprocess
 from llava_sv.data.shard_index import image_root
+from llava_sv.data.split import SomeRecords
 from llava_sv.errors import UserError
 from llava_sv.mm_utils import ImageError, image_side, mean_color, process_images
 
@@ -114,25 +116,37 @@ class LazySupervisedDataset(Dataset):
         """Whether each record has an image, bool [records]."""
         return self.records.num_images > 0
 
-    def lengths(self, visual_tokens: Callable[[tuple[int, int] | None], int]) -> list[int]:
-        """Tokens of each record in the spliced sequence: its text's, and `visual_tokens(None)` for each image.
+    def lengths(self, visual_tokens: VisualTokens, exact: Collection[str] = ()) -> np.ndarray:
+        """Tokens of each record in the spliced sequence, int [records].
 
-        Text is counted exactly for up to `EXACT_LENGTHS` records. In larger data it is estimated from characters and
-        turns by a least-squares fit on a sample: grouping needs no more.
+        exact: of "text" and "sizes", what is counted for each record (once, see `data.lengths`). Otherwise text is
+        counted for up to `EXACT_LENGTHS` records and estimated in larger data, from characters and turns by a
+        least-squares fit on a sample, and each image takes `visual_tokens(None)`: grouping needs no more.
         """
-        images = self.records.num_images
-        each = visual_tokens(None) if images.any() else 0
-        return (self._text_lengths() + images * each).tolist()
+        folder = self.image_folder if "sizes" in exact else None
+        visual = visual_lengths(self.records, visual_tokens, folder)
+        if "text" not in exact:
+            return self._text_lengths() + visual
+        records = self.records
+        if isinstance(records, SomeRecords):
+            return text_lengths(records.records, self.tokenizer, self.template)[records.indices] + visual
+        return text_lengths(records, self.tokenizer, self.template) + visual
+
+    def counted(self, visual_tokens: VisualTokens) -> list[str]:
+        """What `lengths` may be asked to give exactly without having to count: of "text" and "sizes"."""
+        folder = self.image_folder
+        return counted(self.records, self.tokenizer, self.template, visual_tokens, folder)
 
     def _text_lengths(self) -> np.ndarray:
         total = len(self)
         sampled = range(total) if total <= EXACT_LENGTHS else np.linspace(0, total - 1, SAMPLED_LENGTHS, dtype=int)
-        counts = np.array([self._count_text(int(index)) for index in sampled])
+        counts = np.array([self._count_text(int(index)) for index in sampled], np.int32)
         if total <= EXACT_LENGTHS:
             return counts
-        known = np.stack([np.ones(total), self.records.num_chars, self.records.num_turns], axis=1)
-        weights = np.linalg.lstsq(known[sampled], counts, rcond=None)[0]
-        return np.maximum(1, np.rint(known @ weights)).astype(int)
+        chars, turns = self.records.num_chars, self.records.num_turns
+        known = np.stack([np.ones(len(counts)), chars[sampled], turns[sampled]], axis=1)
+        weights = np.linalg.lstsq(known, counts, rcond=None)[0]
+        return np.maximum(1, np.rint(weights[0] + weights[1] * chars + weights[2] * turns)).astype(np.int32)
 
     def _count_text(self, index: int) -> int:
         ids = preprocess(self.records[index], self.tokenizer, self.template)["input_ids"]

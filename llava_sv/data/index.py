@@ -166,13 +166,17 @@ def open_index(path: str | Path, cache_dir: str | Path | None = None, workers: i
     return Records(path, index_path)
 
 
+def cache_folder() -> Path:
+    """`llava_sv` in the `datasets` library's cache."""
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE) / "llava_sv"
+
+
 def index_location(path: Path, cache_dir: str | Path | None = None) -> Path:
     """Where the index of `path` belongs: named by the file's real path, then size, time of change, and `LAYOUT`."""
-    if cache_dir is None:
-        import datasets
-
-        cache_dir = Path(datasets.config.HF_DATASETS_CACHE) / "llava_sv"
+    folder = cache_folder() if cache_dir is None else Path(cache_dir)
     state = path.stat()
     where = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
     version = hashlib.sha256(f"{state.st_size}|{state.st_mtime_ns}|{LAYOUT}".encode()).hexdigest()[:12]
-    return Path(cache_dir) / f"{path.stem}-{where}{version}.arrow"
+    return folder / f"{path.stem}-{where}{version}.arrow"

@@ -47,11 +47,12 @@ def build_index(path: Path, index_path: Path, workers: int | None = None) -> Non
     index_path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{index_path}.lock"):
         if not index_path.is_file():
-            _Build(path, index_path, partial, state).run(_how_many(path, workers))
+            _Build(path, index_path, partial, state).run(how_many(path, workers))
         _remove(state, state.with_suffix(".state-new"))
 
 
-def _how_many(path: Path, workers: int | None) -> int:
+def how_many(path: Path, workers: int | None) -> int:
+    """Processes that make the index of `path`, `workers` being what was asked for."""
     if workers is not None:
         return workers
     if path.stat().st_size < ALONE_BYTES:

@@ -8,6 +8,7 @@ them to find when a file is opened, and bounded in rows and text, so that writin
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -229,4 +230,4 @@ def _text_of(texts: _Texts, row: int) -> str:
 def _row_of(nested: _Nested, row: int) -> Iterable[str]:
     lists, offsets, data = nested
     ends = offsets[lists[row] : lists[row + 1] + 1].tolist()
-    return [str(data[start:end], "utf-8") for start, end in zip(ends, ends[1:])]
+    return [str(data[start:end], "utf-8") for start, end in pairwise(ends)]

@@ -18,11 +18,11 @@ import traceback
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
-from llava_sv.data import json_spans
 from llava_sv.data.index_file import Batcher
 from llava_sv.data.json_spans import Span
 from llava_sv.data.json_stream import read_span
@@ -123,27 +123,25 @@ class _Process:
             raise UserError(answer)
         if kind == "failed":
             raise RuntimeError(answer)
-        return answer
+        return Converted(*answer)
 
     def kill(self) -> None:
         self._popen.kill()
         self._popen.wait()
         for pipe in (self._popen.stdin, self._popen.stdout):
             if pipe is not None:
-                try:
+                with suppress(OSError):  # what was still to be sent to it has no reader
                     pipe.close()
-                except OSError:  # what was still to be sent to it has no reader
-                    pass
 
 
-def _send(pipe: BinaryIO, value: Any) -> None:
+def _send(pipe: IO[bytes], value: Any) -> None:
     data = pickle.dumps(value, protocol=5)
     pipe.write(_LENGTH.pack(len(data)))
     pipe.write(data)
     pipe.flush()
 
 
-def _receive(pipe: BinaryIO) -> Any:
+def _receive(pipe: IO[bytes]) -> Any:
     size = pipe.read(_LENGTH.size)
     if len(size) < _LENGTH.size:
         raise EOFError
@@ -164,7 +162,9 @@ def main(path: Path) -> None:
         except EOFError:
             return
         try:
-            answer: tuple[str, Any] = ("done", convert(path, span))
+            found = convert(path, span)
+            # plain values: this module has another name in the process that asks
+            answer: tuple[str, Any] = ("done", (found.batches, found.records))
         except UserError as error:
             answer = ("wrong", str(error))
         except Exception:

@@ -5,13 +5,16 @@ Lengths and modalities of all samples arrive, a permutation of their indices lea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
 MEGABATCHES = 50
 """Global batches that are sorted together: more pads less and mixes less."""
+
+PIECE = 1 << 16
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -28,18 +31,19 @@ class LengthGroupedSampler(Sampler[int]):
         self,
         batch_size: int,
         world_size: int,
-        lengths: Sequence[int],
-        modalities: Sequence[bool] | None = None,
+        lengths: Sequence[int] | np.ndarray,
+        modalities: Sequence[bool] | np.ndarray | None = None,
         seed: int = 0,
     ) -> None:
-        if not lengths:
+        if len(lengths) == 0:
             raise ValueError("lengths: expected at least one sample")
         if modalities is not None and len(modalities) != len(lengths):
             raise ValueError(f"{len(lengths)} lengths but {len(modalities)} modalities")
         self.batch_size, self.global_batch = batch_size, batch_size * world_size
-        self.lengths = torch.as_tensor(lengths)
-        kinds = torch.zeros(len(lengths)) if modalities is None else torch.as_tensor(modalities)
-        self._groups = [torch.nonzero(kinds == kind).flatten() for kind in kinds.unique()]
+        self.lengths = np.asarray(lengths)
+        kinds = np.zeros(len(lengths), bool) if modalities is None else np.asarray(modalities, bool)
+        index_type = np.int32 if len(lengths) < 2**31 else np.int64
+        self._groups = [np.flatnonzero(kinds == kind).astype(index_type) for kind in np.unique(kinds)]
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -51,24 +55,31 @@ class LengthGroupedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
-        batches: list[torch.Tensor] = []
-        rests: list[torch.Tensor] = []
+        whole: list[np.ndarray] = []
+        rests: list[np.ndarray] = []
         for group in self._groups:
-            shuffled = group[torch.randperm(len(group), generator=generator)]
-            whole = len(shuffled) - len(shuffled) % self.global_batch
-            batches += self._batches(shuffled[:whole])
-            rests.append(shuffled[whole:])
-        order = torch.randperm(len(batches), generator=generator).tolist()
-        if order:
-            longest = max(range(len(batches)), key=lambda index: int(self.lengths[batches[index]].max()))
-            order.remove(longest)
-            order.insert(0, longest)
-        return iter(torch.cat([*(batches[index] for index in order), *rests]).tolist())
+            shuffled = group[torch.randperm(len(group), generator=generator).numpy()]
+            count = len(shuffled) - len(shuffled) % self.global_batch
+            whole.append(self._sorted(shuffled[:count]))
+            rests.append(shuffled[count:])
+        batches = np.concatenate(whole).reshape(-1, self.global_batch)
+        order = torch.randperm(len(batches), generator=generator).numpy()
+        if len(order):
+            longest = int(self.lengths[batches[:, 0]].argmax())
+            order = np.concatenate([[longest], order[order != longest]])
+        return in_pieces([batches[order].ravel(), *rests])
 
-    def _batches(self, indices: torch.Tensor) -> list[torch.Tensor]:
-        """Global batches, each sorted from long to short, out of stretches of `MEGABATCHES` sorted together."""
+    def _sorted(self, indices: np.ndarray) -> np.ndarray:
+        """Stretches of `MEGABATCHES` global batches, each from long to short; `indices` is overwritten."""
         stretch = self.global_batch * min(MEGABATCHES, max(1, len(indices) // (4 * self.global_batch)))
-        batches: list[torch.Tensor] = []
-        for piece in indices.split(stretch) if len(indices) else ():  # splitting nothing gives one empty piece
-            batches += piece[self.lengths[piece].argsort(descending=True, stable=True)].split(self.global_batch)
-        return batches
+        for start in range(0, len(indices), stretch):
+            piece = indices[start : start + stretch]
+            piece[:] = piece[np.argsort(-self.lengths[piece], kind="stable")]
+        return indices
+
+
+def in_pieces(parts: Iterable[np.ndarray]) -> Iterator[int]:
+    """The numbers of all parts as Python's, a few at a time: all at once would take ten times the memory."""
+    for part in parts:
+        for start in range(0, len(part), PIECE):
+            yield from part[start : start + PIECE].tolist()

@@ -29,8 +29,8 @@ class ShardSampler(Sampler[int]):
     """A permutation of `starts[-1]` samples that depends on `seed` and the epoch alone.
 
     starts: the first sample of each shard and the number of samples, ascending int [shards + 1]. Shards are shuffled
-    and taken `SHARDS_AT_ONCE` at a time; of these, windows of about `window` samples are made, each with an equal share of
-    every shard, in the shards' own order from window to window, and shuffled within.
+    and taken `SHARDS_AT_ONCE` at a time; of these, windows of about `window` samples are made, each with an equal share
+    of every shard, in the shards' own order from window to window, and shuffled within.
     """
 
     def __init__(self, starts: np.ndarray, window: int = WINDOW, seed: int = 0) -> None:

@@ -130,17 +130,19 @@ def probe(model: Any, dataset: Any, collate: Callable[[list], dict], args: Any) 
 
     Called on every rank, before the Trainer is made. Weights, gradients and random state stay as they were.
     """
+    import numpy as np
+
     check_ranks(args)
     if not probes(args):
         return
     whole = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     lengths = dataset.lengths(model.config.visual_tokens_per_image)
-    longest = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    longest = np.argsort(-np.asarray(lengths), kind="stable")
     samples: list[Any] = []
 
     def fits(batch: int) -> bool:
         while len(samples) < batch:
-            samples.append(dataset[longest[len(samples) % len(longest)]])
+            samples.append(dataset[int(longest[len(samples) % len(longest)])])
         return agreed(step_fits(model, collate(samples[:batch]), args), args)
 
     share = whole // args.world_size

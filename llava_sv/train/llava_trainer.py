@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 
-from llava_sv.data.sampler import LengthGroupedSampler
+from llava_sv.data.sampler import LengthGroupedSampler, in_pieces
 from llava_sv.data.streaming import ShardSampler, shard_starts
 from llava_sv.errors import UserError
 from llava_sv.model.checkpoint_io import load_projector
@@ -41,8 +42,8 @@ OWN_GROUPS = {"params", "model", "optimizer_dict"}
 class SampleLengths:
     """What grouping needs: tokens of each sample in the spliced sequence, and whether it has an image."""
 
-    lengths: list[int]
-    modalities: list[bool]
+    lengths: np.ndarray
+    modalities: np.ndarray
 
 
 class EpochRandomSampler(Sampler[int]):
@@ -60,7 +61,7 @@ class EpochRandomSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
-        return iter(torch.randperm(self.size, generator=generator).tolist())
+        return in_pieces([torch.randperm(self.size, generator=generator).numpy()])
 
 
 class _EpochCallback(TrainerCallback):

@@ -114,7 +114,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
         find_batch.probe(model, dataset, DataCollatorForSupervisedDataset(tokenizer), args)
     parts = {"processing_class": tokenizer, "model": model, "image_processor": image_processor}
     parts["evaluator"] = evaluator
-    trainer = make_trainer(args, parts, dataset, model_args.tune_mm_mlp_adapter, asked)
+    trainer = make_trainer(args, parts, dataset, model_args.tune_mm_mlp_adapter, asked, plan.checkpoint)
     if plan.checkpoint is not None and plan.from_universal:
         universal.take_up(trainer, plan.checkpoint)
     _introduce(trainer, dataset, tokenizer, plan.note)
@@ -139,17 +139,36 @@ def _prepare_reporting(args: TrainingArguments) -> None:
             say("note: no WANDB_API_KEY: wandb writes to ./wandb, to be sent later by `wandb sync`")
 
 
-def sample_lengths(dataset: Any, config: Any) -> SampleLengths:
-    """Length of each sample in the spliced sequence, counting visual tokens after skipping."""
+def sample_lengths(dataset: Any, config: Any, settings: dict[str, Any], start: Path | None) -> SampleLengths:
+    """Length of each sample in the spliced sequence, counting visual tokens after skipping.
+
+    Exact where they were counted before, on every node. The order of samples follows from them: `settings`, which
+    checkpoints keep, notes which are exact, and a run that goes on from one (`start`) takes the same.
+    """
+    from llava_sv.cluster.agree import gather
+    from llava_sv.train.checkpoint import read_marker
     from llava_sv.train.llava_trainer import SampleLengths
 
-    return SampleLengths(dataset.lengths(config.visual_tokens_per_image), dataset.modalities())
+    tokens = config.visual_tokens_per_image
+    exact = sorted(set.intersection(*map(set, gather(dataset.counted(tokens)))))
+    if start is not None:
+        exact = read_marker(start).get("settings", {}).get("exact_lengths", [])
+    settings["exact_lengths"] = exact
+    return SampleLengths(dataset.lengths(tokens, exact), dataset.modalities())
 
 
 def make_trainer(
-    args: TrainingArguments, parts: dict[str, Any], dataset: Any, projector_only: bool, settings: dict[str, Any]
+    args: TrainingArguments,
+    parts: dict[str, Any],
+    dataset: Any,
+    projector_only: bool,
+    settings: dict[str, Any],
+    start: Path | None = None,
 ) -> LLaVATrainer:
-    """The Trainer of this run. parts: `model`, `processing_class` (the tokenizer), `image_processor`, `evaluator`."""
+    """The Trainer of this run. parts: `model`, `processing_class` (the tokenizer), `image_processor`, `evaluator`.
+
+    start: the checkpoint it goes on from.
+    """
     from llava_sv.data.collator import DataCollatorForSupervisedDataset
     from llava_sv.model.adapters import is_attached
     from llava_sv.train.llava_trainer import LLaVATrainer
@@ -163,7 +182,7 @@ def make_trainer(
         args=args,
         train_dataset=dataset,
         data_collator=DataCollatorForSupervisedDataset(parts["processing_class"], with_ids=True),
-        samples=sample_lengths(dataset, parts["model"].config) if grouped and not packed else None,
+        samples=sample_lengths(dataset, parts["model"].config, settings, start) if grouped and not packed else None,
         projector_only=projector_only,
         settings=settings,
     )
