@@ -179,11 +179,18 @@ def test_two_ranks_share_the_stream_without_overlap(forms):
     assert sorted(np.concatenate(alone)) == list(range(16))
 
 
-def test_two_processes_train_on_the_stream_as_one_does(world, forms, tmp_path):
+def test_two_processes_train_on_the_stream_as_one_does_and_one_goes_on(world, forms, tmp_path):
+    """The same batches by one process and by two, and by one after two of four steps by two."""
     more = ("--streaming", "True", "--streaming_window", "4", "--max_steps", "4")
-    run(flags_for(world, forms, "tar", tmp_path / "one", *more, "--per_device_train_batch_size", "4"))
-    argv = flags_for(world, forms, "tar", tmp_path / "two", *more, "--dataloader_num_workers", "1")
-    done = runs.launch([*runs.TWO, runs.ENTRY, *argv], 240)
+    alone = (*more, "--per_device_train_batch_size", "4", "--save_strategy", "steps", "--save_steps", "2")
+    run(flags_for(world, forms, "tar", tmp_path / "one", *alone))
+    saved = (*more, "--dataloader_num_workers", "1", "--save_strategy", "steps", "--save_steps", "2")
+    done = runs.launch([*runs.TWO, runs.ENTRY, *flags_for(world, forms, "tar", tmp_path / "two", *saved)], 240)
     assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (np.array(losses(tmp_path / name)) for name in ("one", "two"))
-    np.testing.assert_allclose(two, one, rtol=1e-4)
+    one = np.array(losses(tmp_path / "one"))
+    np.testing.assert_allclose(np.array(losses(tmp_path / "two")), one, rtol=1e-4)
+    shutil.rmtree(tmp_path / "two" / "checkpoint-4")
+    (tmp_path / "two" / "train_summary.json").unlink()
+    (tmp_path / "two" / "metrics.jsonl").unlink()
+    assert "checkpoint-2, step 2" in run(flags_for(world, forms, "tar", tmp_path / "two", *alone))
+    np.testing.assert_allclose(np.array(losses(tmp_path / "two")), one[2:], rtol=1e-4)
