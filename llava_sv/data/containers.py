@@ -21,8 +21,8 @@ from typing import Any, BinaryIO
 
 from llava_sv.errors import UserError
 
-GROUP_BYTES = 256 << 20
-"""Decoded row groups that one process keeps, over all its parquet files; the last one stays whatever its size."""
+KEPT_BYTES = 256 << 20
+"""Decoded row groups and tables of members that one process keeps; the last one stays whatever its size."""
 
 PACKED = {
     b"\x1f\x8b": "gunzip",
@@ -93,6 +93,38 @@ def _check_member(info: tarfile.TarInfo, path: str | Path) -> None:
         raise UserError(f"{path}: member {name!r} is absolute or climbs out of the tar; pack it with relative names")
 
 
+class Kept:
+    """What was read of containers and may be wanted again (row groups decoded, tables of members): the last used, up to
+    so many bytes; one for all files of a process."""
+
+    def __init__(self, most: int = KEPT_BYTES) -> None:
+        self.most = most
+        self._kept: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[Any, ...], read: Any) -> Any:
+        """The kept value of `key`, or `read()`."""
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        found = read()
+        with self._lock:
+            self._kept[key] = found
+            while len(self._kept) > 1 and sum(value.nbytes for value in self._kept.values()) > self.most:
+                self._kept.popitem(last=False)
+        return found
+
+
+class _Members(dict[str, Member]):
+    """A tar's members by name."""
+
+    @property
+    def nbytes(self) -> int:
+        """About what they take."""
+        return 400 * len(self)
+
+
 class _Span(io.RawIOBase):
     """`size` bytes of a file from `start` on, as a file of their own; threads share the descriptor."""
 
@@ -123,11 +155,10 @@ class _Span(io.RawIOBase):
 class Tar:
     """An uncompressed tar, read at any place. Its headers are scanned when a member is first asked for by name."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.descriptor = path, -1
+    def __init__(self, path: Path, kept: Kept | None = None) -> None:
+        self.path, self.descriptor, self._kept = path, -1, kept or Kept()
         self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         self._lock = threading.Lock()
-        self._members: dict[str, Member] | None = None
 
     def __del__(self) -> None:
         if self.descriptor >= 0:
@@ -135,13 +166,15 @@ class Tar:
 
     def find(self, name: str) -> Member:
         """The member of this name (the last one, as tar has it). Raises `NotThere`, and what `tar_members` raises."""
-        with self._lock:
-            if self._members is None:
-                self._members = {member.name: member for member in tar_members(self.path)}
-        member = self._members.get(name) or self._members.get(f"./{name}")
+        with self._lock:  # threads that ask at once wait for one scan
+            members = self._kept.get((str(self.path), "members"), self._scan)
+        member = members.get(name) or members.get(f"./{name}")
         if member is None:
             raise NotThere(f"{self.path}: has no member {name!r}")
         return member
+
+    def _scan(self) -> _Members:
+        return _Members((member.name, member) for member in tar_members(self.path))
 
     def read(self, offset: int, size: int) -> bytes:
         """`size` bytes from `offset` on; `UserError` where the file ends before."""
@@ -183,36 +216,14 @@ class Zip:
         return self._zip.open(info)  # type: ignore[return-value]
 
 
-class RowGroups:
-    """Columns of row groups, decoded, the last ones used; one for all files of a process."""
-
-    def __init__(self, most: int = GROUP_BYTES) -> None:
-        self.most = most
-        self._kept: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: tuple[Any, ...], read: Any) -> Any:
-        """The kept value of `key`, or `read()`."""
-        with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
-        found = read()
-        with self._lock:
-            self._kept[key] = found
-            while len(self._kept) > 1 and sum(value.nbytes for value in self._kept.values()) > self.most:
-                self._kept.popitem(last=False)
-        return found
-
-
 class Parquet:
     """A parquet file, a row group of one column at a time."""
 
-    def __init__(self, path: Path, groups: RowGroups) -> None:
+    def __init__(self, path: Path, kept: Kept) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self.path, self._groups, self._lock = path, groups, threading.Lock()
+        self.path, self._kept, self._lock = path, kept, threading.Lock()
         try:
             self._file = pq.ParquetFile(path, memory_map=True, pre_buffer=False)
         except pa.ArrowInvalid as error:
@@ -235,7 +246,7 @@ class Parquet:
             with self._lock:
                 return self._file.read_row_group(group, columns=[column], use_threads=False).column(column)
 
-        return self._groups.get((str(self.path), column, group), read)[row - start].as_py()
+        return self._kept.get((str(self.path), column, group), read)[row - start].as_py()
 
 
 class Arrow:

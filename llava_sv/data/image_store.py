@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from llava_sv.data.containers import Arrow, NotThere, Parquet, RowGroups, Tar, Zip
+from llava_sv.data.containers import Arrow, Kept, NotThere, Parquet, Tar, Zip
 from llava_sv.data.image_refs import SEPARATOR, TAR, ZIP, ImageRef, parse_ref
 from llava_sv.errors import UserError
 from llava_sv.mm_utils import ImageError, load_image
@@ -39,7 +39,7 @@ class _Opened:
         self.pid = os.getpid()
         self.lock = threading.Lock()
         self.files: OrderedDict[str, Any] = OrderedDict()
-        self.groups = RowGroups()
+        self.kept = Kept()
 
 
 class ImageStore:
@@ -115,7 +115,7 @@ class ImageStore:
         return io.BytesIO(self._cell(parts))
 
     def _tar(self, parts: ImageRef) -> tuple[Tar, int, int]:
-        tar = self._container(parts.path, Tar)
+        tar = self._container(parts.path, lambda path: Tar(path, self._mine().kept))
         if parts.offset is not None and parts.size is not None:
             return tar, parts.offset, parts.size
         member = tar.find(str(parts.member))
@@ -124,7 +124,7 @@ class ImageStore:
     def _cell(self, parts: ImageRef) -> builtins.bytes:
         """The bytes in a cell of a table: binary, a struct with `bytes` or `path`, a path, or a list of these."""
         if parts.path.lower().endswith(".parquet"):
-            file = self._container(parts.path, lambda path: Parquet(path, self._mine().groups))
+            file = self._container(parts.path, lambda path: Parquet(path, self._mine().kept))
         else:
             file = self._container(parts.path, Arrow)
         value = file.value(str(parts.column), int(parts.row or 0))

@@ -17,6 +17,8 @@ JOB = "job.json"
 PROGRESS = ".progress"
 """What an unfinished packing has beside its shards: what it does, and which shards are done."""
 
+ENDINGS = (".tar", ".parquet")
+
 MADE_BY = "llava-sv data shard"
 
 
@@ -40,7 +42,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         isinstance(entry, dict)
         and isinstance(entry.get("file"), str)
         and Path(entry["file"]).name == entry["file"]
+        and Path(entry["file"]).suffix in ENDINGS
         and isinstance(entry.get("bytes"), int)
+        and isinstance(entry.get("sha256"), str)
         for entry in entries
     ):
         raise UserError(f"{folder / MANIFEST}: is no manifest of shards; make it again with {MADE_BY}")
@@ -67,15 +71,16 @@ def verify(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     check_sizes(folder, manifest)
     bad = []
-    with tqdm(total=manifest["bytes"], desc="verifying", unit="B", unit_scale=True, disable=None) as bar:
+    total = sum(entry["bytes"] for entry in manifest["shards"])
+    with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, disable=None) as bar:
         for entry in manifest["shards"]:
             if sha256_of(folder / entry["file"]) != entry["sha256"]:
                 bad.append(entry["file"])
             bar.update(entry["bytes"])
     if bad:
         raise UserError(f"{folder}: {len(bad)} of {len(manifest['shards'])} shards have changed: {', '.join(bad)}")
-    print(f"{folder}: {len(manifest['shards']):,} shards, {manifest['samples']:,} samples, all checksums are right")
-    return {"folder": str(folder), "shards": len(manifest["shards"]), "samples": manifest["samples"], "bad": bad}
+    print(f"{folder}: {len(manifest['shards']):,} shards, {total:,} bytes, all checksums are right")
+    return {"folder": str(folder), "shards": len(manifest["shards"]), "bytes": total, "bad": bad}
 
 
 def sha256_of(path: Path) -> str:

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from llava_sv.data import image_store
-from llava_sv.data.containers import RowGroups, tar_members
+from llava_sv.data import containers, image_store
+from llava_sv.data.containers import Kept, tar_members
 from llava_sv.data.image_refs import row_ref, tar_ref, zip_ref
 from llava_sv.data.image_store import ImageStore
 from llava_sv.errors import UserError
@@ -140,17 +140,17 @@ def test_a_pickled_store_carries_nothing_open(root):
 def test_threads_share_a_store_that_keeps_few_files_open(root, monkeypatch):
     monkeypatch.setattr(image_store, "OPEN_FILES", 1)
     store = ImageStore(root)
-    store._opened.groups.most = 1
+    store._opened.kept.most = 1
     jobs = [(index, ref) for index in range(7) for ref in references(root, index)] * 4
     with ThreadPoolExecutor(8) as pool:
         for (index, ref), data in zip(jobs, pool.map(lambda job: store.bytes(job[1]), jobs)):
             assert data == PICTURES[index], ref
     assert len(store._opened.files) == 1
-    assert len(store._opened.groups._kept) == 1
+    assert len(store._opened.kept._kept) == 1
 
 
-def test_row_groups_are_kept_up_to_a_size():
-    groups, reads = RowGroups(most=100), []
+def test_what_was_read_is_kept_up_to_a_size():
+    groups, reads = Kept(most=100), []
 
     def get(key: int) -> None:
         groups.get((key,), lambda: reads.append(key) or np.zeros(40, np.uint8))
@@ -247,3 +247,14 @@ def test_torn_tars_are_told(tmp_path):
 
 def test_without_a_root_paths_stand_as_they_are(root):
     assert ImageStore(None).bytes(str(root / "sub" / "0.jpg")) == PICTURES[0]
+
+
+def test_a_tar_is_scanned_once(root, monkeypatch):
+    scans, original = [], containers.tar_members
+    monkeypatch.setattr(containers, "tar_members", lambda path: scans.append(path) or original(path))
+    store = ImageStore(root)
+    for index in range(7):
+        store.bytes(references(root, index)[1])
+    assert len(scans) == 1
+    store.bytes(references(root, 0)[2])
+    assert len(scans) == 1, "a reference with its place needs no scan"

@@ -25,6 +25,7 @@ from llava_sv.cli import main
 from llava_sv.data import shard_formats
 from llava_sv.data.image_store import ImageStore
 from llava_sv.data.index import open_records
+from llava_sv.data.lengths import image_sizes
 from llava_sv.data.shard import shard_main
 
 FORMATS = ("tar", "parquet")
@@ -288,7 +289,8 @@ def test_trusted_pictures_are_not_decoded(spoiled, tmp_path, capsys):
 def test_verify_finds_one_changed_byte(data, tmp_path, capsys):
     output = tmp_path / "out"
     pack(data, output, "--samples-per-shard", "6", "--verify")
-    assert f"{output}: 4 shards, 23 samples, all checksums are right" in capsys.readouterr().out
+    total = sum(path.stat().st_size for path in output.glob("*.tar"))
+    assert f"{output}: 4 shards, {total:,} bytes, all checksums are right" in capsys.readouterr().out
     assert main(["data", "shard", "--verify", str(output)]) == 0
     changed = bytearray((output / "000002.tar").read_bytes())
     changed[600] ^= 1
@@ -325,3 +327,65 @@ def test_a_size_that_is_none_is_refused(capsys):
         shard_main(["x", "--shard-bytes", "lots"])
     assert left.value.code == 2
     assert "'lots': give bytes, such as 500MB or 1GiB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "shards",
+    [
+        None,
+        [{"file": "../up.tar", "bytes": 1, "sha256": "0"}],
+        [{"file": "a.exe", "bytes": 1, "sha256": "0"}],
+        [{"file": "a.tar", "sha256": "0"}],
+        ["a.tar"],
+    ],
+)
+def test_a_manifest_that_is_none_is_refused(tmp_path, capsys, shards):
+    (tmp_path / "manifest.json").write_text(json.dumps({"kind": "shards", "shards": shards}))
+    for argv in (["data", "stats", str(tmp_path)], ["data", "shard", "--verify", str(tmp_path)]):
+        assert main(argv) == 2
+        assert f"{tmp_path / 'manifest.json'}: is no manifest of shards" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_said(data, tmp_path, capsys, monkeypatch):
+    def full(path, samples):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(shard_formats.FORMATS, "tar", full)
+    pack(data, tmp_path / "out", "--workers", "1", code=2)
+    assert "000000.tar: cannot be written (No space left on device); then run it again" in capsys.readouterr().err
+
+
+def test_a_process_that_is_killed_is_said_and_the_command_goes_on(data, tmp_path, capsys, monkeypatch):
+    original = ImageStore.bytes
+
+    def deadly(self, ref):
+        if "z.zip::14.bmp" in ref:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, ref)
+
+    monkeypatch.setattr(ImageStore, "bytes", deadly)
+    more = ["--workers", "2", "--samples-per-shard", "4"]
+    pack(data, tmp_path / "out", *more, code=2)
+    assert "a process that packs shards was killed (out of memory?); run the command again" in capsys.readouterr().err
+    monkeypatch.undo()
+    pack(data, tmp_path / "out", *more)
+    pack(data, tmp_path / "whole", *more)
+    assert sums(tmp_path / "out") == sums(tmp_path / "whole")
+
+
+def test_the_other_commands_read_shards(data, tmp_path, capsys):
+    pack(data, tmp_path / "out", "--samples-per-shard", "6")
+    capsys.readouterr()
+    assert main(["data", "stats", str(tmp_path / "out")]) == 0
+    assert main(["data", "index", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "23 records, indexed in" in said
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_sizes_are_read_from_shards(data, tmp_path, kind):
+    pack(data, tmp_path / "out", "--format", kind, "--samples-per-shard", "6")
+    before, after = open_records(data / "data.json"), open_records(tmp_path / "out")
+    sizes = image_sizes(before, data / "images")
+    assert (sizes[:, 0] == 11).all()
+    np.testing.assert_array_equal(image_sizes(after, tmp_path / "out"), sizes)
