@@ -91,6 +91,8 @@ def _check_member(info: tarfile.TarInfo, path: str | Path) -> None:
         raise UserError(f"{path}: member {name!r} is a device, a pipe or sparse; only plain files are read")
     if name.startswith(("/", "\\", "~")) or ".." in name.replace("\\", "/").split("/"):
         raise UserError(f"{path}: member {name!r} is absolute or climbs out of the tar; pack it with relative names")
+    if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):  # as tarfile decodes such bytes
+        raise UserError(f"{path}: the name of member {name!r} is not UTF-8; rename it")
 
 
 class Kept:

@@ -72,11 +72,11 @@ def _record(sample: _Sample, tar: Tar, name: str, where: str) -> Found:
     if "conversations" in raw:
         return check_record(raw | {"image": _named(raw, sample, refs)}, where), _source(raw)
     caption = _text(sample.texts["txt"], tar, where) if "txt" in sample.texts else raw.get("caption")
-    caption = caption.replace(DEFAULT_IMAGE_TOKEN, "").strip() if isinstance(caption, str) else ""
+    caption = _storable(caption).replace(DEFAULT_IMAGE_TOKEN, "").strip() if isinstance(caption, str) else ""
     if not refs or not caption:
         return None, ""
     first = next(iter(refs.values()))
-    return captioned(str(raw.get("key") or Path(sample.key).name), first, caption), _source(raw)
+    return captioned(_storable(str(raw.get("key") or Path(sample.key).name)), first, caption), _source(raw)
 
 
 def captioned(identity: str, image: str, caption: str) -> LlavaRecord:
@@ -110,7 +110,7 @@ def _text(member: Member, tar: Tar, where: str) -> str:
 def _json(member: Member, tar: Tar, where: str) -> dict[str, Any]:
     try:
         value = json.loads(_text(member, tar, where))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: {member.name} is not JSON ({error})") from error
     if not isinstance(value, dict):
         raise UserError(f"{where}: {member.name} holds no JSON object")
@@ -119,7 +119,12 @@ def _json(member: Member, tar: Tar, where: str) -> dict[str, Any]:
 
 def _source(raw: dict[str, Any]) -> str:
     value = raw.get("source")
-    return value if isinstance(value, str) else ""
+    return _storable(value) if isinstance(value, str) else ""
+
+
+def _storable(text: str) -> str:
+    """Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes a question mark."""
+    return text.encode("utf-8", "replace").decode()
 
 
 # -- parquet ----------------------------------------------------------------------------------------------------------
@@ -158,7 +163,7 @@ def _row(raw: dict[str, Any], refs: list[str], where: str) -> Found:
     if isinstance(turns, str):
         try:
             turns = json.loads(turns)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: column 'conversations' is not JSON ({error})") from error
     elif turns is None:
         pairs = zip(raw.get("speakers") or [], raw.get("values") or [])

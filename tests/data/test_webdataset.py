@@ -31,7 +31,7 @@ def jpeg(width: int) -> bytes:
 
 def write(path: Path, members: list[tuple[str, bytes | str | dict]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
         for name, value in members:
             data = value if isinstance(value, bytes) else (value if isinstance(value, str) else json.dumps(value))
             data = data if isinstance(data, bytes) else data.encode()
@@ -81,6 +81,8 @@ def test_samples_without_picture_or_caption_are_left_out(tmp_path, capsys):
             ("d.png", jpeg(4)),
             ("d.json", {"caption": "from the JSON <image>"}),
             ("README", "no sample"),
+            ("f.jpg", jpeg(6)),
+            ("f.json", {"caption": "half a pair \ud83d", "key": "f\udc00"}),
             ("sub/e.jpg", jpeg(5)),
             ("sub/e.txt", "in a folder"),
             ("sub/e.npy", b"\0"),
@@ -89,6 +91,7 @@ def test_samples_without_picture_or_caption_are_left_out(tmp_path, capsys):
     records = open_records(tmp_path)
     assert [(record.id, record.turns[1]["value"]) for record in records] == [
         ("d", "from the JSON"),
+        ("f?", "half a pair ?"),
         ("e", "in a folder"),
     ]
     assert "3 samples without a picture or a caption are left out" in capsys.readouterr().out
@@ -159,6 +162,8 @@ def test_the_index_is_made_once_and_goes_on_after_an_interruption(tmp_path, monk
         ),
         ([("a.json", {"id": 7, "conversations": []})], "sample 'a': record 7: field 'conversations' holds no question"),
         ([("a.txt", "only words")], "its 1 shards hold no record and no captioned picture"),
+        ([("a.json", "[" * 100_000)], "0.tar: sample 'a': a.json is not JSON"),
+        ([("caf\udce9.jpg", jpeg(1))], "the name of member 'caf\\udce9.jpg' is not UTF-8"),
         ([("../a.jpg", jpeg(1))], "member '../a.jpg' is absolute or climbs"),
     ],
 )
