@@ -218,18 +218,31 @@ class Zip:
         return self._zip.open(info)  # type: ignore[return-value]
 
 
+def open_parquet(path: Path) -> Any:
+    """A parquet file, mapped into memory. Raises `UserError` in one line for one that is damaged, and
+    `FileNotFoundError`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path, memory_map=True, pre_buffer=False)
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: is no parquet file, or a damaged one ({in_words(error)})") from error
+
+
+def in_words(error: BaseException) -> str:
+    """What a library says of a damaged file, in one line that is not too long."""
+    return " ".join(str(error).split())[:300]
+
+
 class Parquet:
     """A parquet file, a row group of one column at a time."""
 
     def __init__(self, path: Path, kept: Kept) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         self.path, self._kept, self._lock = path, kept, threading.Lock()
-        try:
-            self._file = pq.ParquetFile(path, memory_map=True, pre_buffer=False)
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{path}: is no parquet file, or a damaged one ({error})") from error
+        self._file = open_parquet(path)
         meta = self._file.metadata
         self._ends = []
         total = 0
@@ -265,10 +278,13 @@ class Arrow:
             except pa.ArrowInvalid:
                 source.seek(0)
                 self._table = pa.ipc.open_stream(source).read_all()
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{path}: is no Arrow file, or a damaged one ({error})") from error
+        except FileNotFoundError:
+            raise
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path}: is no Arrow file, or a damaged one ({in_words(error)})") from error
         self.columns = self._table.column_names
         self._ends: dict[str, list[int]] = {}
+        self._sound: set[tuple[str, int]] = set()
 
     def value(self, column: str, row: int) -> Any:
         """What stands in `row` of `column`. Raises `NotThere`."""
@@ -282,7 +298,11 @@ class Arrow:
             self._ends[column] = ends
         ends = self._ends[column]
         part = bisect_right(ends, row)
-        return chunks.chunk(part)[row - (ends[part - 1] if part else 0)].as_py()
+        chunk = chunks.chunk(part)
+        if (column, part) not in self._sound:  # damaged offsets would end the process
+            chunk.validate(full=True)
+            self._sound.add((column, part))
+        return chunk[row - (ends[part - 1] if part else 0)].as_py()
 
 
 def _check_cell(path: Path, column: str, columns: list[str], row: int, rows: int) -> None:

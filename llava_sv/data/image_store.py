@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from llava_sv.data.containers import Arrow, Kept, NotThere, Parquet, Tar, Zip
+from llava_sv.data.containers import Arrow, Kept, NotThere, Parquet, Tar, Zip, in_words
 from llava_sv.data.image_refs import SEPARATOR, TAR, ZIP, ImageRef, parse_ref
 from llava_sv.errors import UserError
 from llava_sv.mm_utils import ImageError, load_image
@@ -186,4 +186,4 @@ class ImageStore:
             raise ImageError(said if repr(ref) in said else f"image {ref!r}: {said}") from error
         except Exception as error:  # damaged files make Pillow and the containers' readers raise nearly anything
             kind = type(error).__name__
-            raise ImageError(f"image file {self._name(ref)} cannot be read ({kind}: {error})") from error
+            raise ImageError(f"image file {self._name(ref)} cannot be read ({kind}: {in_words(error)})") from error

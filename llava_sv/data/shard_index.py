@@ -24,7 +24,7 @@ from llava_sv.data.index import Records
 from llava_sv.data.index_file import LAYOUT, Batcher, head, tail
 from llava_sv.data.pool import cores, end_with
 from llava_sv.data.shard_manifest import check_sizes, is_shards, read_manifest
-from llava_sv.data.webdataset import READERS
+from llava_sv.data.webdataset import READERS, shard_records
 from llava_sv.errors import UserError
 from llava_sv.files import read_json, replacing, write_json
 
@@ -120,7 +120,7 @@ def _scan(task: tuple[str, str, str]) -> tuple[int, int]:
     count = left_out = 0
     batcher = Batcher()
     with replacing(part) as temporary, temporary.open("wb") as file:
-        for record, source in READERS[Path(name).suffix](Path(folder), name):
+        for record, source in shard_records(Path(folder), name):
             if record is None:
                 left_out += 1
                 continue

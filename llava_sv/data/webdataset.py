@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sv.constants import DEFAULT_IMAGE_TOKEN
-from llava_sv.data.containers import Member, Tar, tar_members
+from llava_sv.data.containers import Member, Tar, in_words, open_parquet, tar_members
 from llava_sv.data.image_refs import row_ref, tar_ref
 from llava_sv.data.records import LlavaRecord, check_record
 from llava_sv.errors import UserError
@@ -135,14 +135,8 @@ COLUMNS = "images or image, and conversations (or speakers and values)"
 def parquet_records(folder: Path, name: str) -> Iterator[Found]:
     """The rows of the parquet file `name` in `folder`, in order; pictures' bytes are passed over where the file lets
     it. Raises `UserError` naming the shard and the row."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     path = folder / name
-    try:
-        file = pq.ParquetFile(path, memory_map=True)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: is no parquet file, or a damaged one ({error})") from error
+    file = open_parquet(path)
     has = set(file.schema_arrow.names)
     if not ("conversations" in has or {"speakers", "values"} <= has):
         raise UserError(f"{path}: has columns {', '.join(sorted(has))}; a shard of records has {COLUMNS}")
@@ -192,3 +186,14 @@ def _image_counter(file: Any, column: str | None) -> Callable[[int, int], Iterat
 
 READERS: dict[str, Callable[[Path, str], Iterator[Found]]] = {".tar": tar_records, ".parquet": parquet_records}
 """A shard's ending -> its records."""
+
+
+def shard_records(folder: Path, name: str) -> Iterator[Found]:
+    """The records of the shard `name` in `folder`, in order. Raises `UserError` in one line, which names shard
+    and sample, for what is damaged or no record."""
+    try:
+        yield from READERS[Path(name).suffix](folder, name)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # damaged files make the libraries raise nearly anything
+        raise UserError(f"{folder / name}: cannot be read ({type(error).__name__}: {in_words(error)})") from error

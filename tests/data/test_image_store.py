@@ -6,6 +6,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import random
 import tarfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -258,3 +259,32 @@ def test_a_tar_is_scanned_once(root, monkeypatch):
     assert len(scans) == 1
     store.bytes(references(root, 0)[2])
     assert len(scans) == 1, "a reference with its place needs no scan"
+
+
+def damaged(whole: bytes, rng: random.Random) -> bytes:
+    """Some bytes changed, and often the end cut off."""
+    data = bytearray(whole)
+    for _ in range(rng.choice([1, 3, 30])):
+        data[rng.randrange(len(data))] = rng.randrange(256)
+    return bytes(data[: rng.randrange(len(data))] if rng.random() < 0.3 else data)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_containers_are_told_and_end_nothing(root, tmp_path):
+    """Whatever is damaged, there is a picture or an `ImageError` in one line; the process lives on."""
+    rng, told = random.Random(5), []
+    refs = [ref for index in (0, 6) for ref in references(root, index)]
+    for number in range(400):
+        name = rng.choice(["t.tar", "z.zip", "p.parquet", "f.arrow", "s.arrow"])
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / name).write_bytes(damaged((root / name).read_bytes(), rng))
+        store = ImageStore(folder)
+        ref = rng.choice([ref for ref in refs if ref.startswith(name)])
+        for method in (store.open, store.size, store.bytes):
+            try:
+                method(ref)
+            except ImageError as error:
+                told.append(str(error))
+    assert len(told) > 300
+    assert not [line for line in told if "\n" in line]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import tarfile
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from PIL import Image
 from llava_sv.data import shard_index
 from llava_sv.data.image_store import ImageStore
 from llava_sv.data.index import open_records
+from llava_sv.data.webdataset import shard_records
 from llava_sv.errors import UserError
+from tests.data.test_image_store import damaged
 
 CHAT = [
     {"from": "human", "value": "<image>\n<image>\nWhich is larger?"},
@@ -239,3 +242,20 @@ def test_a_bad_row_is_named(tmp_path):
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet: row 1: 0 images in field 'image' but 1 <image>"):
         open_records(tmp_path)
+
+
+def test_damaged_shards_are_told_in_one_line(tmp_path):
+    rng, told = random.Random(7), []
+    img2dataset(tmp_path / "good", shards=1)
+    said = pairs(("<image>", "a"), ("Hi", "b"), ("<image>", "c"))
+    table = pa.table({"images": [[picture(3)], [], [picture(5)]], "conversations": said})
+    pq.write_table(table, tmp_path / "good" / "p.parquet")
+    for _ in range(400):
+        name = rng.choice(["00000.tar", "p.parquet"])
+        (tmp_path / name).write_bytes(damaged((tmp_path / "good" / name).read_bytes(), rng))
+        try:
+            list(shard_records(tmp_path, name))
+        except UserError as error:
+            told.append((name, str(error)))
+    assert len(told) > 100
+    assert not [line for name, line in told if "\n" in line or name not in line]
