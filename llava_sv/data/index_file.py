@@ -8,7 +8,7 @@ them to find when a file is opened, and bounded in rows and text, so that writin
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from llava_sv.data.records import LlavaRecord
+from llava_sv.data.records import SPEAKERS, LlavaRecord
 from llava_sv.errors import UserError
 from llava_sv.files import replacing
 
@@ -186,6 +186,9 @@ def _check_schema(path: Path, schema: pa.Schema) -> None:
         )
 
 
+_EXCHANGE = "".join(SPEAKERS).encode()
+
+
 class Rows:
     """One batch, read row by row straight from the mapped file: views of its buffers, made on first use."""
 
@@ -196,12 +199,20 @@ class Rows:
 
     def record(self, row: int) -> LlavaRecord:
         """Record `row` of the batch."""
-        turns = zip(_row_of(self._speakers, row), _row_of(self._values, row))
+        turns = zip(self._speakers_of(row), _row_of(self._values, row))
         return LlavaRecord(
             _text_of(self._ids, row),
             tuple(_row_of(self._images, row)),
             tuple([{"from": speaker, "value": value} for speaker, value in turns]),
         )
+
+    def _speakers_of(self, row: int) -> Iterable[str]:
+        """Told at one look where they take turns, as they do."""
+        lists, offsets, data = self._speakers
+        first, last = lists[row], lists[row + 1]
+        if data[offsets[first] : offsets[last]].tobytes() == _EXCHANGE * ((last - first) // 2):
+            return cycle(SPEAKERS)
+        return _row_of(self._speakers, row)
 
     def source(self, row: int) -> str:
         """The source of record `row`."""

@@ -114,6 +114,21 @@ def test_index_says_where_it_is_and_is_found_again(tmp_path, capsys):
     assert json.loads(report.read_text())["index"] == first["index"]
 
 
+def test_index_by_several_processes(tmp_path, capsys):
+    arguments = ["data", "index", _good(tmp_path), "--cache-dir", str(tmp_path / "cache"), "--workers"]
+    assert cli.main([*arguments, "0"]) == 2
+    assert "--workers: expected 1 or more, got 0" in capsys.readouterr().err
+    assert cli.main([*arguments, "2"]) == 0
+    assert "3 records, indexed in" in capsys.readouterr().out
+
+
+def test_stats_of_an_index(tmp_path, capsys):
+    assert cli.main(["data", "index", _good(tmp_path), "--cache-dir", str(tmp_path / "cache")]) == 0
+    (index,) = (tmp_path / "cache").glob("*.arrow")
+    assert cli.main(["data", "stats", str(index)]) == 0
+    assert "records" in capsys.readouterr().out
+
+
 def test_stats_by_hand(tmp_path, capsys):
     report, llm = tmp_path / "report.json", tmp_path / "llm"
     llama_3_tokenizer().save_pretrained(llm)

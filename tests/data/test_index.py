@@ -3,13 +3,15 @@
 import json
 import multiprocessing
 import os
+import pickle
 import tracemalloc
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from llava_sv.data import index_file, index_worker, json_spans, json_stream
-from llava_sv.data.index import index_location, open_index
+from llava_sv.data.index import IndexWriter, index_location, open_index, open_records
 from llava_sv.data.records import check_record
 from llava_sv.errors import UserError
 from tests.data.samples import exchange, text_only, with_image, write_array
@@ -119,3 +121,127 @@ def test_memory_stays_small_whatever_the_array(tmp_path, monkeypatch):
     finally:
         tracemalloc.stop()
     assert peak < 12e6
+
+
+# -- what --data_path may name ----------------------------------------------------------------------------------------
+
+
+def _written(path, raw, sources=("",)):
+    with IndexWriter(path) as writer:
+        for number, value in enumerate(raw):
+            writer.add(check_record(value, "f"), sources[number % len(sources)], number + 1)
+    return path
+
+
+def test_a_writer_makes_what_the_file_makes_but_for_source_and_line(tmp_path):
+    raw = _mixed(30)
+    folder = tmp_path / "mixture"
+    _written(folder / "index.arrow", raw, ["coco", "gqa", ""])
+    written, read = open_records(folder), open_records(write_array(tmp_path / "a.json", raw), tmp_path / "cache")
+    assert list(written) == list(read)
+    assert (written.path, written.index_path) == (folder, folder / "index.arrow")
+    assert list(open_records(folder / "index.arrow")) == list(read)
+    assert written.sources == ["", "coco", "gqa"]
+    assert [written.sources[code] for code in written.source_codes] == ["coco", "gqa", ""] * 10
+    assert [written.source_of(index) for index in (0, 1, -1)] == ["coco", "gqa", ""]
+    assert written.lines.tolist() == list(range(1, 31))
+    assert written.modality.tolist() == [bool(check_record(value, "f").images) for value in raw]
+    assert (read.sources, set(read.lines.tolist())) == ([""], {1})
+
+
+def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
+    path = _written(tmp_path / "index.arrow", _mixed(3))
+    before = path.read_bytes()
+    with pytest.raises(AttributeError), IndexWriter(path) as writer:
+        writer.add(None)
+    with pytest.raises(UserError, match=r"index\.arrow: would hold no records"), IndexWriter(path):
+        pass
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["index.arrow"]
+
+
+def test_the_datasets_library_reads_the_file(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(index_file, "BATCH_ROWS", 4)
+    raw = _mixed(10)
+    rows = datasets.Dataset.from_file(str(_written(tmp_path / "index.arrow", raw, ["s"])))
+    assert len(rows) == 10
+    for row, value in zip(rows, raw):
+        record = check_record(value, "f")
+        assert (row["id"], tuple(row["images"]), row["source"]) == (record.id, record.images, "s")
+        assert [{"from": a, "value": b} for a, b in zip(row["speakers"], row["values"])] == list(record.turns)
+
+
+def _first_values(records, queue):
+    queue.put([records[0], records[len(records) - 1]])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_get_two_paths_and_no_copy(tmp_path, method):
+    records = open_records(_written(tmp_path / "index.arrow", _mixed(2000)))
+    assert len(pickle.dumps(records)) < 1000
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    worker = context.Process(target=_first_values, args=(records, queue))
+    worker.start()
+    assert queue.get(timeout=120) == [records[0], records[1999]]
+    worker.join()
+
+
+def test_a_batch_is_bounded_in_rows_and_in_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_file, "BATCH_ROWS", 5)
+    monkeypatch.setattr(index_file, "BATCH_CHARS", 1000)
+    path = _written(tmp_path / "index.arrow", [text_only(n, answer="a" * (900 if n > 6 else 1)) for n in range(11)])
+    assert [batch.num_rows for batch in index_file.read_batches(path)] == [5, 4, 2]
+
+
+def test_images_of_some(tmp_path):
+    records = open_records(_written(tmp_path / "index.arrow", _mixed(9)))
+    assert records.images_of(["i1", "2", "nobody"]) == {"i1": ("a.png",), "2": ("a.png", "b.png")}
+
+
+# -- what is no index -------------------------------------------------------------------------------------------------
+
+
+def test_every_cut_of_an_index_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_file, "BATCH_ROWS", 2)
+    whole = _written(tmp_path / "index.arrow", _mixed(6)).read_bytes()
+    path = tmp_path / "cut.arrow"
+    for size in [0, 1, 7, 9, 100, *range(200, len(whole), 37), len(whole) - 8, len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"cut\.arrow: is (cut off; delete it|no index of records \().*") as error:
+            open_records(path)
+        assert "\n" not in str(error.value)
+
+
+def test_other_columns_and_other_layouts(tmp_path):
+    path = tmp_path / "other.arrow"
+
+    def write(schema):
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            writer.write_batch(pa.record_batch([pa.array([], field.type) for field in schema], schema=schema))
+
+    write(pa.schema([("text", pa.string()), ("n", pa.int32())]))
+    with pytest.raises(
+        UserError, match=r"other\.arrow: holds other columns \(text, n\) than an index of records; make"
+    ):
+        open_records(path)
+    write(pa.schema(list(index_file.SCHEMA)[:7]))
+    with pytest.raises(UserError, match=r"other\.arrow: has layout 1 and this version reads layout 2; make it again"):
+        open_records(path)
+    write(index_file.SCHEMA.with_metadata({"llava_sv_layout": "3"}))
+    with pytest.raises(UserError, match="has layout 3 and this version reads layout 2"):
+        open_records(path)
+    path.write_text("no Arrow")
+    with pytest.raises(UserError, match=r"other\.arrow: is no index of records \(.*\); make one with: llava-sv data"):
+        open_records(path)
+
+
+def test_a_folder_without_an_index(tmp_path):
+    with pytest.raises(
+        UserError, match=r"holds no index\.arrow; name a folder that llava-sv data mix wrote, or a file"
+    ):
+        open_records(tmp_path)
+    with pytest.raises(UserError, match=r"no such data file: .*none\.arrow"):
+        open_records(tmp_path / "none.arrow")

@@ -7,9 +7,14 @@ from PIL import Image
 from llava_sv.constants import IMAGE_TOKEN_INDEX
 from llava_sv.conversation import get_template
 from llava_sv.data import lengths as module
+from llava_sv.data.dataset import LazySupervisedDataset
+from llava_sv.data.index import IndexWriter
+from llava_sv.data.index import open_records as open_records_at
 from llava_sv.data.lengths import exact_lengths, image_sizes, text_lengths
 from llava_sv.data.preprocess import preprocess
-from tests.data.samples import open_records, text_only, with_image, write_images
+from llava_sv.data.records import check_record
+from llava_sv.data.split import hold_out
+from tests.data.samples import data_args, image_processor, open_records, text_only, with_image, write_images
 from tests.tokenizers_util import llama_2_tokenizer, llama_3_tokenizer
 
 TEMPLATE = get_template("llama_3")
@@ -85,3 +90,109 @@ def test_images_count_by_their_size_where_it_matters(tmp_path):
     unread = exact_lengths(records, llama_3_tokenizer(), TEMPLATE, by_width, moved)
     expected = [sum({"a.png": 100, "b.png": 4}[name] for name in record.images) for record in records]
     assert unread.tolist() == (text + np.array(expected)).tolist()
+
+
+def test_a_count_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    records, tokenizer = records_of(tmp_path, 40), llama_3_tokenizer()
+    expected = text_lengths(records, tokenizer, TEMPLATE).copy()
+    (kept,) = records.index_path.parent.glob("*.npy")
+    kept.unlink()
+    monkeypatch.setattr(module, "CHUNK", 10)
+    seen, real = [], module.preprocess
+
+    def preprocess_until(stop):
+        def counting(record, tokenizer, template):
+            seen.append(record.id)
+            if len(seen) == stop:
+                raise KeyboardInterrupt
+            return real(record, tokenizer, template)
+
+        return counting
+
+    monkeypatch.setattr(module, "preprocess", preprocess_until(25))
+    with pytest.raises(KeyboardInterrupt):
+        text_lengths(records, tokenizer, TEMPLATE)
+    assert not kept.exists()
+    seen.clear()
+    monkeypatch.setattr(module, "preprocess", preprocess_until(None))
+    assert text_lengths(records, tokenizer, TEMPLATE).tolist() == expected.tolist()
+    assert seen == [str(number) for number in range(20, 40)]
+    left = [path.name for path in kept.parent.iterdir() if kept.stem in path.name]
+    assert sorted(left) == [kept.name, f"{kept.name}.lock"]
+
+
+def test_sizes_that_were_half_read_go_on(tmp_path, monkeypatch):
+    folder = write_images(tmp_path / "images", a=(8, 4), b=(4, 6))
+    records = records_of(tmp_path, 12)
+    monkeypatch.setattr(module, "CHUNK", 4)
+    real, calls = module._size, []
+
+    def stops(path):
+        calls.append(path)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return real(path)
+
+    monkeypatch.setattr(module, "_size", stops)
+    with pytest.raises(KeyboardInterrupt):
+        image_sizes(records, folder)
+    monkeypatch.setattr(module, "_size", real)
+    named = [name for record in records for name in record.images]
+    assert image_sizes(records, folder).tolist() == [{"a.png": [8, 4], "b.png": [4, 6]}[name] for name in named]
+
+
+def test_counts_are_mapped_and_bound_to_the_index(tmp_path):
+    path = tmp_path / "index.arrow"
+
+    def made(answer):
+        with IndexWriter(path) as writer:
+            writer.add(check_record(text_only("1", answer=answer), "f"))
+        return open_records_at(path)
+
+    first = text_lengths(made("Two."), llama_3_tokenizer(), TEMPLATE)
+    assert isinstance(first, np.memmap)
+    assert text_lengths(made("Two. Three. Four."), llama_3_tokenizer(), TEMPLATE)[0] > first[0]
+
+
+def test_beside_an_index_that_cannot_be_written_beside(tmp_path, monkeypatch):
+    records = records_of(tmp_path)
+    expected = text_lengths(records, llama_3_tokenizer(), TEMPLATE).tolist()
+    for name in records.index_path.parent.glob("*.npy*"):
+        name.unlink()
+    monkeypatch.setattr(module.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(module, "cache_folder", lambda: tmp_path / "elsewhere")
+    assert text_lengths(records, llama_3_tokenizer(), TEMPLATE).tolist() == expected
+    assert not list(records.index_path.parent.glob("*.npy"))
+    assert len(list((tmp_path / "elsewhere").glob("*.npy"))) == 1
+
+
+def test_grouping_takes_what_was_counted(tmp_path):
+    folder = write_images(tmp_path / "images", a=(8, 4), b=(4, 6))
+    records, tokenizer = records_of(tmp_path, 12), llama_3_tokenizer()
+    data = LazySupervisedDataset(records, tokenizer, image_processor(), data_args(folder), TEMPLATE)
+
+    def by_width(size):
+        return 100 if size is None else size[0]
+
+    assert data.counted(by_width) == []
+    exact = exact_lengths(records, tokenizer, TEMPLATE, by_width, folder)
+    assert data.counted(by_width) == ["sizes", "text"]
+    assert data.counted(lambda size: 7) == ["text"]
+    assert data.lengths(by_width, ["sizes", "text"]).tolist() == exact.tolist()
+    text = text_lengths(records, tokenizer, TEMPLATE)
+    assert data.lengths(by_width, ["text"]).tolist() == (text + 100 * records.num_images).tolist()
+    train, _ = hold_out(records, 4, seed=0)
+    data.records = train
+    assert data.counted(by_width) == ["sizes", "text"]
+    assert data.lengths(by_width, ["sizes", "text"]).tolist() == exact[train.indices].tolist()
+
+
+def test_pictures_are_added_up_in_stretches(tmp_path, monkeypatch):
+    folder = write_images(tmp_path / "images", a=(8, 4), b=(4, 6))
+    records = records_of(tmp_path, 25)
+    whole = module.visual_lengths(records, lambda size: 100 if size is None else size[0] * size[1], folder)
+    monkeypatch.setattr(module, "STRETCH", 4)
+    apart = module.visual_lengths(records, lambda size: 100 if size is None else size[0] * size[1], folder)
+    sizes = {"a.png": 32, "b.png": 24}
+    expected = [sum(sizes[name] for name in record.images) for record in records]
+    assert whole.tolist() == apart.tolist() == expected
