@@ -41,7 +41,7 @@ def test_no_command_shows_the_help_and_fails(capsys):
     [
         (["chatt"], "'chatt'", ", ".join(cli.COMMANDS)),
         (["data", "toys"], "'data toys'", "data toy, data check, data index, data shard, data stats"),
-        (["bench"], "'bench'", "bench train, bench infer, bench memory"),
+        (["bench"], "'bench'", "bench train, bench infer, bench data, bench memory"),
     ],
 )
 def test_unknown_command_lists_the_known_ones(argv, tried, known, capsys):

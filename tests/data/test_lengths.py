@@ -127,11 +127,11 @@ def test_sizes_that_were_half_read_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 4)
     real, calls = module._size, []
 
-    def stops(path):
-        calls.append(path)
+    def stops(store, image):
+        calls.append(image)
         if len(calls) == 8:
             raise KeyboardInterrupt
-        return real(path)
+        return real(store, image)
 
     monkeypatch.setattr(module, "_size", stops)
     with pytest.raises(KeyboardInterrupt):
