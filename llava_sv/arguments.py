@@ -14,6 +14,7 @@ from typing import Any
 import transformers
 
 from llava_sv.data.image_policy import POLICIES
+from llava_sv.data.streaming import WINDOW
 from llava_sv.errors import UserError
 from llava_sv.mm_utils import check_aspect_ratio
 from llava_sv.model.config import SkipVisionConfig
@@ -185,6 +186,12 @@ class DataArguments:
         "Pack samples by their length after skipping into rows of up to --model_max_length tokens, which do not see "
         "each other; a batch then counts rows. Replaces --group_by_modality_length.",
     )
+    streaming: bool = _flag(
+        False,
+        "For data far larger than memory: samples are read shard by shard, several at once, and shuffled in windows. "
+        "Lengths are not counted: no --packing, no --group_by_modality_length.",
+    )
+    streaming_window: int = _flag(WINDOW, "Samples that are shuffled together under --streaming True.")
     missing_images: str = _flag("error", "A missing or corrupt image: error, skip (take another record), or blank.")
 
     def __post_init__(self) -> None:

@@ -31,6 +31,7 @@ COMMANDS: dict[str, Command] = {
     "data stats": Command("llava_sv.data_stats:main", "count records by task group, lengths before and after skipping"),
     "data mix": Command("llava_sv.data.mix:main", "make a mixture (SV-1M, ...) from its sources, or list them"),
     "data convert": Command("llava_sv.data.convert_source:main", "turn one source into a LLaVA JSON file"),
+    "data shard": Command("llava_sv.data.shard:shard_main", "pack records and images into tar or parquet shards"),
     "train": Command("llava_sv.train.train:main", "pretrain or fine-tune (scripts/v1_5/*.sh call this for you)"),
     "convert": Command(
         "llava_sv.release.convert:main", "merge adapters, or make a checkpoint fit another number of devices"

@@ -6,6 +6,7 @@ H, W pixels of the encoder's input; V pictures; T tokens, an image being one mar
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,16 +216,17 @@ def process_images(images: Sequence[Image.Image], image_processor: Any, model_cf
     return pixels
 
 
-def load_image(path: str | Path) -> Image.Image:
+def load_image(path: str | Path, data: bytes | None = None) -> Image.Image:
     """The picture at `path`, upright (EXIF orientation applied), as RGB, read whole.
 
-    Raises `ImageError`, of kind "missing" or "corrupt".
+    data: the picture's file, where it is at hand; `path` then only names it. Raises `ImageError`, of kind "missing" or
+    "corrupt".
     """
     path = Path(path)
-    if not path.is_file():
+    if data is None and not path.is_file():
         raise ImageError(f"no such image file: {path}", kind="missing")
     try:
-        with Image.open(path) as image:
+        with Image.open(path if data is None else io.BytesIO(data)) as image:
             ImageOps.exif_transpose(image, in_place=True)
             return image.convert("RGB")
     except MemoryError:

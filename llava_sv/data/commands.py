@@ -172,7 +172,10 @@ def index_main(argv: list[str]) -> int:
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers: expected 1 or more, got {args.workers}")
     began = time.perf_counter()
-    records = open_index(args.data, args.cache_dir, args.workers)
+    if Path(args.data).is_dir():  # of shards
+        records = open_records(args.data, args.cache_dir)
+    else:
+        records = open_index(args.data, args.cache_dir, args.workers)
     report = {
         "file": args.data,
         "index": str(records.index_path),

@@ -17,6 +17,7 @@ from llava_sv.data.image_policy import ImageReader
 from llava_sv.data.index import Records
 from llava_sv.data.lengths import VisualTokens, counted, text_lengths, visual_lengths
 from llava_sv.data.preprocess import check_tokenizer, preprocess
+from llava_sv.data.shard_index import image_root
 from llava_sv.data.split import SomeRecords
 from llava_sv.errors import UserError
 from llava_sv.mm_utils import ImageError, image_side, mean_color, process_images
@@ -64,7 +65,8 @@ class LazySupervisedDataset(Dataset):
         with_images = int((records.num_images > 0).sum())
         if with_images and not data_args.is_multimodal:
             raise UserError(f"{records.path}: {with_images} records hold images, but --is_multimodal is False")
-        if with_images and not data_args.image_folder:
+        self.image_folder = image_root(records, data_args.image_folder)
+        if with_images and self.image_folder is None:
             raise UserError(f"{records.path}: {with_images} records hold images; say where with --image_folder")
         if with_images and image_processor is None:
             raise UserError(f"{records.path}: {with_images} records hold images; give the model a --vision_tower")
@@ -72,7 +74,7 @@ class LazySupervisedDataset(Dataset):
         self.image_processor, self.data_args = image_processor, data_args
         self.image_config = data_args if image_config is None else image_config
         size, color = _blank_of(image_processor)
-        self.reader = ImageReader(data_args.image_folder, data_args.missing_images, size, color)
+        self.reader = ImageReader(self.image_folder, data_args.missing_images, size, color)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -91,7 +93,7 @@ class LazySupervisedDataset(Dataset):
             raise SampleError(str(last)) from last
         raise SampleError(
             f"{self.records.path}: {tries} records in a row from record number {index} have images that cannot be "
-            f"read, the last: {last}; check --image_folder {self.data_args.image_folder}"
+            f"read, the last: {last}; check --image_folder {self.image_folder}"
         )
 
     def _sample(self, index: int) -> dict[str, Any]:
@@ -121,7 +123,7 @@ class LazySupervisedDataset(Dataset):
         counted for up to `EXACT_LENGTHS` records and estimated in larger data, from characters and turns by a
         least-squares fit on a sample, and each image takes `visual_tokens(None)`: grouping needs no more.
         """
-        folder = self.data_args.image_folder if "sizes" in exact else None
+        folder = self.image_folder if "sizes" in exact else None
         visual = visual_lengths(self.records, visual_tokens, folder)
         if "text" not in exact:
             return self._text_lengths() + visual
@@ -132,7 +134,7 @@ class LazySupervisedDataset(Dataset):
 
     def counted(self, visual_tokens: VisualTokens) -> list[str]:
         """What `lengths` may be asked to give exactly without having to count: of "text" and "sizes"."""
-        folder = self.data_args.image_folder
+        folder = self.image_folder
         return counted(self.records, self.tokenizer, self.template, visual_tokens, folder)
 
     def _text_lengths(self) -> np.ndarray:

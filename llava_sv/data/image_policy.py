@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch.utils.data import get_worker_info
 
+from llava_sv.data.image_store import ImageStore
 from llava_sv.data.records import LlavaRecord
 from llava_sv.errors import UserError
-from llava_sv.mm_utils import ImageError, load_image
+from llava_sv.mm_utils import ImageError
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class ImageReader:
     ) -> None:
         if policy not in POLICIES:
             raise UserError(f"missing_images: unknown policy {policy!r}; known: {', '.join(POLICIES)}")
-        self.folder = None if folder is None else Path(folder)
+        self.store = ImageStore(folder)
         self.policy, self.counts = policy, ImageCounts()
         self._blank = Image.new("RGB", blank_size, blank_color)
 
@@ -62,7 +63,7 @@ class ImageReader:
 
     def _read_one(self, record: LlavaRecord, image: str) -> Image.Image:
         try:
-            return load_image(image if self.folder is None else self.folder / image)
+            return self.store.open(image)
         except ImageError as error:
             count = self.counts.add(error.kind)
             if self.policy == "error":

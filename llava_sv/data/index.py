@@ -130,7 +130,7 @@ class Records:
 
 def open_records(path: str | Path, cache_dir: str | Path | None = None) -> Records:
     """The records that `--data_path` names: a JSON or JSONL file (see `open_index`), an index (`.arrow`), or a folder
-    with one, as `llava-sv data mix` writes it.
+    with one, as `llava-sv data mix` writes it, or of shards.
 
     Raises `UserError` for something else, and for what is damaged.
     """
@@ -138,7 +138,13 @@ def open_records(path: str | Path, cache_dir: str | Path | None = None) -> Recor
     if path.is_dir():
         if (path / INDEX_NAME).is_file():
             return Records(path, path / INDEX_NAME)
-        raise UserError(f"{path}: holds no {INDEX_NAME}; name a folder that llava-sv data mix wrote, or a file")
+        from llava_sv.data.shard_index import holds_shards, open_shards
+
+        if holds_shards(path):
+            return open_shards(path, cache_dir)
+        raise UserError(
+            f"{path}: holds no {INDEX_NAME} and no shards; name a folder that llava-sv data mix or shard made"
+        )
     if path.suffix == ".arrow" and path.is_file():
         return Records(path, path)
     return open_index(path, cache_dir)

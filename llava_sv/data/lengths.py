@@ -19,15 +19,16 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from llava_sv.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_sv.conversation import Template
+from llava_sv.data.image_store import ImageStore
 from llava_sv.data.index import Records, cache_folder
 from llava_sv.data.preprocess import preprocess
 from llava_sv.data.split import SomeRecords
+from llava_sv.mm_utils import ImageError
 
 CHUNK = 500
 """Records that one worker counts at a time."""
@@ -41,10 +42,6 @@ UNCOUNTED = -1
 
 VisualTokens = Callable[[tuple[int, int] | None], int]
 """Tokens of a picture of a size (width, height); of None: the most that one takes."""
-
-EXIF_ORIENTATION = 0x0112
-TURNED = (5, 6, 7, 8)
-"""EXIF orientations that exchange width and height."""
 
 
 def exact_lengths(
@@ -135,8 +132,10 @@ def image_sizes(records: Records, folder: str | Path) -> np.ndarray:
     Only the head of a file is read.
     """
 
+    store = ImageStore(folder)
+
     def sizes(index: int) -> list[tuple[int, int]]:
-        return [_size(Path(folder) / name) for name in records[index].images]
+        return [_size(store, name) for name in records[index].images]
 
     return _kept(records, *_size_kind(folder), sizes, "reading image sizes")
 
@@ -150,12 +149,10 @@ def _size_kind(folder: str | Path) -> tuple[str, str]:
     return "sizes", str(Path(folder).resolve())
 
 
-def _size(path: Path) -> tuple[int, int]:
+def _size(store: ImageStore, image: str) -> tuple[int, int]:
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            return (height, width) if image.getexif().get(EXIF_ORIENTATION) in TURNED else (width, height)
-    except Exception:  # damaged files make Pillow raise nearly anything; training says what is wrong with them
+        return store.size(image)
+    except ImageError:  # training says what is wrong with it
         return 0, 0
 
 

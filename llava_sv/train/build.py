@@ -230,7 +230,7 @@ def pack(model: Any, dataset: LazySupervisedDataset, args: TrainingArguments) ->
         dataset.tokenizer,
         dataset.template,
         config.visual_tokens_per_image,
-        dataset.data_args.image_folder,
+        dataset.image_folder,
     )
     return PackedDataset(
         dataset, lengths, args.model_max_length, args.seed if args.data_seed is None else args.data_seed

@@ -19,6 +19,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 
 from llava_sv.data.sampler import LengthGroupedSampler, in_pieces
+from llava_sv.data.streaming import ShardSampler, shard_starts
 from llava_sv.errors import UserError
 from llava_sv.model.checkpoint_io import load_projector
 from llava_sv.train import checkpoint
@@ -166,7 +167,10 @@ class LLaVATrainer(Trainer):
         size = len(train_dataset if train_dataset is not None else self.train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         by_length = self.args.train_sampling_strategy == "group_by_length"
-        if self.samples is not None and (by_length or self.args.group_by_modality_length):
+        if getattr(self.train_dataset.data_args, "streaming", False):
+            window = self.train_dataset.data_args.streaming_window
+            self.sampler = ShardSampler(shard_starts(self.train_dataset.records), window, seed)
+        elif self.samples is not None and (by_length or self.args.group_by_modality_length):
             self.sampler = LengthGroupedSampler(
                 self.args.train_batch_size,
                 self.args.world_size * self.args.gradient_accumulation_steps,

@@ -25,6 +25,9 @@ WHERE = {
 
 RECORDS = "give a LLaVA JSON or JSONL file, an .arrow index, or a folder that llava-sv data mix or data shard wrote"
 
+SHARDS = (".tar", ".parquet")
+"""Endings of shards, which hold records and their pictures."""
+
 NEEDED = ("model_name_or_path", "vision_tower", "data_path", "image_folder", "pretrain_mm_mlp_adapter", "deepspeed")
 """Flags that name something on disk, in the order they are reported."""
 
@@ -158,7 +161,15 @@ def data_file(name: str) -> Path | None:
     if (path / "index.arrow").is_file():
         return path / "index.arrow"
     manifest = path / "manifest.json"
-    return manifest if read_json(manifest).get("kind") == "shards" else None
+    if read_json(manifest).get("kind") == "shards":
+        return manifest
+    return next((file for end in SHARDS for file in sorted(path.glob(f"*{end}"))), None)
+
+
+def brings_images(name: str) -> bool:
+    """Whether training records come with their pictures: shards do."""
+    file = data_file(name)
+    return file is not None and Path(name).expanduser().is_dir() and file.suffix != ".arrow"
 
 
 def _missing_data(name: str) -> str | None:
@@ -207,7 +218,7 @@ def missing_inputs(argv: list[str]) -> list[str]:
     problems.append(_missing_data(data) if data else "training data (DATA, --data_path): not given")
     if flags.get("eval_data_path") and data_file(flags["eval_data_path"]) is None:
         problems.append(f"validation data (--eval_data_path): no file {flags['eval_data_path']}; {RECORDS}")
-    if flags.get("image_folder"):
+    if flags.get("image_folder") and not brings_images(data):
         problems.append(_missing_images(flags["image_folder"]))
     if flags.get("pretrain_mm_mlp_adapter"):
         problems.append(_missing_adapter(flags["pretrain_mm_mlp_adapter"], flags.get("mm_family", "")))

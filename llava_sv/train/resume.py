@@ -47,6 +47,8 @@ def settings_of(model_args: Any, data_args: Any, args: Any) -> dict[str, Any]:
         "data_path": data_args.data_path,
         "image_folder": data_args.image_folder,
         "packing": data_args.packing,
+        "streaming": data_args.streaming,
+        "streaming_window": data_args.streaming_window if data_args.streaming else None,
         "missing_images": data_args.missing_images,
         "group_by_modality_length": args.group_by_modality_length,
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
@@ -161,6 +163,7 @@ def _go_on(args: Any, folder: Path, asked: dict[str, Any]) -> Plan:
             f"{asked['batch']}: set it as it was, or start over with --overwrite_output_dir True"
         )
     _refuse_other_packs(was, asked, folder)
+    _refuse_other_order(was, asked, folder)
     torn = [other.name for step, other in checkpoint.checkpoints(folder.parent) if step > marker["step"]]
     note = f"going on from {folder}, step {marker['step']:,}"
     if torn:
@@ -177,6 +180,19 @@ def _refuse_other_packs(was: dict[str, Any], asked: dict[str, Any], folder: Path
             raise UserError(
                 f"{folder} was trained with --{name} {was[name]}, now {asked[name]}, which makes other packs: set "
                 "it as it was, or start over with --overwrite_output_dir True"
+            )
+
+
+def _refuse_other_order(was: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
+    """`UserError` where samples would come in another order than they did, and some twice: streamed or not, in other
+    windows, or by another seed."""
+    if not (asked.get("streaming") or was.get("streaming")):
+        return
+    for name in ("streaming", "streaming_window", "seed" if asked["data_seed"] is None else "data_seed"):
+        if name in was and was[name] != asked[name]:
+            raise UserError(
+                f"{folder} was trained with --{name} {was[name]}, now {asked[name]}, which gives samples another "
+                "order: set it as it was, or start over with --overwrite_output_dir True"
             )
 
 

@@ -76,10 +76,12 @@ def _prepare_environment(cache_dir: str, use_cpu: bool) -> None:
 def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> int:
     """Train as the arguments say. Every rank runs this."""
     from llava_sv.data.collator import DataCollatorForSupervisedDataset
+    from llava_sv.data.streaming import check_streaming
     from llava_sv.train import best, build, evaluation, find_batch, lora, resume, universal
     from llava_sv.train.distributed import check_processes_agree, check_world
     from llava_sv.train.stopping import clear
 
+    say(check_streaming(data_args, args))
     check_world(args)
     build.check_names(model_args, args)
     lora.check(model_args, args)

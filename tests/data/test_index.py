@@ -240,7 +240,7 @@ def test_other_columns_and_other_layouts(tmp_path):
 
 def test_a_folder_without_an_index(tmp_path):
     with pytest.raises(
-        UserError, match=r"holds no index\.arrow; name a folder that llava-sv data mix wrote, or a file"
+        UserError, match=r"holds no index\.arrow and no shards; name a folder that llava-sv data mix or shard made"
     ):
         open_records(tmp_path)
     with pytest.raises(UserError, match=r"no such data file: .*none\.arrow"):

@@ -62,7 +62,7 @@ def test_sizes_are_those_of_the_upright_picture(tmp_path):
     folder = write_images(tmp_path / "images", a=(8, 4))
     turned = Image.new("RGB", (10, 6))
     exif = turned.getexif()
-    exif[module.EXIF_ORIENTATION] = 6
+    exif[0x0112] = 6
     turned.save(folder / "b.png", exif=exif)
     records = open_records(
         tmp_path, [with_image("1", ["a.png", "b.png"], "<image><image>"), with_image("2", "none.png")]
@@ -127,11 +127,11 @@ def test_sizes_that_were_half_read_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 4)
     real, calls = module._size, []
 
-    def stops(path):
-        calls.append(path)
+    def stops(store, image):
+        calls.append(image)
         if len(calls) == 8:
             raise KeyboardInterrupt
-        return real(path)
+        return real(store, image)
 
     monkeypatch.setattr(module, "_size", stops)
     with pytest.raises(KeyboardInterrupt):

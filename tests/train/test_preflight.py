@@ -83,3 +83,20 @@ def test_the_entry_says_so_before_torch_is_imported(entry, empty_cache):
     assert not {"torch", "transformers"} & imported
     assert "error: 3 things are missing; nothing was started" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_shards_bring_their_pictures(world, tmp_path):
+    """The image folder that scripts name by default need not be there beside shards; beside anything else it must."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    more = ("--data_path", str(shards), "--image_folder", str(tmp_path / "none"))
+    said = preflight.missing_inputs(world.flags("pretrain", tmp_path, *more))
+    assert [problem.split(" (")[0] for problem in said] == ["training data", "images"]
+    for name, text in (("00000.tar", ""), ("a.parquet", ""), ("manifest.json", '{"kind": "shards"}')):
+        (shards / name).write_text(text)
+        assert preflight.missing_inputs(world.flags("pretrain", tmp_path, *more)) == []
+        assert preflight.data_file(str(shards)) == shards / name
+        (shards / name).unlink()
+    (shards / "index.arrow").write_text("")
+    said = preflight.missing_inputs(world.flags("pretrain", tmp_path, *more))
+    assert [problem.split(" (")[0] for problem in said] == ["images"]
