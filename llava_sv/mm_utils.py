@@ -13,21 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from llava_sv.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava_sv.decoding import ImageError as ImageError  # named here for those who load
+from llava_sv.decoding import decode_image, open_regular
 from llava_sv.errors import UserError
 from llava_sv.pixels import fast_pixels
 from llava_sv.tiling import ANYRES, NO_TILES, cut, fit, grid_of
-
-
-class ImageError(UserError):
-    """A picture that cannot be read; `kind` is "missing" or "corrupt"."""
-
-    def __init__(self, message: str, kind: str = "corrupt") -> None:
-        super().__init__(message)
-        self.kind = kind
 
 
 @dataclass
@@ -222,17 +216,10 @@ def load_image(path: str | Path, data: bytes | None = None) -> Image.Image:
     data: the picture's file, where it is at hand; `path` then only names it. Raises `ImageError`, of kind "missing" or
     "corrupt".
     """
-    path = Path(path)
-    if data is None and not path.is_file():
-        raise ImageError(f"no such image file: {path}", kind="missing")
-    try:
-        with Image.open(path if data is None else io.BytesIO(data)) as image:
-            ImageOps.exif_transpose(image, in_place=True)
-            return image.convert("RGB")
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
-        raise ImageError(f"image file {path} cannot be read ({type(error).__name__}: {error})") from error
+    if data is not None:
+        return decode_image(io.BytesIO(data), path)
+    with open_regular(Path(path)) as file:
+        return decode_image(file, path)
 
 
 def clip_image_processor_class() -> type:
