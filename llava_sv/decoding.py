@@ -109,7 +109,7 @@ def decode_image(file: BinaryIO, name: str | Path) -> Image.Image:
 
 
 def open_head(file: BinaryIO, name: str | Path) -> Image.Image:
-    """The picture in `file`, its head read and nothing decoded. Raises `ImageError`, or whatever Pillow raises later."""
+    """The picture in `file`, its head read and nothing decoded. Raises `ImageError`."""
     limit = max_pixels()
     if not file.read(1):
         raise ImageError(f"image file {_short(str(name))} cannot be read (it is empty: 0 bytes)", reason="empty")
@@ -194,7 +194,7 @@ def _too_large(name: str | Path, pixels: str, limit: int) -> ImageError:
 
 def _unreadable(name: str | Path, error: Exception) -> ImageError:
     if isinstance(error, UnidentifiedImageError):
-        return ImageError(f"image file {_short(str(name))} cannot be read (it is no picture of a known format)")
+        return ImageError(f"image file {_short(str(name))} cannot be read (UnidentifiedImageError: no known format)")
     said = " ".join(str(error).split())
     cut = isinstance(error, EOFError) or any(word in said.lower() for word in ("truncat", "unexpected end"))
     return ImageError(

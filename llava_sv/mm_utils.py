@@ -7,6 +7,8 @@ H, W pixels of the encoder's input; V pictures; T tokens, an image being one mar
 from __future__ import annotations
 
 import io
+import re
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +60,28 @@ def encode_prompt(
         ids.insert(0, tokenizer.bos_token_id)
         offsets.insert(0, (0, 0))
     return EncodedPrompt(ids, offsets if with_offsets else [])
+
+
+_MARKERS: weakref.WeakKeyDictionary[Any, tuple[int, re.Pattern[str] | None]] = weakref.WeakKeyDictionary()
+_LOOKS_SPECIAL = re.compile(r"<[|\uff5c].*[|\uff5c]>")
+
+
+def markers_of(tokenizer: Any) -> re.Pattern[str] | None:
+    """What finds the tokenizer's own special tokens in somebody's words, for `conversation.render` to break up: every
+    one that it calls special, and added ones written `<|...|>`. Not `<image>`, nor tokens of one character, which are
+    text as well. None where it has no such token.
+    """
+    size = len(tokenizer)
+    kept = _MARKERS.get(tokenizer)
+    if kept is None or kept[0] != size:
+        added = tokenizer.added_tokens_decoder.values()
+        words = {str(token) for token in added if token.special or _LOOKS_SPECIAL.fullmatch(str(token))}
+        words |= set(tokenizer.all_special_tokens)
+        words = {word for word in words if len(word.strip()) > 1 and word != DEFAULT_IMAGE_TOKEN}
+        longest_first = sorted(words, key=lambda word: (-len(word), word))
+        kept = (size, re.compile("|".join(map(re.escape, longest_first))) if words else None)
+        _MARKERS[tokenizer] = kept
+    return kept[1]
 
 
 def adds_bos(tokenizer: Any) -> bool:
