@@ -66,7 +66,9 @@ def parse_ref(text: str) -> ImageRef:
     if lower.endswith(ROWS):
         found = _ROW.fullmatch(member)
         if found is None:
-            raise UserError(f"image {_shown(text)}: expected FILE{SEPARATOR}COLUMN/ROW or FILE{SEPARATOR}COLUMN/ROW/ITEM")
+            raise UserError(
+                f"image {_shown(text)}: expected FILE{SEPARATOR}COLUMN/ROW or FILE{SEPARATOR}COLUMN/ROW/ITEM"
+            )
         item = None if found[3] is None else int(found[3])
         return ImageRef(path, member, column=found[1], row=int(found[2]), item=item)
     if lower.endswith(TAR):
