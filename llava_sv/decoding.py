@@ -204,4 +204,6 @@ def _unreadable(name: str | Path, error: Exception) -> ImageError:
 
 
 def _short(text: str) -> str:
+    """One line of printable text, not too long."""
+    text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 20]}...{text[-17:]}"

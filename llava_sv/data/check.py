@@ -25,7 +25,7 @@ from llava_sv.data.check_report import print_report, write_html
 from llava_sv.data.findings import ERRORS, KINDS, Finding, Tally
 from llava_sv.data.fix import CleanCopy
 from llava_sv.data.json_recovery import Found, recover
-from llava_sv.data.mend import mend
+from llava_sv.data.mend import Change, mend
 from llava_sv.data.records import LlavaRecord
 from llava_sv.data.seen import Seen
 from llava_sv.errors import UserError
@@ -33,6 +33,9 @@ from llava_sv.files import write_json, write_text
 
 BATCH = 256
 """Records that a job is made of."""
+
+WAITING = 10_000
+"""So many malformed places wait for the records before them to be told of first."""
 
 PER_KIND = 200
 """The most findings of one kind that a report lists, however many --max-problems asks for on the screen."""
@@ -186,6 +189,8 @@ class Check:
 
     def _note_malformed(self, error: UserError, line: int) -> None:
         self._malformed.append(Finding("malformed", str(error), line))
+        if len(self._malformed) > WAITING:
+            self._tell_malformed()
 
     def _item(self, found: Found) -> Item:
         where = f"{self.path} line {found.line}" if found.line else str(self.path)
@@ -237,7 +242,8 @@ class Check:
             self.tally.add(Finding("duplicate_record", message, item.found.line, name))
 
     def _write(self, item: Item, copy: CleanCopy, name: str) -> None:
-        line, value, changes = item.found.line, item.found.value, []
+        line, value = item.found.line, item.found.value
+        changes: list[Change] = []
         if item.findings:
             value, changes = mend(value)
             for kind, done in changes:
@@ -281,7 +287,9 @@ def _images(value: Any) -> tuple[str, ...]:
 
 def _name(value: Any) -> str:
     identity = value.get("id") if isinstance(value, dict) else None
-    return str(identity)[:200] if isinstance(identity, (str, int, float)) else ""
+    if not isinstance(identity, (str, int, float)):
+        return ""
+    return str(identity)[:200].encode("utf-8", "backslashreplace").decode()
 
 
 def _content(images: Any, turns: Any) -> str:

@@ -44,7 +44,7 @@ def test_what_is_whole_is_read_as_json_reads_it(tmp_path, monkeypatch, window, s
 @pytest.mark.parametrize(
     ("text", "names", "says"),
     [
-        (f"[{A},\n{B[:-3]},\n{C}]", "ac", ["line 2"]),
+        (f"[{A},\n{B[:-3]},\n{C}]", "ac", ["line 3"]),
         (f"[{A},\n{B[:20]}\n,{C}]", "ac", ["line 2"]),
         (f"[{A},{B[:60]},{C}]", "ac", ["line 1"]),
         (f"[{A}\n{B},{C}]", "abc", ["line 2 column 1: expected ',' or ']' after a record"]),
@@ -90,7 +90,7 @@ def test_a_cut_anywhere_keeps_all_records_before_it(tmp_path, array):
 
 def test_bytes_that_are_no_text_stay_in_their_record(tmp_path):
     path = tmp_path / "data.json"
-    path.write_bytes(f"[{A}, ".encode() + B.encode().replace(b"Two", b"T\xff\xfe") + f", {C}]".encode())
+    path.write_bytes(f"[{A}, ".encode() + B.encode().replace(b"How", b"H\xff\xfe") + f", {C}]".encode())
     found, told = _read(path)
     assert [item.undecoded for item in found] == [False, True, False]
     assert [item.value["id"] for item in found] == ["a", "b", "c"]
