@@ -105,13 +105,14 @@ def _image_folder(args: argparse.Namespace) -> Path | None:
 
 @dataclass
 class Item:
-    """One value on its way: as found, the record that it is (None: refused), what was found, and how often each image
-    of it was named before."""
+    """One value on its way: as found, the record that it is (None: refused), what was found, and its images, those
+    that no record named before apart."""
 
     found: Found
     record: LlavaRecord | None
     findings: list[tuple[str, str]]
     new_images: list[str]
+    old_images: list[str]
 
 
 class Check:
@@ -131,7 +132,8 @@ class Check:
         )
         self.tally = Tally(min(PER_KIND, max(args.max_problems, 20)), shown_limit=args.max_problems)
         self.good = 0
-        self._images, self._bad_images, self._ids, self._contents = Seen(), Seen(), Seen(), Seen()
+        self._images, self._missing, self._corrupt = Seen(), Seen(), Seen()
+        self._ids, self._contents = Seen(), Seen()
         self._copy: CleanCopy | None = None
         self._malformed: list[Finding] = []
 
@@ -203,7 +205,8 @@ class Check:
             images = _images(mend(found.value)[0])
         else:
             images = () if record is None else record.images
-        return Item(found, record, findings, [image for image in images if not self._images.add(image)])
+        new = [image for image in dict.fromkeys(images) if not self._images.add(image)]
+        return Item(found, record, findings, new, [image for image in dict.fromkeys(images) if image not in new])
 
     # -- after them ---------------------------------------------------------------------------------------------------
 
@@ -222,7 +225,12 @@ class Check:
                     line = f"{where}: record {name!r}: {message}"
                     self.tally.add(Finding(kind, line, item.found.line, name, image, drawn))
                     if kind in ERRORS:
-                        self._bad_images.add(image)
+                        (self._missing if kind == "missing_image" else self._corrupt).add(image)
+            for image in item.old_images:
+                if image in self._missing or image in self._corrupt:
+                    kind = "missing_image" if image in self._missing else "corrupt_image"
+                    line = f"{where}: record {name!r}: image {image!r} cannot be read, as said of an earlier record"
+                    self.tally.add(Finding(kind, line, item.found.line, name, image))
             if item.record is not None:
                 length = next(lengths) if self.counts_tokens else 0
                 self._whole(item, item.record, where, name, length)
@@ -251,7 +259,7 @@ class Check:
         if value is None:
             return
         images = _images(value)
-        bad = [image for image in images if image in self._bad_images]
+        bad = [image for image in images if image in self._missing or image in self._corrupt]
         if bad:
             copy.log(line, name, "corrupt_image", f"left out: image {bad[0]!r} cannot be read")
             return

@@ -27,6 +27,9 @@ _BLANKS = " \t\r\n"
 _CANDIDATE = re.compile(r'\{\s*"|(?<=\n)[ \t]*[\[{"\dtfnNI-]')
 _UNDECODED = re.compile("[\udc80-\udcff]")
 _OTHER_ENCODINGS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+MAX_CHARS = 1 << 26
+"""A record of more characters is given up: a bracket that is missing would make one of the whole rest of the file."""
+_TOO_LONG = f"no end within {MAX_CHARS} characters"
 _DEPTH = 900
 """Characters to go on behind a place from which nesting was too deep: that many levels open there at least."""
 
@@ -46,8 +49,12 @@ class Found:
         return not self.text.isascii() and _UNDECODED.search(self.text) is not None
 
 
+class _TooLong(ValueError):
+    """A value without an end in sight."""
+
+
 OnError = Callable[[UserError, int], Any]
-"""Is given what is wrong, and on which line."""
+"""Is given what is wrong, and the line of the record in which it is."""
 
 
 def recover(path: Path, on_error: OnError, progress: Callable[[int], Any] | None = None) -> Iterator[Found]:
@@ -108,11 +115,15 @@ class _Text:
         self._counted = max(at, self._counted)
         return self._line
 
-    def wrong(self, message: str, at: int) -> None:
-        """Tell of damage at `text[at]`, which must not lie before what was told of."""
+    def wrong(self, message: str, at: int, begins: int | None = None) -> None:
+        """Tell of damage at `text[at]`, which must not lie before what was told of; begins: line of the record in which
+        it is."""
         line = self.line_at(min(at, len(self.text)))
         column = at - self._line_start + 1
-        self._on_error(UserError(f"{self.path}: malformed JSON at line {line} column {column}: {message}"), line)
+        told = f"{self.path}: malformed JSON at line {line} column {column}: {message}"
+        if begins not in (None, line):
+            told += f" (in what begins at line {begins})"
+        self._on_error(UserError(told), begins or line)
 
     def value(self) -> tuple[Any, int]:
         """(value that begins at `at`, where it ends). Raises ValueError or RecursionError, `pos` counted from `at`."""
@@ -121,9 +132,12 @@ class _Text:
                 value, end = _DECODER.raw_decode(self.text, self.at)
                 if end < len(self.text) or not self.fill():
                     return value, end
+                continue
             except json.JSONDecodeError as error:
                 inside = error.pos - self.at
                 cut = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - 16
+                if cut and len(self.text) - self.at > MAX_CHARS:
+                    raise _TooLong from None
                 if not (cut and self.fill()):
                     error.pos = inside
                     raise
@@ -176,8 +190,9 @@ def _array(text: _Text) -> Iterator[Found]:
 def _tell(text: _Text, error: Exception) -> None:
     """Report what broke the value at `at`, without moving the count of lines beyond its start."""
     inside = error.pos if isinstance(error, json.JSONDecodeError) else 0
+    kept_line = text.line_at(text.at)
     kept = text._line, text._line_start, text._counted
-    text.wrong(beyond_reading(error), text.at + inside)
+    text.wrong(_TOO_LONG if isinstance(error, _TooLong) else beyond_reading(error), text.at + inside, kept_line)
     text._line, text._line_start, text._counted = kept
 
 
