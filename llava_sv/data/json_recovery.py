@@ -24,7 +24,7 @@ from llava_sv.errors import UserError
 CHUNK_BYTES = 1 << 22
 _DECODER = json.JSONDecoder()
 _BLANKS = " \t\r\n"
-_CANDIDATE = re.compile(r'\{\s*"|(?<=\n)[ \t]*[\[{"\dtfnNI-]')
+_CANDIDATE = re.compile(r'\{\s*"|(?<=\n)[ \t]*[^\s}\],]')
 _UNDECODED = re.compile("[\udc80-\udcff]")
 _OTHER_ENCODINGS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 MAX_CHARS = 1 << 26
@@ -115,6 +115,11 @@ class _Text:
         self._counted = max(at, self._counted)
         return self._line
 
+    def column_if_first(self, at: int) -> int:
+        """The column of `text[at]`, from 1, where only blanks stand before it on its line; else 0."""
+        self.line_at(at)
+        return 0 if self.text[max(0, self._line_start) : at].strip() else at - self._line_start + 1
+
     def wrong(self, message: str, at: int, begins: int | None = None) -> None:
         """Tell of damage at `text[at]`, which must not lie before what was told of; begins: line of the record in which
         it is."""
@@ -176,9 +181,10 @@ def _array(text: _Text) -> Iterator[Found]:
             try:
                 value, end = text.value()
             except (ValueError, RecursionError) as error:
+                column = text.column_if_first(text.at)
                 _tell(text, error)
                 text.at += _step(error)
-                if not _next_record(text):
+                if not _next_record(text, column):
                     return
                 after_value = after_comma = False
                 continue
@@ -200,8 +206,12 @@ def _step(error: Exception) -> int:
     return _DEPTH if isinstance(error, RecursionError) else 1
 
 
-def _next_record(text: _Text) -> bool:
-    """Move `at` to where the next record can be read; False where there is none."""
+def _next_record(text: _Text, column: int = 0) -> bool:
+    """Move `at` to where the next record can be read; False where there is none.
+
+    column: at which the malformed one began, if first on its line; what begins a line there is one of its own, and is
+    told of if it is malformed as well.
+    """
     while True:
         found = _CANDIDATE.search(text.text, text.at)
         if found is None:
@@ -211,25 +221,27 @@ def _next_record(text: _Text) -> bool:
                 return False
             continue
         before = text.text[max(0, found.start() - 64) : found.start()].rstrip()
-        text.at = found.end() - len(found[0].lstrip(" \t"))
-        if before.endswith(":"):
+        text.at = found.start() + len(found[0]) - len(found[0].lstrip(" \t"))
+        own = column > 0 and text.column_if_first(text.at) == column
+        if before.endswith(":") and not own:
             text.at += 1
             continue
         try:
             value, end = text.value()
         except (ValueError, RecursionError) as error:
+            if own:
+                _tell(text, error)
             text.at += _step(error)
             continue
-        if _may_be_record(value, text, end):
+        if _may_be_record(value, text, end, own):
             return True
         text.at = end if isinstance(value, dict) else text.at + 1
 
 
-def _may_be_record(value: Any, text: _Text, end: int) -> bool:
-    if isinstance(value, dict):
-        return "conversations" in value or not ("from" in value or "value" in value)
-    rest = text.text[end : end + 64].lstrip()
-    return rest[:1] in (",", "]") and not isinstance(value, (list, str))
+def _may_be_record(value: Any, text: _Text, end: int, own: bool) -> bool:
+    if isinstance(value, dict) and ("conversations" in value or not ("from" in value or "value" in value)):
+        return True
+    return own and text.text[end : end + 64].lstrip()[:1] in (",", "]")
 
 
 def _lines(text: _Text) -> Iterator[Found]:

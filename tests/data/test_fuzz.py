@@ -424,10 +424,14 @@ def test_a_file_damaged_anywhere_is_checked_without_a_crash(tmp_path, capsys, se
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def _tried(call):
+def _records_of(path):
+    return [check_record(value, f"line {line}") for line, value in read_values(path)]
+
+
+def _tried(call, *arguments):
     """(what it returns, None), or (None, the line that refuses); anything but a `UserError` travels on."""
     try:
-        return call(), None
+        return call(*arguments), None
     except UserError as error:
         return None, str(error)
 
@@ -456,7 +460,7 @@ def test_training_refuses_a_bad_file_in_one_line(tmp_path):
         path = tmp_path / "data.json"
         body = "[" + ",\n".join(lines) + "]" if array else "\n".join(lines)
         path.write_bytes(body.encode("utf-8", "surrogateescape"))
-        read, said = _tried(lambda: [check_record(value, f"line {line}") for line, value in read_values(path)])
+        read, said = _tried(_records_of, path)
         if said is not None:
             assert "\n" not in said
             assert len(said) < 2000
@@ -484,7 +488,7 @@ def test_every_good_record_reaches_training_whatever_pictures_hold(tmp_path, pol
     dataset = _loader(case.write("data.json", array=True), case, policy)
     collate = DataCollatorForSupervisedDataset(_TOKENIZER)
     for number, outcome in enumerate(outcomes):
-        sample, said = _tried(lambda: dataset[number])
+        sample, said = _tried(dataset.__getitem__, number)
         if said is not None:
             assert policy == "error"
             assert outcome != HARMLESS, said
