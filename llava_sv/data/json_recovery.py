@@ -150,7 +150,7 @@ class _Text:
 
 def _array(text: _Text) -> Iterator[Found]:
     text.at += 1
-    after_value, after_comma = False, False
+    after_value, after_comma, column = False, False, 0
     while True:
         mark = text.peek()
         if mark == "":
@@ -178,10 +178,10 @@ def _array(text: _Text) -> Iterator[Found]:
             if after_value:
                 text.wrong("expected ',' or ']' after a record", text.at)
             line = text.line_at(text.at)
+            column = text.column_if_first(text.at) or column
             try:
                 value, end = text.value()
             except (ValueError, RecursionError) as error:
-                column = text.column_if_first(text.at)
                 _tell(text, error)
                 text.at += _step(error)
                 if not _next_record(text, column):
@@ -209,7 +209,7 @@ def _step(error: Exception) -> int:
 def _next_record(text: _Text, column: int = 0) -> bool:
     """Move `at` to where the next record can be read; False where there is none.
 
-    column: at which the malformed one began, if first on its line; what begins a line there is one of its own, and is
+    column: at which the last one that was first on its line began; what begins a line there is one of its own, and is
     told of if it is malformed as well.
     """
     while True:
