@@ -4,8 +4,8 @@ A path arrives; `Found` values leave one by one, each with its line and its text
 file in memory. Damage goes to a callback, by file, line and column. Called by `data.check`, which looks at files that
 training refuses; training itself reads through `data.json_stream`, which stops at the first damage.
 
-After a malformed element of an array, reading goes on at the next place where a record begins: an object that is no
-value of a key and no turn of a conversation. Inside a text no such place can be, since its quotes are escaped there.
+After a malformed element of an array, reading goes on at the next place where a record begins: an object with
+`conversations` that is no value of a key. Inside a text no such place can be, since its quotes are escaped there.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def _array(text: _Text) -> Iterator[Found]:
             if text.peek() in ("", "\0"):
                 return
             text.wrong("text after the array's end", text.at)
-            if not _next_record(text):
+            if not _next_record(text, column):
                 return
             after_value = after_comma = False
         elif mark == ",":
@@ -235,11 +235,11 @@ def _next_record(text: _Text, column: int = 0) -> bool:
             continue
         if _may_be_record(value, text, end, own):
             return True
-        text.at = end if isinstance(value, dict) else text.at + 1
+        text.at = end if isinstance(value, dict) and not own else text.at + 1
 
 
 def _may_be_record(value: Any, text: _Text, end: int, own: bool) -> bool:
-    if isinstance(value, dict) and ("conversations" in value or not ("from" in value or "value" in value)):
+    if isinstance(value, dict) and "conversations" in value:
         return True
     return own and text.text[end : end + 64].lstrip()[:1] in (",", "]")
 
@@ -277,6 +277,6 @@ def _salvaged(line_text: str, line: int) -> Iterator[Found]:
         except (ValueError, RecursionError) as error:
             at += _step(error)
             continue
-        if "conversations" in value or not ("from" in value or "value" in value):
+        if isinstance(value, dict) and "conversations" in value:
             yield Found(line, value, line_text[at:end])
         at = end
