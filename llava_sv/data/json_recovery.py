@@ -24,7 +24,7 @@ from llava_sv.errors import UserError
 CHUNK_BYTES = 1 << 22
 _DECODER = json.JSONDecoder()
 _BLANKS = " \t\r\n"
-_CANDIDATE = re.compile(r'\{\s*"|(?<=\n)[ \t]*(?![\]},\s]*(?:\n|\Z))\S')
+_CANDIDATE = re.compile(r'\{\s*"|(?<=\n)[ \t]*(?![\]},\s]*(?:\n|\Z))[^\s,]')
 """Where a record may begin: an object's first key, or a line that holds more than closing brackets."""
 _UNDECODED = re.compile("[\udc80-\udcff]")
 _OTHER_ENCODINGS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
