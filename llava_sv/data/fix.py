@@ -73,7 +73,7 @@ class CleanCopy:
         if name:
             unique, number = name, 1
             while self._ids.add(unique):
-                number += 1
+                number = number + 1 if number < 9 else max(number + 1, self.written)
                 unique = f"{name}-{number}"
             if unique != name:
                 value, changed = {**value, "id": unique}, True
