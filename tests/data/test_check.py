@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 from html.parser import HTMLParser
 
 import numpy as np
@@ -156,18 +157,15 @@ def test_too_long_counts_text_and_images(tmp_path, images, workers):
 
 def test_several_processes_find_what_one_finds(tmp_path, images, monkeypatch):
     monkeypatch.setattr("llava_sv.data.check.BATCH", 4)
-    values = [
-        {**value, "id": str(number)} for number, (value, _) in enumerate(CASES.values()) if isinstance(value, dict)
-    ]
+    values = [{**value, "id": kind} for kind, (value, _) in CASES.items() if isinstance(value, dict)]
     path = _write(tmp_path, [*values, with_image("again", "gone.png"), with_image("more", "torn.png")])
     reports = [_run(path, tmp_path, "--image-folder", images, "--workers", workers)[1] for workers in (0, 1, 3)]
     for report in reports:
         del report["seconds"]
     assert reports[0] == reports[1] == reports[2]
     assert reports[0]["missing_image"] == 2  # every record that is lost is named
-    assert "as said of an earlier record" in reports[0]["findings"][-20]["message"] or any(
-        "as said of an earlier record" in finding["message"] for finding in reports[0]["findings"]
-    )
+    again = [finding for finding in reports[0]["findings"] if "as said of an earlier record" in finding["message"]]
+    assert [finding["record"] for finding in again] == ["again", "more"]
 
 
 def test_a_decoder_that_crashes_is_named_and_the_rest_goes_on(tmp_path, images, monkeypatch):
@@ -175,7 +173,7 @@ def test_a_decoder_that_crashes_is_named_and_the_rest_goes_on(tmp_path, images, 
 
     def crash(stream, name):
         if "b.jpg" in str(name):
-            os.kill(os.getpid(), 11)
+            os.kill(os.getpid(), signal.SIGKILL)
         return whole(stream, name)
 
     monkeypatch.setattr(check_images, "decode_image", crash)
@@ -251,7 +249,7 @@ def test_fix_writes_a_clean_copy_and_says_what_it_did(tmp_path, images, capsys):
     done = {entry["kind"]: entry["done"] for entry in log}
     assert done["dropped_turn"] == "question after the last answer left out"
     assert done["byte_order_mark"] == "removed from a turn of 'human'"
-    assert done["duplicate_id"] == "renamed 'good-2'"
+    assert "renamed 'good-2'" in [entry["done"] for entry in log if entry["kind"] == "duplicate_id"]
     assert done["duplicate_record"].startswith("left out: the same")
     assert all(set(entry) == {"line", "record", "kind", "done"} for entry in log)
     written = [value for _, value in read_values(fixed)]

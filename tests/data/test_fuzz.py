@@ -33,6 +33,7 @@ from tests.tokenizers_util import llama_3_tokenizer
 
 HARMFUL, HARMLESS, EITHER = "harmful", "harmless", "either"
 IMAGES = 40
+SURROGATE = re.compile("[\ud800-\udfff]")
 WORDS = ["What", "is", "it?", "réd", "日本", "<b>", "{", "}", '"', "\\", "[1, 2]", "a\nb", "\U0001f600", "'", "\t"]
 
 
@@ -68,7 +69,9 @@ def _mutation(outcome):
     def register(change):
         def mutate(rng, record):
             changed = change(rng, record)
-            return outcome, json.dumps(record if changed is None else changed, ensure_ascii=rng.random() < 0.5)
+            value = record if changed is None else changed
+            text = json.dumps(value, ensure_ascii=False)
+            return outcome, text if rng.random() < 0.5 and not SURROGATE.search(text) else json.dumps(value)
 
         mutate.__name__ = change.__name__
         MUTATIONS.append(mutate)
@@ -154,10 +157,6 @@ def odd_path(rng, record):
 def half_a_pair(rng, record):
     turn = rng.choice(record["conversations"])
     turn["value"] += rng.choice(["\ud800", "\udfff x", "\ude00\ud83d"])
-    return json.loads(json.dumps(record))
-
-
-MUTATIONS[-1] = lambda rng, record: (HARMFUL, json.dumps(half_a_pair(rng, record)))
 
 
 @_mutation(HARMFUL)
