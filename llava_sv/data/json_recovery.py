@@ -179,7 +179,8 @@ def _array(text: _Text) -> Iterator[Found]:
             if after_value:
                 text.wrong("expected ',' or ']' after a record", text.at)
             line = text.line_at(text.at)
-            column = text.column_if_first(text.at) or column
+            first = text.column_if_first(text.at)
+            column = column or first
             try:
                 value, end = text.value()
             except (ValueError, RecursionError) as error:
@@ -189,6 +190,7 @@ def _array(text: _Text) -> Iterator[Found]:
                     return
                 after_value = after_comma = False
                 continue
+            column = first or column if isinstance(value, dict) else column
             yield Found(line, value, text.text[text.at : end])
             text.at = end
             after_value, after_comma = True, False
@@ -236,6 +238,8 @@ def _next_record(text: _Text, column: int = 0) -> bool:
             continue
         if _may_be_record(value, text, end, own):
             return True
+        if own:
+            _tell(text, json.JSONDecodeError("expected ',' or ']' after a record", "", end - text.at))
         text.at = end if isinstance(value, dict) and not own else text.at + 1
 
 

@@ -238,7 +238,7 @@ def missing_quote(rng, record):
 
 @_text_mutation
 def garbage(rng, record):
-    return HARMFUL, "".join(rng.choices('{}[]:,"abc0 \\', k=rng.randrange(3, 40))) + "!"
+    return HARMFUL, "".join(rng.choices('{}[]:,"abc0 \\', k=rng.randrange(3, 40))).strip() + "!"
 
 
 @_text_mutation
