@@ -26,7 +26,7 @@ COMMANDS: dict[str, Command] = {
     "doctor": Command("llava_sv.doctor:main", "say what this machine has, what is missing and how to get it"),
     "doctor --plan": Command("llava_sv.train.memory_plan:plan_main", "say what a training command needs of memory"),
     "data toy": Command("llava_sv.data.toy:main", "draw the toy images, conversations and benchmark"),
-    "data check": Command("llava_sv.data.commands:check_main", "check a LLaVA data file before training on it"),
+    "data check": Command("llava_sv.data.check:check_main", "check a LLaVA data file before training on it"),
     "data index": Command("llava_sv.data.commands:index_main", "build the memory-mapped index of a data file"),
     "data stats": Command("llava_sv.data_stats:main", "count records by task group, lengths before and after skipping"),
     "data mix": Command("llava_sv.data.mix:main", "make a mixture (SV-1M, ...) from its sources, or list them"),

@@ -6,6 +6,7 @@ is asked at inference is what was taught.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -159,6 +160,7 @@ def render(
     turns: Sequence[Mapping[str, str]],
     add_generation_prompt: bool = False,
     system: str | None = None,
+    markers: re.Pattern[str] | None = None,
 ) -> Rendered:
     """Write a conversation in `template`.
 
@@ -166,16 +168,18 @@ def render(
     a marker of the template in it is broken up (`</s>` becomes `< /s>`), so that nobody's words can end a turn.
     add_generation_prompt: end where the assistant is to speak; the last turn must then be the human's.
     system: replaces the template's own system prompt.
+    markers: finds what else is broken up, in turns and `system`: the tokenizer's own special tokens
+        (`mm_utils.markers_of`).
 
     Raises `ValueError` for an unknown speaker, turns that do not alternate, or a prompt that ends with an answer.
     """
     _check_turns(turns, add_generation_prompt)
-    system = template.system if system is None else _clean(template, system)
+    system = template.system if system is None else _clean(template, system, markers)
     system_text = template.system_prefix + system + template.system_suffix if system else ""
     text = template.bos + ("" if template.system_in_user else system_text)
     spans: list[tuple[int, int]] = []
     for index, turn in enumerate(turns):
-        value = _clean(template, turn["value"])
+        value = _clean(template, turn["value"], markers)
         if turn["from"] == "human":
             if template.images_only:
                 value = DEFAULT_IMAGE_TOKEN * value.count(DEFAULT_IMAGE_TOKEN)
@@ -205,10 +209,15 @@ def _check_turns(turns: Sequence[Mapping[str, str]], add_generation_prompt: bool
         raise ValueError(f"a prompt ends with a human turn; these {len(turns)} turns do not")
 
 
-def _clean(template: Template, value: str) -> str:
-    """`value` without outer blanks, and with the template's own markers broken up."""
+def _clean(template: Template, value: str, markers: re.Pattern[str] | None) -> str:
+    """`value` without outer blanks, and with the template's own markers, and `markers`, broken up."""
     value = value.strip()
     for marker in template.special_tokens:
         if marker in value:
-            value = value.replace(marker, f"{marker[0]} {marker[1:]}")
-    return value
+            value = value.replace(marker, break_up(marker))
+    return value if markers is None else markers.sub(lambda found: break_up(found[0]), value)
+
+
+def break_up(marker: str) -> str:
+    """The same characters, to be read, with a blank behind the first: no longer one token."""
+    return f"{marker[0]} {marker[1:]}"

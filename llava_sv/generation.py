@@ -18,7 +18,7 @@ from torch import Tensor
 from llava_sv.constants import DEFAULT_IMAGE_TOKEN
 from llava_sv.conversation import CONV_TEMPLATES, get_template, render
 from llava_sv.errors import UserError
-from llava_sv.mm_utils import process_images, tokenizer_image_token
+from llava_sv.mm_utils import markers_of, process_images, tokenizer_image_token
 
 
 @dataclass
@@ -113,9 +113,9 @@ def make_batch(
     conversations: turns with `from` and `value`; images: those of each conversation, in order of its `<image>` marks;
     system: replaces the template's system message.
     """
-    rows = []
+    rows, markers = [], markers_of(assistant.tokenizer)
     for turns in conversations:
-        text = render(assistant.template, turns, add_generation_prompt=True, system=system).text
+        text = render(assistant.template, turns, add_generation_prompt=True, system=system, markers=markers).text
         rows.append(torch.tensor(tokenizer_image_token(text, assistant.tokenizer)))
     width = max(len(row) for row in rows)
     pad = assistant.tokenizer.pad_token_id

@@ -7,27 +7,23 @@ H, W pixels of the encoder's input; V pictures; T tokens, an image being one mar
 from __future__ import annotations
 
 import io
+import re
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from llava_sv.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava_sv.decoding import ImageError as ImageError  # named here for those who load
+from llava_sv.decoding import decode_image, open_regular
 from llava_sv.errors import UserError
 from llava_sv.pixels import fast_pixels
 from llava_sv.tiling import ANYRES, NO_TILES, cut, fit, grid_of
-
-
-class ImageError(UserError):
-    """A picture that cannot be read; `kind` is "missing" or "corrupt"."""
-
-    def __init__(self, message: str, kind: str = "corrupt") -> None:
-        super().__init__(message)
-        self.kind = kind
 
 
 @dataclass
@@ -64,6 +60,28 @@ def encode_prompt(
         ids.insert(0, tokenizer.bos_token_id)
         offsets.insert(0, (0, 0))
     return EncodedPrompt(ids, offsets if with_offsets else [])
+
+
+_MARKERS: weakref.WeakKeyDictionary[Any, tuple[int, re.Pattern[str] | None]] = weakref.WeakKeyDictionary()
+_LOOKS_SPECIAL = re.compile(r"<[|\uff5c].*[|\uff5c]>")
+
+
+def markers_of(tokenizer: Any) -> re.Pattern[str] | None:
+    """What finds the tokenizer's own special tokens in somebody's words, for `conversation.render` to break up: every
+    one that it calls special, and added ones written `<|...|>`. Not `<image>`, nor tokens of one character, which are
+    text as well. None where it has no such token.
+    """
+    size = len(tokenizer)
+    kept = _MARKERS.get(tokenizer)
+    if kept is None or kept[0] != size:
+        added = tokenizer.added_tokens_decoder.values()
+        words = {str(token) for token in added if token.special or _LOOKS_SPECIAL.fullmatch(str(token))}
+        words |= set(tokenizer.all_special_tokens)
+        words = {word for word in words if len(word.strip()) > 1 and word != DEFAULT_IMAGE_TOKEN}
+        longest_first = sorted(words, key=lambda word: (-len(word), word))
+        kept = (size, re.compile("|".join(map(re.escape, longest_first))) if words else None)
+        _MARKERS[tokenizer] = kept
+    return kept[1]
 
 
 def adds_bos(tokenizer: Any) -> bool:
@@ -222,17 +240,10 @@ def load_image(path: str | Path, data: bytes | None = None) -> Image.Image:
     data: the picture's file, where it is at hand; `path` then only names it. Raises `ImageError`, of kind "missing" or
     "corrupt".
     """
-    path = Path(path)
-    if data is None and not path.is_file():
-        raise ImageError(f"no such image file: {path}", kind="missing")
-    try:
-        with Image.open(path if data is None else io.BytesIO(data)) as image:
-            ImageOps.exif_transpose(image, in_place=True)
-            return image.convert("RGB")
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
-        raise ImageError(f"image file {path} cannot be read ({type(error).__name__}: {error})") from error
+    if data is not None:
+        return decode_image(io.BytesIO(data), path)
+    with open_regular(Path(path)) as file:
+        return decode_image(file, path)
 
 
 def clip_image_processor_class() -> type:

@@ -40,7 +40,11 @@ def test_no_command_shows_the_help_and_fails(capsys):
     ("argv", "tried", "known"),
     [
         (["chatt"], "'chatt'", ", ".join(cli.COMMANDS)),
-        (["data", "toys"], "'data toys'", "data toy, data check, data index, data stats, data mix, data convert, data shard"),
+        (
+            ["data", "toys"],
+            "'data toys'",
+            "data toy, data check, data index, data stats, data mix, data convert, data shard",
+        ),
         (["bench"], "'bench'", "bench train, bench infer, bench data, bench memory"),
     ],
 )

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "llava_sv"
 
 LEVELS: list[set[str]] = [
     {"errors", "constants"},
-    {"files", "tiling", "pixels", "model.partitioned_loading"},
+    {"files", "tiling", "pixels", "decoding", "model.partitioned_loading"},
     {"conversation", "mm_utils", "cluster"},
     {"data", "model.token_groups", "model.cos_presets"},
     {"model.token_counts"},

@@ -66,7 +66,9 @@ def parse_ref(text: str) -> ImageRef:
     if lower.endswith(ROWS):
         found = _ROW.fullmatch(member)
         if found is None:
-            raise UserError(f"image {text!r}: expected FILE{SEPARATOR}COLUMN/ROW or FILE{SEPARATOR}COLUMN/ROW/ITEM")
+            raise UserError(
+                f"image {_shown(text)}: expected FILE{SEPARATOR}COLUMN/ROW or FILE{SEPARATOR}COLUMN/ROW/ITEM"
+            )
         item = None if found[3] is None else int(found[3])
         return ImageRef(path, member, column=found[1], row=int(found[2]), item=item)
     if lower.endswith(TAR):
@@ -79,14 +81,19 @@ def parse_ref(text: str) -> ImageRef:
     if lower.endswith(ZIP):
         _stay_inside(member, text)
         return ImageRef(path, member)
-    raise UserError(f"image {text!r}: {path} is no container; known: .parquet, .arrow, .tar, .zip")
+    raise UserError(f"image {_shown(text)}: {path} is no container; known: .parquet, .arrow, .tar, .zip")
+
+
+def _shown(text: str) -> str:
+    """`text` for a message: one line, not too long."""
+    return repr(text if len(text) <= 200 else f"{text[:200]}...")
 
 
 def _stay_inside(path: str, text: str) -> None:
     """`UserError` for a path that is empty, absolute, or climbs."""
     if not path or "\0" in path:
-        raise UserError(f"image {text!r}: is no path")
+        raise UserError(f"image {_shown(text)}: is no path")
     if path.startswith(("/", "\\", "~")) or _DRIVE.match(path):
-        raise UserError(f"image {text!r}: is an absolute path; give it relative to the image folder")
+        raise UserError(f"image {_shown(text)}: is an absolute path; give it relative to the image folder")
     if ".." in path.replace("\\", "/").split("/"):
-        raise UserError(f"image {text!r}: climbs out of the image folder; give a path below it")
+        raise UserError(f"image {_shown(text)}: climbs out of the image folder; give a path below it")

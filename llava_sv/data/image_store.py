@@ -21,15 +21,12 @@ from PIL import Image
 
 from llava_sv.data.containers import Arrow, Kept, NotThere, Parquet, Tar, Zip, in_words
 from llava_sv.data.image_refs import SEPARATOR, TAR, ZIP, ImageRef, parse_ref
+from llava_sv.decoding import open_head, open_regular, upright_size
 from llava_sv.errors import UserError
 from llava_sv.mm_utils import ImageError, load_image
 
 OPEN_FILES = 64
 """Containers that one process keeps open."""
-
-EXIF_ORIENTATION = 0x0112
-TURNED = (5, 6, 7, 8)
-"""EXIF orientations that exchange width and height."""
 
 
 class _Opened:
@@ -68,9 +65,8 @@ class ImageStore:
 
     def size(self, ref: str) -> tuple[int, int]:
         """(width, height) in pixels, upright. Only the head of the picture is read, where its container lets it."""
-        with self._told(ref), self._stream(ref) as stream, Image.open(stream) as image:
-            width, height = image.size
-            return (height, width) if image.getexif().get(EXIF_ORIENTATION) in TURNED else (width, height)
+        with self._told(ref), self._stream(ref) as stream, open_head(stream, self._name(ref)) as image:
+            return upright_size(image)
 
     def length(self, ref: str) -> int:
         """Bytes of the picture's file."""
@@ -104,7 +100,7 @@ class ImageStore:
 
     def _stream(self, ref: str) -> BinaryIO:
         if SEPARATOR not in ref:
-            return open(self._path(ref), "rb")
+            return open_regular(self._path(ref))
         parts = parse_ref(ref)
         lower = parts.path.lower()
         if lower.endswith(TAR):

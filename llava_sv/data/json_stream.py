@@ -209,6 +209,15 @@ def _element(window: _Window) -> tuple[int, Any]:
             inside = error.pos - window.at
             if not (_may_be_cut(error, len(window.text)) and window.fill()):
                 raise window.malformed(error.msg, window.at + inside) from None
+        except (RecursionError, ValueError) as error:
+            raise window.malformed(beyond_reading(error), window.at) from None
+
+
+def beyond_reading(error: Exception) -> str:
+    """What is wrong with JSON that Python's reader gave up on, in a few words."""
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
 
 
 def _may_be_cut(error: json.JSONDecodeError, size: int) -> bool:
@@ -225,8 +234,9 @@ def _lines(window: _Window, on_error: Callable[[UserError], Any] | None) -> Iter
         line = window.position(window.at)[0]
         try:
             value = json.loads(window.text[window.at : end])
-        except json.JSONDecodeError as error:
-            malformed = window.malformed(error.msg, window.at + error.pos)
+        except (RecursionError, ValueError) as error:
+            at = window.at + error.pos if isinstance(error, json.JSONDecodeError) else window.at
+            malformed = window.malformed(beyond_reading(error), at)
             if on_error is None:
                 raise malformed from None
             on_error(malformed)

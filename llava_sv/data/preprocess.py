@@ -17,7 +17,7 @@ from llava_sv.constants import IGNORE_INDEX
 from llava_sv.conversation import Template, render
 from llava_sv.data.records import LlavaRecord
 from llava_sv.errors import UserError
-from llava_sv.mm_utils import EncodedPrompt, encode_prompt
+from llava_sv.mm_utils import EncodedPrompt, encode_prompt, markers_of
 
 
 def preprocess(record: LlavaRecord, tokenizer: Any, template: Template) -> dict[str, Tensor]:
@@ -25,7 +25,7 @@ def preprocess(record: LlavaRecord, tokenizer: Any, template: Template) -> dict[
 
     The tokenizer must have passed `check_tokenizer`.
     """
-    rendered = render(template, record.turns)
+    rendered = render(template, record.turns, markers=markers_of(tokenizer))
     encoded = encode_prompt(rendered.text, tokenizer)
     supervised = supervised_tokens(encoded, rendered.answer_spans)
     input_ids = torch.tensor(encoded.input_ids, dtype=torch.long)

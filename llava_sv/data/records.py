@@ -16,6 +16,17 @@ from llava_sv.errors import UserError
 SPEAKERS = ("human", "gpt")
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./ -]*").fullmatch
 """Of a file that is no container's member; relative."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_SHOWN = 80
+"""Characters of an id or path that a message repeats."""
+
+
+class RecordError(UserError):
+    """What is wrong with a record; `kind` names it for `llava-sv data check` (see `data.findings`)."""
+
+    def __init__(self, message: str, kind: str = "schema") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -37,16 +48,21 @@ def check_record(raw: Any, where: str) -> LlavaRecord:
     if plain is not None:
         return plain
     if not isinstance(raw, dict):
-        raise UserError(f"{where}: expected a record (a JSON object), found {_kind(raw)}")
+        raise RecordError(f"{where}: expected a record (a JSON object), found {_kind(raw)}")
     identity = raw.get("id")
-    where = where if identity is None else f"{where}: record {identity!r}"
+    if isinstance(identity, (dict, list)):
+        raise RecordError(f"{where}: field 'id' is {_kind(identity)}; expected text or a number")
+    where = where if identity is None else f"{where}: record {shown(identity)}"
+    if isinstance(identity, str):
+        _check_unicode(identity, f"{where}: field 'id'")
     turns = _conversations(raw, where)
     images = _images(raw, where)
     marks = sum(turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in turns)
     if marks != len(images):
-        raise UserError(
+        raise RecordError(
             f"{where}: {_count(len(images), 'image')} in field 'image' but {marks} {DEFAULT_IMAGE_TOKEN} in the "
-            f"conversation; make the two counts equal"
+            f"conversation; make the two counts equal",
+            "image_count",
         )
     return LlavaRecord("" if identity is None else str(identity), images, turns)
 
@@ -86,9 +102,9 @@ def _plain(raw: Any) -> LlavaRecord | None:
 def _conversations(raw: dict[str, Any], where: str) -> tuple[dict[str, str], ...]:
     given = raw.get("conversations")
     if given is None:
-        raise UserError(f"{where}: has no field 'conversations'; expected a list of {{'from', 'value'}} turns")
+        raise RecordError(f"{where}: has no field 'conversations'; expected a list of {{'from', 'value'}} turns")
     if not isinstance(given, list):
-        raise UserError(
+        raise RecordError(
             f"{where}: field 'conversations' is {_kind(given)}; expected a list of {{'from', 'value'}} turns"
         )
     turns = [_turn(turn, f"{where}: conversations[{index}]") for index, turn in enumerate(given)]
@@ -96,26 +112,30 @@ def _conversations(raw: dict[str, Any], where: str) -> tuple[dict[str, str], ...
     last = len(turns) - 1 if turns and turns[-1]["from"] == "human" else len(turns)
     kept = turns[first:last]
     if not kept:
-        raise UserError(f"{where}: field 'conversations' holds no question with an answer")
+        raise RecordError(f"{where}: field 'conversations' holds no question with an answer", "no_answer")
     for index, turn in enumerate(kept):
         if turn["from"] != SPEAKERS[index % 2]:
-            raise UserError(f"{where}: conversations[{first + index}] is the second {turn['from']!r} turn in a row")
+            raise RecordError(
+                f"{where}: conversations[{first + index}] is the second {turn['from']!r} turn in a row", "roles"
+            )
         if turn["from"] == "gpt" and DEFAULT_IMAGE_TOKEN in turn["value"]:
-            raise UserError(
+            raise RecordError(
                 f"{where}: conversations[{first + index}] is an answer with {DEFAULT_IMAGE_TOKEN} in it; "
-                f"images belong to human turns: reword it"
+                f"images belong to human turns: reword it",
+                "image_in_answer",
             )
     return tuple(kept)
 
 
 def _turn(turn: Any, where: str) -> dict[str, str]:
     if not isinstance(turn, dict):
-        raise UserError(f"{where} is {_kind(turn)}; expected an object with 'from' and 'value'")
+        raise RecordError(f"{where} is {_kind(turn)}; expected an object with 'from' and 'value'")
     for field in ("from", "value"):
         if not isinstance(turn.get(field), str):
-            raise UserError(f"{where}: field {field!r} is {_kind(turn.get(field))}; expected text")
+            raise RecordError(f"{where}: field {field!r} is {_kind(turn.get(field))}; expected text")
     if turn["from"] not in SPEAKERS:
-        raise UserError(f"{where}: unknown speaker {turn['from']!r}; known: {', '.join(SPEAKERS)}")
+        raise RecordError(f"{where}: unknown speaker {shown(turn['from'])}; known: {', '.join(SPEAKERS)}", "speaker")
+    _check_unicode(turn["value"], where)
     return {"from": turn["from"], "value": turn["value"]}
 
 
@@ -125,13 +145,30 @@ def _images(raw: dict[str, Any], where: str) -> tuple[str, ...]:
         return ()
     images = [given] if isinstance(given, str) else given
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
-        raise UserError(f"{where}: field 'image' is {_kind(given)}; expected a path or a list of paths")
+        raise RecordError(f"{where}: field 'image' is {_kind(given)}; expected a path or a list of paths")
     for image in images:
+        _check_unicode(image, f"{where}: field 'image'")
         try:
             parse_ref(image)
         except UserError as error:
-            raise UserError(f"{where}: {error}") from error
+            raise RecordError(f"{where}: {error}", "unsafe_path") from error
     return tuple(images)
+
+
+def _check_unicode(text: str, where: str) -> None:
+    """Half of a surrogate pair is no character: it cannot be stored as UTF-8, nor tokenised."""
+    found = _SURROGATE.search(text)
+    if found is not None:
+        raise RecordError(
+            f"{where}: holds \\u{ord(found[0]):04x}, half of a surrogate pair, at character {found.start() + 1}",
+            "invalid_unicode",
+        )
+
+
+def shown(value: Any) -> str:
+    """`value`, text or a number, for a message: one line, not too long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def _count(number: int, noun: str) -> str:
