@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from llava_sv.data.mix_manifest import LeftOut, manifest, summary
 from llava_sv.data.mix_merge import choose, write_index
 from llava_sv.data.mix_parts import Part, PartJob, part_of
 from llava_sv.data.mix_workers import make_parts
+from llava_sv.data.pool import cores
 from llava_sv.data.recipes import Recipe, built_in, read_recipe
 from llava_sv.errors import UserError
 from llava_sv.files import replacing, write_json
@@ -168,7 +168,7 @@ def _run(plan: Plan, workers: int | None) -> dict[str, Any]:
     began = time.perf_counter()
     _tidy(plan)
     todo = [(job, key) for job, key, part in zip(plan.jobs, plan.keys, parts) if part is None]
-    make_parts(todo, workers or os.cpu_count() or 1)
+    make_parts(todo, workers or cores())
     whole = [_whole(job, key) for job, key in zip(plan.jobs, plan.keys)]
     made = _merge(plan, whole, began, {job.found.source.name for job, _ in todo})
     _forget_old_parts(plan)
