@@ -12,8 +12,9 @@ import pyarrow as pa
 
 from llava_sv.data.index_file import LAYOUT
 from llava_sv.data.mix_merge import Chosen
-from llava_sv.data.mix_parts import Part, file_sha256
+from llava_sv.data.mix_parts import Part
 from llava_sv.data.recipes import Entry
+from llava_sv.files import sha256_of
 
 if TYPE_CHECKING:
     from llava_sv.data.mix import Plan
@@ -60,7 +61,7 @@ def manifest(plan: Plan, parts: Sequence[Part], chosen: Sequence[Chosen], index:
         "seed": plan.seed,
         "limit": plan.limit,
         "pictures_looked_for": plan.pictures,
-        "index": {"file": index.name, "bytes": index.stat().st_size, "sha256": file_sha256(index), "layout": LAYOUT},
+        "index": {"file": index.name, "bytes": index.stat().st_size, "sha256": sha256_of(index), "layout": LAYOUT},
         "totals": totals,
         "left_out": [_left_out(left) for left in plan.left_out],
         "sources": sources,

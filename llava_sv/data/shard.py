@@ -21,10 +21,10 @@ from llava_sv.data.index import Records
 from llava_sv.data.pool import cores
 from llava_sv.data.shard_formats import FORMATS
 from llava_sv.data.shard_index import image_root
-from llava_sv.data.shard_manifest import JOB, MANIFEST, PROGRESS, read_manifest, sha256_of, verify
+from llava_sv.data.shard_manifest import JOB, MANIFEST, PROGRESS, read_manifest, verify
 from llava_sv.data.shard_pack import Job, pack, shard_starts
 from llava_sv.errors import UserError
-from llava_sv.files import read_json, write_json
+from llava_sv.files import read_json, sha256_of, write_json
 
 LAYOUT = 1
 """Version of what is written; a change makes another job of the same command."""

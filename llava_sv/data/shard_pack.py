@@ -18,9 +18,9 @@ from llava_sv.data.index import Records
 from llava_sv.data.pool import forked_pool
 from llava_sv.data.shard_formats import FORMATS, Packed
 from llava_sv.data.shard_index import image_root
-from llava_sv.data.shard_manifest import PROGRESS, sha256_of
+from llava_sv.data.shard_manifest import PROGRESS
 from llava_sv.errors import UserError
-from llava_sv.files import read_json, replacing, write_json
+from llava_sv.files import read_json, replacing, sha256_of, write_json
 from llava_sv.mm_utils import ImageError, load_image
 
 
