@@ -1,11 +1,12 @@
-"""Annotation files, read in a stream with where each entry stands: JSON, JSONL, CSV, TSV, parquet, Arrow. Called by the
-converters. What is wrong with a file as a whole is a `UserError`; wrong entries are for the converter to name."""
+"""Annotation files: JSON, JSONL, CSV, TSV, parquet and Arrow in a stream, with where each entry stands; text. Called by
+the converters. What is wrong with a file as a whole is a `UserError`; wrong entries are for the converter to name."""
 
 from __future__ import annotations
 
 import csv
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from llava_sv.data.json_stream import read_members, read_values
 from llava_sv.errors import UserError
 
 ROWS_AT_ONCE = 256
+
+members = timed_stream(read_members)
+"""(key, line, value) of a file that is one JSON object, as a stream; see `read_members`."""
 
 
 @timed_stream
@@ -43,26 +47,47 @@ def elements(path: Path, key: str) -> Iterator[tuple[str, int, Any]]:
 def document(path: Path) -> Any:
     """A whole JSON file's value, for formats that are one object (COCO, VQAv2, SQuAD)."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: malformed JSON at line {error.lineno} column {error.colno}: {error.msg}") from error
+
+
+@timed
+def text(path: Path) -> str:
+    """A whole text file. `UserError` for one that is not UTF-8."""
+    return _text(path)
+
+
+def _text(path: Path) -> str:
+    with _as_utf8(path):
+        return path.read_text(encoding="utf-8-sig")
+
+
+@contextmanager
+def _as_utf8(path: Path) -> Iterator[None]:
+    """`UserError` where what is read inside is not UTF-8."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text (near byte {error.start}); save it as UTF-8") from error
 
 
 @timed_stream
-def table(path: Path, delimiter: str | None = None) -> Iterator[tuple[str, dict[str, str]]]:
-    """(where, row by column name) of a CSV or, by its suffix, TSV file with a header."""
+def table(path: Path, delimiter: str | None = None, columns: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
+    """(where, row by column name) of a CSV or, by its suffix, TSV file. columns: their names, where it has no header
+    line; a row of another width is then given as the list that it is."""
     if delimiter is None:
         delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     csv.field_size_limit(1 << 28)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter=delimiter)
-            for row in reader:
-                yield f"{path} line {reader.line_num}", row
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text (near byte {error.start}); save it as UTF-8") from error
+        with _as_utf8(path), path.open(encoding="utf-8-sig", newline="") as file:
+            if columns:
+                for row in (reader := csv.reader(file, delimiter=delimiter)):
+                    fits = len(row) == len(columns)
+                    yield f"{path} line {reader.line_num}", dict(zip(columns, row)) if fits else row
+            else:
+                for entry in (named := csv.DictReader(file, delimiter=delimiter)):
+                    yield f"{path} line {named.line_num}", entry
     except csv.Error as error:
         raise UserError(f"{path}: malformed table: {error}") from error
 
