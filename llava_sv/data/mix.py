@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from llava_sv.data.mix_inputs import Found, find, missing_lines, table
-from llava_sv.data.mix_manifest import LeftOut, manifest, summary
+from llava_sv.data.mix_manifest import LeftOut, described, manifest, summary
 from llava_sv.data.mix_merge import choose, write_index
 from llava_sv.data.mix_parts import Part, PartJob, part_of
 from llava_sv.data.mix_workers import make_parts
@@ -69,7 +69,8 @@ def main(argv: list[str]) -> int:
     if args.list:
         print("\n".join(table(recipe, found)))
         if args.json:
-            write_json(args.json, [_listed(each) for each in found])
+            listed = [{"files": len(each.files), "missing": list(each.missing)} for each in found]
+            write_json(args.json, [described(each.entry) | more for each, more in zip(found, listed)])
         return 0
     plan = _plan(args, recipe, root, found)
     plan.output.mkdir(parents=True, exist_ok=True)
@@ -114,22 +115,6 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError("expected a whole number from 1 on")
     return value
-
-
-def _listed(found: Found) -> dict[str, Any]:
-    source, entry = found.source, found.entry
-    return {
-        "source": source.name,
-        "group": source.group,
-        "title": source.title,
-        "home": source.home,
-        "licence": source.licence,
-        "count": entry.count,
-        "wanted": entry.wanted,
-        "files": len(found.files),
-        "missing": list(found.missing),
-        "contaminates": list(source.contaminates),
-    }
 
 
 def _plan(args: argparse.Namespace, recipe: Recipe, root: Path, found: list[Found]) -> Plan:
@@ -261,9 +246,8 @@ def _tidy(plan: Plan) -> None:
 
 def _forget_old_parts(plan: Plan) -> None:
     """Remove the parts that this recipe's sources had before something changed."""
-    for job, key in zip(plan.jobs, plan.keys):
-        stem = f"{job.found.source.name}-{key}"
-        for path in (plan.output / PARTS).iterdir():
-            name, _, other = path.stem.rpartition("-")
-            if name == job.found.source.name and other != key and path.stem != stem:
-                path.unlink(missing_ok=True)
+    keys = {job.found.source.name: key for job, key in zip(plan.jobs, plan.keys)}
+    for path in (plan.output / PARTS).iterdir():
+        name, _, key = path.stem.rpartition("-")
+        if name in keys and key != keys[name]:
+            path.unlink(missing_ok=True)
