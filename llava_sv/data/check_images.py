@@ -21,7 +21,7 @@ from llava_sv.data.image_store import ImageStore
 from llava_sv.data.pool import cores, forked_pool
 from llava_sv.data.records import LlavaRecord
 from llava_sv.decoding import decode_image, open_head, open_regular, orientation_of
-from llava_sv.errors import UserError
+from llava_sv.errors import UserError, in_words
 from llava_sv.mm_utils import ImageError
 
 MAX_WORKERS = 16
@@ -207,7 +207,7 @@ def load_tokenizer(path: str, template: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer {path}: cannot be loaded ({str(error).splitlines()[0]})") from error
+        raise UserError(f"tokenizer {path}: cannot be loaded ({in_words(error)})") from error
     check_tokenizer(tokenizer, wanted)
     return tokenizer
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llava_sv.data.image_refs import parse_ref, tar_ref
-from llava_sv.errors import UserError
+from llava_sv.errors import UserError, in_words
 
 KEPT_BYTES = 256 << 20
 """Decoded row groups and tables of members that one process keeps; the last one stays whatever its size."""
@@ -237,11 +237,6 @@ def open_parquet(path: Path) -> Any:
         raise UserError(f"{path}: is no parquet file, or a damaged one ({in_words(error)})") from error
 
 
-def in_words(error: BaseException) -> str:
-    """What a library says of a damaged file, in one line that is not too long."""
-    return " ".join(str(error).split())[:300]
-
-
 class Parquet:
     """A parquet file, a row group of one column at a time."""
 
@@ -269,6 +264,17 @@ class Parquet:
         return self._kept.get((str(self.path), column, group), read)[row - start].as_py()
 
 
+def arrow_reader(source: Any) -> Any:
+    """pyarrow's reader of an opened Arrow file: of the file format, or the stream format that `datasets` writes."""
+    import pyarrow as pa
+
+    try:
+        return pa.ipc.open_file(source)
+    except pa.ArrowInvalid:
+        source.seek(0)
+        return pa.ipc.open_stream(source)
+
+
 class Arrow:
     """An Arrow file, of the file or the stream format, mapped into memory."""
 
@@ -277,12 +283,7 @@ class Arrow:
 
         self.path = path
         try:
-            source = pa.memory_map(str(path))
-            try:
-                self._table = pa.ipc.open_file(source).read_all()
-            except pa.ArrowInvalid:
-                source.seek(0)
-                self._table = pa.ipc.open_stream(source).read_all()
+            self._table = arrow_reader(pa.memory_map(str(path))).read_all()
         except FileNotFoundError:
             raise
         except (pa.ArrowException, OSError) as error:

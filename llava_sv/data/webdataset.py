@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from llava_sv.constants import DEFAULT_IMAGE_TOKEN
-from llava_sv.data.containers import Member, Tar, in_words, open_parquet, tar_members
+from llava_sv.data.containers import Member, Tar, open_parquet, tar_members
 from llava_sv.data.image_refs import row_ref, tar_ref
 from llava_sv.data.records import LlavaRecord, check_record
-from llava_sv.errors import UserError
+from llava_sv.errors import UserError, in_words
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "img")
 MOST_TEXT = 64 << 20

@@ -13,9 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llava_sv.data.containers import arrow_reader
 from llava_sv.data.converters.clock import timed, timed_stream
 from llava_sv.data.json_stream import read_members, read_values
-from llava_sv.errors import UserError
+from llava_sv.errors import UserError, in_words
 
 ROWS_AT_ONCE = 256
 
@@ -116,42 +117,38 @@ def column_type(path: Path, column: str) -> pa.DataType:
 
 def schema(path: Path) -> pa.Schema:
     """The columns of a parquet or Arrow file. `UserError` for one that cannot be read."""
-    try:
+    with readable(path):
         if path.suffix.lower() == ".parquet":
             return pq.read_schema(path)
         with pa.memory_map(str(path)) as source:
-            return _arrow_reader(source).schema
-    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+            return arrow_reader(source).schema
 
 
 def batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
     """The rows of some columns, `ROWS_AT_ONCE` of a parquet file, or an Arrow file's own batches."""
     _check_columns(path, schema(path), columns)
-    try:
+    with readable(path):
         if path.suffix.lower() == ".parquet":
             with pq.ParquetFile(path) as file:
                 yield from file.iter_batches(ROWS_AT_ONCE, columns=columns)
         else:
             with pa.memory_map(str(path)) as source:
-                reader = _arrow_reader(source)
+                reader = arrow_reader(source)
                 if isinstance(reader, pa.RecordBatchFileReader):
                     parts: Any = (reader.get_batch(index) for index in range(reader.num_record_batches))
                 else:
                     parts = reader
                 for part in parts:
                     yield part.select(columns)
-    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
 
 
-def _arrow_reader(source: Any) -> Any:
-    """Arrow's file format, or the stream format that `datasets` writes."""
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """`UserError` where pyarrow cannot read the file inside."""
     try:
-        return pa.ipc.open_file(source)
-    except pa.ArrowInvalid:
-        source.seek(0)
-        return pa.ipc.open_stream(source)
+        yield
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({in_words(error)})") from error
 
 
 def _check_columns(path: Path, found: pa.Schema, columns: list[str]) -> None:

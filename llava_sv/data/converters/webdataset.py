@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llava_sv.data.containers import Tar, in_words
+from llava_sv.data.containers import Tar
 from llava_sv.data.converters.attempt import attempt
 from llava_sv.data.converters.clock import timed_stream
 from llava_sv.data.converters.items import Inputs, Item, conversation
 from llava_sv.data.converters.prompts import DESCRIBE
 from llava_sv.data.image_refs import tar_ref
 from llava_sv.data.webdataset import PICTURES, Sample, tar_samples
-from llava_sv.errors import UserError
+from llava_sv.errors import UserError, in_words
 
 LONGEST_TEXT = 1 << 20
 
