@@ -210,13 +210,13 @@ def _pack(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"{args.data}: records hold images; say where with --image-folder DIR")
     output = Path(args.output)
     job = Job(
-        args.data,
-        args.cache_dir,
-        args.image_folder,
-        args.output,
-        args.format,
-        args.missing_images == "skip",
-        not args.trust_images,
+        data=args.data,
+        cache_dir=args.cache_dir,
+        folder=args.image_folder,
+        output=args.output,
+        format=args.format,
+        skip=args.missing_images == "skip",
+        decode=not args.trust_images,
     )
     with _alone(output):
         identity = _identity(args, records)

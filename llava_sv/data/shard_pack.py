@@ -27,7 +27,8 @@ from llava_sv.mm_utils import ImageError, load_image
 @dataclass(frozen=True)
 class Job:
     """What a worker needs to write any shard. data: as `open_records` takes it. folder: of the pictures; None: the
-    records bring them along."""
+    records bring them along. skip: records whose pictures cannot be read are left out. decode: pictures are, to see
+    that they are whole."""
 
     data: str
     cache_dir: str | None

@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from llava_sv.errors import UserError, in_words
+from llava_sv.errors import UserError
 
 CATALOGUE = Path(__file__).parent / "mixtures" / "sources"
 
@@ -56,7 +56,7 @@ def read_yaml(path: Path) -> Any:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}" if mark is None else f"{path} line {mark.line + 1} column {mark.column + 1}"
-        problem = getattr(error, "problem", None) or in_words(error)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{where}: not plain YAML: {problem}") from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 
 import pytest
@@ -23,9 +22,9 @@ def run(tmp_path, *argv, code=0):
     return json.loads(output.read_text(encoding="utf-8")) if output.exists() else None
 
 
-@pytest.mark.parametrize("name", CONVERTERS)
-def test_every_converter_of_the_table_is_there(name):
-    assert inspect.isgeneratorfunction(get_converter(name))
+def test_every_converter_that_has_a_name_is_there():
+    for name in CONVERTERS:
+        assert callable(get_converter(name))
 
 
 def test_a_source_of_the_catalogue(tmp_path, capsys):
