@@ -63,9 +63,7 @@ def image_names(packed: Packed) -> list[str]:
 
 def _json(packed: Packed, images: list[str]) -> bytes:
     """The record, its pictures called `images`."""
-    value = as_json(replace(packed.record, images=tuple(images)))
-    if packed.source:
-        value["source"] = packed.source
+    value = as_json(replace(packed.record, images=tuple(images)), packed.source)
     return json.dumps(value, ensure_ascii=False).encode()
 
 
