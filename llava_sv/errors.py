@@ -28,6 +28,11 @@ class Stopped(UserError):
         self.code, self.line = code, line
 
 
+def in_words(error: BaseException) -> str:
+    """What a library says of damage, in one line that is not too long; where it says nothing, the error's kind."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def exit_on_user_error(main: Callable[..., int | None], *args, **kwargs) -> int:
     """Run `main`; a `UserError` becomes one line on stderr and exit code 2. Other exceptions are bugs and travel on.
 

@@ -1,8 +1,9 @@
-"""Atomic writes: a reader sees the old file or the whole new one; and JSON read back. Called by every room that leaves
-a file behind."""
+"""Atomic writes: a reader sees the old file or the whole new one; JSON read back; checksums. Called by every room that
+leaves a file behind."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -51,3 +52,12 @@ def read_json(path: str | Path, made_by: str) -> Any:
         raise UserError(f"no such file: {path}; run {made_by}, which makes it") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from error
+
+
+def sha256_of(path: str | Path) -> str:
+    """A file's checksum, hexadecimal; the file is read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from llava_sv import __version__, cli
+from llava_sv.errors import in_words
 
 
 def test_help_lists_every_command(capsys):
@@ -24,6 +25,11 @@ def test_group_help_lists_only_its_commands(capsys):
     out = capsys.readouterr().out
     assert "data toy" in out
     assert "bench train" not in out
+
+
+def test_what_a_library_says_is_one_line():
+    assert in_words(ValueError("first\n  second " + "x" * 999)) == "first second " + "x" * 287
+    assert in_words(EOFError()) == "EOFError"
 
 
 def test_version(capsys):

@@ -26,7 +26,7 @@ from llava_sv.data.findings import ERRORS, KINDS, Finding, Tally
 from llava_sv.data.fix import CleanCopy
 from llava_sv.data.json_recovery import Found, recover
 from llava_sv.data.mend import Change, mend
-from llava_sv.data.records import LlavaRecord
+from llava_sv.data.records import LlavaRecord, as_json
 from llava_sv.data.seen import Seen
 from llava_sv.errors import UserError
 from llava_sv.files import write_json, write_text
@@ -281,10 +281,7 @@ def _stored(path: Path) -> Iterator[Found]:
 
     records = open_records(path)
     for index, record in enumerate(tqdm(records, total=len(records), desc=f"checking {path.name}", unit="record")):
-        value: dict[str, Any] = {"id": record.id} if record.id else {}
-        if record.images:
-            value["image"] = record.images[0] if len(record.images) == 1 else list(record.images)
-        yield Found(index + 1, {**value, "conversations": [dict(turn) for turn in record.turns]}, "")
+        yield Found(index + 1, as_json(record), "")
 
 
 def _images(value: Any) -> tuple[str, ...]:

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,9 +18,10 @@ from PIL import Image, ImageFile
 
 from llava_sv.data.image_refs import SEPARATOR
 from llava_sv.data.image_store import ImageStore
+from llava_sv.data.pool import cores, forked_pool
 from llava_sv.data.records import LlavaRecord
 from llava_sv.decoding import decode_image, open_head, open_regular, orientation_of
-from llava_sv.errors import UserError
+from llava_sv.errors import UserError, in_words
 from llava_sv.mm_utils import ImageError
 
 MAX_WORKERS = 16
@@ -85,8 +84,7 @@ class Examiner:
     """Does jobs, `workers` at a time (0: in this process), and yields their results in order."""
 
     def __init__(self, settings: Settings, workers: int | None) -> None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.workers = min(cores, MAX_WORKERS) if workers is None else workers
+        self.workers = min(cores(), MAX_WORKERS) if workers is None else workers
         self.settings = settings
         self._pool: ProcessPoolExecutor | None = None
 
@@ -137,8 +135,7 @@ class Examiner:
 
 
 def _pool(settings: Settings, workers: int) -> ProcessPoolExecutor:
-    context = get_context("fork" if "fork" in get_all_start_methods() else None)
-    return ProcessPoolExecutor(workers, context, _begin, (settings,))
+    return forked_pool(workers, _begin, settings)
 
 
 _work: Callable[[Job], Result] | None = None
@@ -210,7 +207,7 @@ def load_tokenizer(path: str, template: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer {path}: cannot be loaded ({str(error).splitlines()[0]})") from error
+        raise UserError(f"tokenizer {path}: cannot be loaded ({in_words(error)})") from error
     check_tokenizer(tokenizer, wanted)
     return tokenizer
 

@@ -14,28 +14,17 @@ from llava_sv.errors import UserError
 from llava_sv.files import write_json
 
 
-def _parser(command: str, description: str, example: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"llava-sv data {command}",
-        description=description,
-        epilog=f"example: llava-sv data {command} {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("data", metavar="FILE", help="LLaVA records, a JSON array or JSONL")
-    parser.add_argument("--json", metavar="FILE", help="write the report there too, as JSON")
-    return parser
-
-
-# -- index ------------------------------------------------------------------------------------------------------------
-
-
 def index_main(argv: list[str]) -> int:
     """Make the index of a file (or find it made), so that training starts at once."""
-    parser = _parser(
-        "index",
-        "Check a data file and lay it out for memory-mapped reading; training does so by itself on first use.",
-        "playground/data/toy/sft.json",
+    parser = argparse.ArgumentParser(
+        prog="llava-sv data index",
+        description="Check a data file and lay it out for memory-mapped reading; training does so by itself on first "
+        "use.",
+        epilog="example: llava-sv data index playground/data/toy/sft.json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("data", metavar="FILE", help="LLaVA records: a JSON array, JSONL, or a folder of shards")
+    parser.add_argument("--json", metavar="FILE", help="write the report there too, as JSON")
     parser.add_argument("--cache-dir", metavar="DIR", help="where to keep it [datasets' cache, where training looks]")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that make it [one a core, at most 8]")
     args = parser.parse_args(argv)

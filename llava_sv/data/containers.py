@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llava_sv.errors import UserError
+from llava_sv.data.image_refs import parse_ref, tar_ref
+from llava_sv.errors import UserError, in_words
 
 KEPT_BYTES = 256 << 20
 """Decoded row groups and tables of members that one process keeps; the last one stays whatever its size."""
@@ -77,8 +78,8 @@ def tar_members(path: str | Path) -> Iterator[Member]:
                         raise UserError(f"{path}: cut off inside member {info.name!r}; get the file again")
                     yield Member(info.name, info.offset_data, info.size)
                 file.seek(tar.offset)
-                if file.read(BLOCK).strip(b"\0"):  # tarfile takes a damaged header for the end
-                    raise UserError(f"{path}: damaged at byte {tar.offset:,}; get the file again")
+                if file.read(BLOCK) != bytes(BLOCK):  # tarfile takes a damaged header, and nothing at all, for the end
+                    raise UserError(f"{path}: is damaged or cut off at byte {tar.offset:,}; get the file again")
         except tarfile.TarError as error:
             raise UserError(f"{path}: is no tar, or a damaged one ({error})") from error
 
@@ -89,8 +90,12 @@ def _check_member(info: tarfile.TarInfo, path: str | Path) -> None:
         raise UserError(f"{path}: member {name!r} is a link; a tar with links is not read, pack the files themselves")
     if not info.isreg() or info.issparse():
         raise UserError(f"{path}: member {name!r} is a device, a pipe or sparse; only plain files are read")
-    if name.startswith(("/", "\\", "~")) or ".." in name.replace("\\", "/").split("/"):
-        raise UserError(f"{path}: member {name!r} is absolute or climbs out of the tar; pack it with relative names")
+    try:
+        parse_ref(tar_ref("x.tar", name, 0, 1))
+    except UserError as error:
+        raise UserError(
+            f"{path}: member {name!r} is absolute or climbs out of the tar; pack it with relative names"
+        ) from error
     if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):  # as tarfile decodes such bytes
         raise UserError(f"{path}: the name of member {name!r} is not UTF-8; rename it")
 
@@ -232,11 +237,6 @@ def open_parquet(path: Path) -> Any:
         raise UserError(f"{path}: is no parquet file, or a damaged one ({in_words(error)})") from error
 
 
-def in_words(error: BaseException) -> str:
-    """What a library says of a damaged file, in one line that is not too long."""
-    return " ".join(str(error).split())[:300]
-
-
 class Parquet:
     """A parquet file, a row group of one column at a time."""
 
@@ -264,6 +264,17 @@ class Parquet:
         return self._kept.get((str(self.path), column, group), read)[row - start].as_py()
 
 
+def arrow_reader(source: Any) -> Any:
+    """pyarrow's reader of an opened Arrow file: of the file format, or the stream format that `datasets` writes."""
+    import pyarrow as pa
+
+    try:
+        return pa.ipc.open_file(source)
+    except pa.ArrowInvalid:
+        source.seek(0)
+        return pa.ipc.open_stream(source)
+
+
 class Arrow:
     """An Arrow file, of the file or the stream format, mapped into memory."""
 
@@ -272,12 +283,7 @@ class Arrow:
 
         self.path = path
         try:
-            source = pa.memory_map(str(path))
-            try:
-                self._table = pa.ipc.open_file(source).read_all()
-            except pa.ArrowInvalid:
-                source.seek(0)
-                self._table = pa.ipc.open_stream(source).read_all()
+            self._table = arrow_reader(pa.memory_map(str(path))).read_all()
         except FileNotFoundError:
             raise
         except (pa.ArrowException, OSError) as error:

@@ -19,10 +19,10 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from llava_sv.data.containers import Arrow, Kept, NotThere, Parquet, Tar, Zip, in_words
+from llava_sv.data.containers import Arrow, Kept, NotThere, Parquet, Tar, Zip
 from llava_sv.data.image_refs import SEPARATOR, TAR, ZIP, ImageRef, parse_ref
 from llava_sv.decoding import open_head, open_regular, upright_size
-from llava_sv.errors import UserError
+from llava_sv.errors import UserError, in_words
 from llava_sv.mm_utils import ImageError, load_image
 
 OPEN_FILES = 64

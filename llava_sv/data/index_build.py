@@ -23,6 +23,7 @@ from llava_sv.data import json_spans
 from llava_sv.data.index_file import LAYOUT, head, tail
 from llava_sv.data.index_worker import Converted, WorkerEnded, in_processes, in_this_process
 from llava_sv.data.json_spans import Place, Span, spans
+from llava_sv.data.pool import cores
 from llava_sv.errors import UserError
 
 STATE_BYTES = 1 << 27
@@ -57,8 +58,7 @@ def how_many(path: Path, workers: int | None) -> int:
         return workers
     if path.stat().st_size < ALONE_BYTES:
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MAX_WORKERS)
+    return min(cores(), MAX_WORKERS)
 
 
 @dataclass

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from llava_sv.data.records import SPEAKERS, LlavaRecord
-from llava_sv.errors import UserError
+from llava_sv.errors import UserError, in_words
 from llava_sv.files import replacing
 
 LAYOUT = 2
@@ -170,7 +170,7 @@ def read_batches(path: Path) -> list[pa.RecordBatch]:
         if not path.is_file():
             raise UserError(f"no such index: {path}") from error
         raise UserError(
-            f"{path}: is no index of records ({str(error).splitlines()[0]}); make one with: llava-sv data index FILE"
+            f"{path}: is no index of records ({in_words(error)}); make one with: llava-sv data index FILE"
         ) from error
     if not whole:
         raise UserError(f"{path}: is cut off; delete it, then copy it again or make it again from its source")

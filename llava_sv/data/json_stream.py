@@ -64,15 +64,8 @@ def read_members(path: str | Path) -> Iterator[tuple[str, int, Any]]:
         if window.peek() != "{":
             raise UserError(f"{path}: expected a JSON object, as published")
         window.at += 1
-        more = window.peek() != "}"
-        while more:
+        for _ in _items(window, "}", "a value"):
             yield from _member(window)
-            mark = window.peek()
-            if mark not in (",", "}"):
-                raise window.malformed("expected ',' or '}' after a value", window.at)
-            more = mark == ","
-            window.at += more
-        window.at += 1
         if window.peek():
             raise window.malformed("text after the object's end", window.at)
 
@@ -181,12 +174,18 @@ def _member(window: _Window) -> Iterator[tuple[str, int, Any]]:
         yield (key, *_element(window))
         return
     window.at += 1
-    more = window.peek() != "]"
-    while more:
+    for _ in _items(window, "]", "an element"):
         yield (key, *_element(window))
+
+
+def _items(window: _Window, close: str, what: str) -> Iterator[None]:
+    """Stops at each item before the bracket `close`, for the caller to read it; at the end `at` is behind that."""
+    more = window.peek() != close
+    while more:
+        yield
         mark = window.peek()
-        if mark not in (",", "]"):
-            raise window.malformed("expected ',' or ']' after an element", window.at)
+        if mark not in (",", close):
+            raise window.malformed(f"expected ',' or '{close}' after {what}", window.at)
         more = mark == ","
         window.at += more
     window.at += 1

@@ -26,6 +26,7 @@ from llava_sv.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_sv.conversation import Template
 from llava_sv.data.image_store import ImageStore
 from llava_sv.data.index import Records, cache_folder
+from llava_sv.data.pool import cores
 from llava_sv.data.preprocess import preprocess
 from llava_sv.data.split import SomeRecords
 from llava_sv.mm_utils import ImageError
@@ -238,9 +239,8 @@ def _counted(total: int, count: Callable[[int], Any], doing: str, first: int = 0
     """(number of the chunk, `count` of each of its records), in order, from chunk `first` on."""
     chunks = _Chunks(total, count)
     todo = range(first, len(chunks))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # the function to run is a closure, which only a fork can hand over
-    workers = min(cores, MAX_WORKERS, len(todo)) if len(todo) > 4 and "fork" in get_all_start_methods() else 0
+    workers = min(cores(), MAX_WORKERS, len(todo)) if len(todo) > 4 and "fork" in get_all_start_methods() else 0
     loader = DataLoader(
         chunks, batch_size=None, sampler=todo, num_workers=workers, multiprocessing_context="fork" if workers else None
     )

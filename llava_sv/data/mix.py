@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -21,10 +20,11 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from llava_sv.data.mix_inputs import Found, find, missing_lines, table
-from llava_sv.data.mix_manifest import LeftOut, manifest, summary
+from llava_sv.data.mix_manifest import LeftOut, described, manifest, summary
 from llava_sv.data.mix_merge import choose, write_index
 from llava_sv.data.mix_parts import Part, PartJob, part_of
 from llava_sv.data.mix_workers import make_parts
+from llava_sv.data.pool import cores
 from llava_sv.data.recipes import Recipe, built_in, read_recipe
 from llava_sv.errors import UserError
 from llava_sv.files import replacing, write_json
@@ -69,7 +69,8 @@ def main(argv: list[str]) -> int:
     if args.list:
         print("\n".join(table(recipe, found)))
         if args.json:
-            write_json(args.json, [_listed(each) for each in found])
+            listed = [{"files": len(each.files), "missing": list(each.missing)} for each in found]
+            write_json(args.json, [described(each.entry) | more for each, more in zip(found, listed)])
         return 0
     plan = _plan(args, recipe, root, found)
     plan.output.mkdir(parents=True, exist_ok=True)
@@ -116,22 +117,6 @@ def _positive(text: str) -> int:
     return value
 
 
-def _listed(found: Found) -> dict[str, Any]:
-    source, entry = found.source, found.entry
-    return {
-        "source": source.name,
-        "group": source.group,
-        "title": source.title,
-        "home": source.home,
-        "licence": source.licence,
-        "count": entry.count,
-        "wanted": entry.wanted,
-        "files": len(found.files),
-        "missing": list(found.missing),
-        "contaminates": list(source.contaminates),
-    }
-
-
 def _plan(args: argparse.Namespace, recipe: Recipe, root: Path, found: list[Found]) -> Plan:
     """What to do. `UserError` after a line for each source that is missing, where that is not allowed."""
     left_out = []
@@ -168,7 +153,7 @@ def _run(plan: Plan, workers: int | None) -> dict[str, Any]:
     began = time.perf_counter()
     _tidy(plan)
     todo = [(job, key) for job, key, part in zip(plan.jobs, plan.keys, parts) if part is None]
-    make_parts(todo, workers or os.cpu_count() or 1)
+    make_parts(todo, workers or cores())
     whole = [_whole(job, key) for job, key in zip(plan.jobs, plan.keys)]
     made = _merge(plan, whole, began, {job.found.source.name for job, _ in todo})
     _forget_old_parts(plan)
@@ -261,9 +246,8 @@ def _tidy(plan: Plan) -> None:
 
 def _forget_old_parts(plan: Plan) -> None:
     """Remove the parts that this recipe's sources had before something changed."""
-    for job, key in zip(plan.jobs, plan.keys):
-        stem = f"{job.found.source.name}-{key}"
-        for path in (plan.output / PARTS).iterdir():
-            name, _, other = path.stem.rpartition("-")
-            if name == job.found.source.name and other != key and path.stem != stem:
-                path.unlink(missing_ok=True)
+    keys = {job.found.source.name: key for job, key in zip(plan.jobs, plan.keys)}
+    for path in (plan.output / PARTS).iterdir():
+        name, _, key = path.stem.rpartition("-")
+        if name in keys and key != keys[name]:
+            path.unlink(missing_ok=True)

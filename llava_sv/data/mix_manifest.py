@@ -12,8 +12,9 @@ import pyarrow as pa
 
 from llava_sv.data.index_file import LAYOUT
 from llava_sv.data.mix_merge import Chosen
-from llava_sv.data.mix_parts import Part, file_sha256
+from llava_sv.data.mix_parts import Part
 from llava_sv.data.recipes import Entry
+from llava_sv.files import sha256_of
 
 if TYPE_CHECKING:
     from llava_sv.data.mix import Plan
@@ -60,17 +61,19 @@ def manifest(plan: Plan, parts: Sequence[Part], chosen: Sequence[Chosen], index:
         "seed": plan.seed,
         "limit": plan.limit,
         "pictures_looked_for": plan.pictures,
-        "index": {"file": index.name, "bytes": index.stat().st_size, "sha256": file_sha256(index), "layout": LAYOUT},
+        "index": {"file": index.name, "bytes": index.stat().st_size, "sha256": sha256_of(index), "layout": LAYOUT},
         "totals": totals,
-        "left_out": [_left_out(left) for left in plan.left_out],
+        "left_out": [
+            {**described(left.entry), "why": left.why, "missing": list(left.missing)} for left in plan.left_out
+        ],
         "sources": sources,
         "versions": {"llava_sv": __version__, "pyarrow": pa.__version__},
     }
 
 
-def _source(entry: Entry, part: Part, some: Chosen) -> dict[str, Any]:
-    report, source = part.report, entry.source
-    there = report["converted"] - report["missing_pictures"] - some.duplicates
+def described(entry: Entry) -> dict[str, Any]:
+    """What is said of a source wherever it is listed."""
+    source = entry.source
     return {
         "source": source.name,
         "group": source.group,
@@ -78,9 +81,17 @@ def _source(entry: Entry, part: Part, some: Chosen) -> dict[str, Any]:
         "home": source.home,
         "licence": source.licence,
         "contaminates": list(source.contaminates),
-        "converter": source.converter,
         "count": entry.count,
         "wanted": entry.wanted,
+    }
+
+
+def _source(entry: Entry, part: Part, some: Chosen) -> dict[str, Any]:
+    report, source = part.report, entry.source
+    there = report["converted"] - report["missing_pictures"] - some.duplicates
+    return {
+        **described(entry),
+        "converter": source.converter,
         "annotations": report["annotations"],
         "problems": report["problems"],
         "converted": report["converted"],
@@ -91,21 +102,6 @@ def _source(entry: Entry, part: Part, some: Chosen) -> dict[str, Any]:
         "short": max((entry.wanted or 0) - len(some.rows), 0),
         "first_problems": report["first_problems"][:PROBLEMS_SHOWN],
         "files": report["files"],
-    }
-
-
-def _left_out(left: LeftOut) -> dict[str, Any]:
-    source = left.entry.source
-    return {
-        "source": source.name,
-        "why": left.why,
-        "missing": list(left.missing),
-        "title": source.title,
-        "home": source.home,
-        "licence": source.licence,
-        "contaminates": list(source.contaminates),
-        "count": left.entry.count,
-        "wanted": left.entry.wanted,
     }
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_sv.data import converters, json_stream, records
+from llava_sv.data import containers, converters, json_stream, records, webdataset
 from llava_sv.data.converters import get_converter
 from llava_sv.data.converters.clock import reading_seconds
 from llava_sv.data.converters.items import Inputs, Item
@@ -33,7 +33,7 @@ from llava_sv.data.mix_inputs import Found
 from llava_sv.data.mix_pictures import Pictures
 from llava_sv.data.records import LlavaRecord, check_record
 from llava_sv.errors import UserError
-from llava_sv.files import replacing, write_json
+from llava_sv.files import replacing, sha256_of, write_json
 
 VERSION = 1
 """Of the three files; a change makes all parts anew."""
@@ -77,7 +77,7 @@ class PartJob:
 @lru_cache
 def reader_version(converter: str) -> str:
     """Of the code that turns this converter's files into records: a change there makes its parts anew."""
-    modules = [sys.modules[get_converter(converter).__module__], json_stream, records]
+    modules = [sys.modules[get_converter(converter).__module__], json_stream, records, containers, webdataset]
     shared = sorted(Path(converters.__file__).parent.glob("*.py"))
     paths = dict.fromkeys([*shared, *(Path(inspect.getfile(module)) for module in modules)])
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()[:16]
@@ -134,7 +134,7 @@ def file_reports(job: PartJob) -> list[dict[str, Any]]:
     reports: list[dict[str, Any]] = []
     for path in job.found.files:
         report: dict[str, Any] = {"path": job.inputs.relative(path), "bytes": path.stat().st_size}
-        reports.append(report | ({"sha256": file_sha256(path)} if job.checksums else {}))
+        reports.append(report | ({"sha256": sha256_of(path)} if job.checksums else {}))
     if len(reports) <= FILES_LISTED:
         return reports
     size = sum(report["bytes"] for report in reports)
@@ -143,15 +143,6 @@ def file_reports(job: PartJob) -> list[dict[str, Any]]:
         lines = "".join(f"{report['sha256']}  {report['path']}\n" for report in reports)
         whole["sha256"] = hashlib.sha256(lines.encode()).hexdigest()
     return [whole]
-
-
-def file_sha256(path: Path) -> str:
-    """In hexadecimal; the file is read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def digest_of(record: LlavaRecord) -> bytes:

@@ -5,10 +5,8 @@ A process hands nothing back: what it made lies in its files. One that dies take
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
-import threading
 import time
 import traceback
 from multiprocessing.connection import wait
@@ -18,6 +16,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from llava_sv.data.mix_parts import PartJob, make_part
+from llava_sv.data.pool import end_with, forking
 from llava_sv.errors import UserError
 
 QUIET_BYTES = 1 << 24
@@ -41,26 +40,22 @@ def make_parts(todo: list[tuple[PartJob, str]], workers: int) -> None:
 
 
 class _Count:
-    """Annotations done of a source, told by whichever process converts it."""
+    """Annotations done of a source: counted here (`add`), or by another process in `shared`."""
 
     def __init__(self, bar: _Bar, expected: int | None, size: int, shared: Any = None) -> None:
         self._bar, self._expected, self._size, self._shared = bar, expected, size, shared
-        self.done = 0
+        self._done = 0
 
     def add(self, count: int) -> None:
-        if self._shared is None:
-            self.done += count
-            self._bar.show()
-        else:
-            self._shared.value += count
+        self._done += count
+        self._bar.show()
+
+    def records(self) -> int:
+        return self._done if self._shared is None else self._shared.value
 
     def bytes(self) -> float:
         """About how much of its files that is; the recipe says how many records to expect."""
-        done = self.done if self._shared is None else self._shared.value
-        return self._size * min(done / self._expected, 0.99) if self._expected else 0.0
-
-    def records(self) -> int:
-        return self.done if self._shared is None else self._shared.value
+        return self._size * min(self.records() / self._expected, 0.99) if self._expected else 0.0
 
     def __enter__(self) -> _Count:
         self._bar.running.append(self)
@@ -112,9 +107,7 @@ def _attempt(job: PartJob, key: str, progress: Any) -> list[tuple[str, str, bool
 
 
 def _side_by_side(todo: list[tuple[PartJob, str]], sizes: dict[str, int], workers: int, bar: _Bar) -> list[Any]:
-    # what is registered at run time, converters of the user's own among it, only a fork takes along
-    methods = multiprocessing.get_all_start_methods()
-    context: Any = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
+    context = forking()
     pa.array([""])  # its first array loads pandas: once here, and not again in each process
     failures: list[tuple[str, str, bool]] = []
     waiting = list(todo)
@@ -156,29 +149,15 @@ def _said(process: Any, job: PartJob, ours: Any) -> list[tuple[str, str, bool]]:
 
 
 def _in_process(job: PartJob, key: str, shared: Any, theirs: Any, parent: int) -> None:
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
-    count = _Shared(shared)
-    theirs.send(_attempt(job, key, count.add))
+    end_with(parent)
+
+    def progress(count: int) -> None:
+        shared.value += count
+
+    theirs.send(_attempt(job, key, progress))
     theirs.close()
     sys.stdout.flush()
     os._exit(0)  # nothing that the parent opened is closed a second time here
-
-
-class _Shared:
-    """A number that the parent reads."""
-
-    def __init__(self, shared: Any) -> None:
-        self._shared = shared
-
-    def add(self, count: int) -> None:
-        self._shared.value += count
-
-
-def _leave_with(parent: int) -> None:
-    """End this process when its parent is gone, killed perhaps: nobody would wait for it."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
 
 
 def _raise(failures: list[tuple[str, str, bool]]) -> None:

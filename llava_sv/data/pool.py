@@ -1,5 +1,5 @@
-"""Processes that work for one command: how many, and that none outlives it. Called by `data.shard` and
-`data.shard_index`."""
+"""Processes that work for one command: how many, how they are started, and that none outlives it. Called by every
+command that works on data in parallel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from multiprocessing import get_all_start_methods, get_context
+from typing import Any
 
 PR_SET_PDEATHSIG = 1
 
@@ -17,6 +21,23 @@ PR_SET_PDEATHSIG = 1
 def cores() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def forking() -> Any:
+    """The way to start processes that takes along what was registered at run time, such as a user's own converters;
+    where the system has no fork, its default."""
+    return get_context("fork" if "fork" in get_all_start_methods() else None)
+
+
+def forked_pool(workers: int, begin: Callable[..., Any] | None = None, *arguments: Any) -> ProcessPoolExecutor:
+    """A pool whose processes end with this one. begin: called with `arguments` at the start of each."""
+    return ProcessPoolExecutor(workers, forking(), _begin, (os.getpid(), begin, arguments))
+
+
+def _begin(parent: int, begin: Callable[..., Any] | None, arguments: tuple[Any, ...]) -> None:
+    end_with(parent)
+    if begin is not None:
+        begin(*arguments)
 
 
 def end_with(parent: int) -> None:

@@ -39,6 +39,15 @@ class LlavaRecord:
     turns: tuple[dict[str, str], ...]
 
 
+def as_json(record: LlavaRecord, source: str = "") -> dict[str, Any]:
+    """The record as a data file has it, with the data set that it is from; `check_record` gives the record again."""
+    value: dict[str, Any] = {"id": record.id} if record.id else {}
+    if record.images:
+        value["image"] = record.images[0] if len(record.images) == 1 else list(record.images)
+    value["conversations"] = [dict(turn) for turn in record.turns]
+    return value | ({"source": source} if source else {})
+
+
 def check_record(raw: Any, where: str) -> LlavaRecord:
     """The record that `raw` is, or `UserError` with `where` (file and line), the record's id and the field.
 

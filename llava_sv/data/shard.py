@@ -21,10 +21,10 @@ from llava_sv.data.index import Records
 from llava_sv.data.pool import cores
 from llava_sv.data.shard_formats import FORMATS
 from llava_sv.data.shard_index import image_root
-from llava_sv.data.shard_manifest import JOB, MANIFEST, PROGRESS, read_manifest, sha256_of, verify
+from llava_sv.data.shard_manifest import JOB, MANIFEST, PROGRESS, read_manifest, verify
 from llava_sv.data.shard_pack import Job, pack, shard_starts
 from llava_sv.errors import UserError
-from llava_sv.files import read_json, write_json
+from llava_sv.files import read_json, sha256_of, write_json
 
 LAYOUT = 1
 """Version of what is written; a change makes another job of the same command."""
@@ -210,13 +210,13 @@ def _pack(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"{args.data}: records hold images; say where with --image-folder DIR")
     output = Path(args.output)
     job = Job(
-        args.data,
-        args.cache_dir,
-        args.image_folder,
-        args.output,
-        args.format,
-        args.missing_images == "skip",
-        not args.trust_images,
+        data=args.data,
+        cache_dir=args.cache_dir,
+        folder=args.image_folder,
+        output=args.output,
+        format=args.format,
+        skip=args.missing_images == "skip",
+        decode=not args.trust_images,
     )
     with _alone(output):
         identity = _identity(args, records)

@@ -10,11 +10,11 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from llava_sv.data.image_refs import SEPARATOR
-from llava_sv.data.records import LlavaRecord
+from llava_sv.data.records import LlavaRecord, as_json
 
 KEY_DIGITS = 9
 
@@ -61,14 +61,9 @@ def image_names(packed: Packed) -> list[str]:
     return [f"{key}.{end}" if len(endings) == 1 else f"{key}.{place}.{end}" for place, end in enumerate(endings)]
 
 
-def as_json(record: LlavaRecord, source: str, images: list[str]) -> bytes:
-    """A LLaVA record whose pictures are called `images`."""
-    value: dict = {"id": record.id}
-    if images:
-        value["image"] = images[0] if len(images) == 1 else images
-    value["conversations"] = [{"from": turn["from"], "value": turn["value"]} for turn in record.turns]
-    if source:
-        value["source"] = source
+def _json(packed: Packed, images: list[str]) -> bytes:
+    """The record, its pictures called `images`."""
+    value = as_json(replace(packed.record, images=tuple(images)), packed.source)
     return json.dumps(value, ensure_ascii=False).encode()
 
 
@@ -78,7 +73,7 @@ def write_tar(path: Path, samples: Iterable[Packed]) -> int:
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for packed in samples:
             names = image_names(packed)
-            _add(tar, f"{packed.number:0{KEY_DIGITS}d}.json", as_json(packed.record, packed.source, names))
+            _add(tar, f"{packed.number:0{KEY_DIGITS}d}.json", _json(packed, names))
             for name, data in zip(names, packed.images):
                 _add(tar, name, data)
             tar.members = []  # type: ignore[attr-defined]  # tarfile keeps all it has written

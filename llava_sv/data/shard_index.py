@@ -11,8 +11,6 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,9 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from llava_sv.data.index import Records
+from llava_sv.data.index import Records, cache_folder
 from llava_sv.data.index_file import LAYOUT, Batcher, head, tail
-from llava_sv.data.pool import cores, end_with
+from llava_sv.data.pool import cores, forked_pool
 from llava_sv.data.shard_manifest import check_sizes, is_shards, read_manifest
 from llava_sv.data.webdataset import READERS, shard_records
 from llava_sv.errors import UserError
@@ -94,15 +92,12 @@ def _foreign(folder: Path) -> list[str]:
 
 
 def _location(folder: Path, names: list[str], cache_dir: str | Path | None) -> Path:
-    if cache_dir is None:
-        import datasets
-
-        cache_dir = Path(datasets.config.HF_DATASETS_CACHE) / "llava_sv"
     digest = hashlib.sha256(f"{folder}|{LAYOUT}|{SCAN}".encode())
     for name in names:
         state = (folder / name).stat()
         digest.update(f"|{name}|{state.st_size}|{state.st_mtime_ns}".encode())
-    return Path(cache_dir) / f"{folder.name}-{digest.hexdigest()[:20]}.arrow"
+    place = cache_folder() if cache_dir is None else Path(cache_dir)
+    return place / f"{folder.name}-{digest.hexdigest()[:20]}.arrow"
 
 
 def _starts_path(index_path: Path) -> Path:
@@ -162,6 +157,5 @@ def _scanned(tasks: list[tuple[str, str, str]]) -> Iterator[tuple[int, int]]:
     if workers <= 1 or len(tasks) < 4:
         yield from map(_scan, tasks)
         return
-    context = get_context("fork" if "fork" in get_all_start_methods() else None)
-    with ProcessPoolExecutor(workers, context, initializer=end_with, initargs=(os.getpid(),)) as pool:
+    with forked_pool(workers) as pool:
         yield from pool.map(_scan, tasks)

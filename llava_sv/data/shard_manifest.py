@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from llava_sv.errors import UserError
-from llava_sv.files import read_json
+from llava_sv.files import read_json, sha256_of
 
 MANIFEST = "manifest.json"
 JOB = "job.json"
@@ -81,12 +80,3 @@ def verify(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: {len(bad)} of {len(manifest['shards'])} shards have changed: {', '.join(bad)}")
     print(f"{folder}: {len(manifest['shards']):,} shards, {total:,} bytes, all checksums are right")
     return {"folder": str(folder), "shards": len(manifest["shards"]), "bytes": total, "bad": bad}
-
-
-def sha256_of(path: Path) -> str:
-    """The checksum of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()

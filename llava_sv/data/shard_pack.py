@@ -3,12 +3,10 @@ again. Called by `data.shard`."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +15,20 @@ from tqdm import tqdm
 
 from llava_sv.data.image_store import ImageStore
 from llava_sv.data.index import Records
-from llava_sv.data.pool import end_with
+from llava_sv.data.pool import forked_pool
 from llava_sv.data.shard_formats import FORMATS, Packed
 from llava_sv.data.shard_index import image_root
-from llava_sv.data.shard_manifest import PROGRESS, sha256_of
+from llava_sv.data.shard_manifest import PROGRESS
 from llava_sv.errors import UserError
-from llava_sv.files import read_json, replacing, write_json
+from llava_sv.files import read_json, replacing, sha256_of, write_json
 from llava_sv.mm_utils import ImageError, load_image
 
 
 @dataclass(frozen=True)
 class Job:
     """What a worker needs to write any shard. data: as `open_records` takes it. folder: of the pictures; None: the
-    records bring them along."""
+    records bring them along. skip: records whose pictures cannot be read are left out. decode: pictures are, to see
+    that they are whole."""
 
     data: str
     cache_dir: str | None
@@ -106,9 +105,8 @@ def shard_name(number: int, kind: str) -> str:
 _writer: _Writer | None = None
 
 
-def _start_worker(job: Job, parent: int) -> None:
+def _start_worker(job: Job) -> None:
     global _writer
-    end_with(parent)
     _writer = _Writer(job)
 
 
@@ -166,8 +164,7 @@ def _written(records: Records, job: Job, spans: list[tuple[int, int, int]], work
         for span in spans:
             yield writer.write(*span)
         return
-    context = get_context("fork" if "fork" in get_all_start_methods() else None)
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job, os.getpid()))
+    pool = forked_pool(workers, _start_worker, job)
     try:
         futures: list[Future] = [pool.submit(_write, *span) for span in spans]
         for future in futures:

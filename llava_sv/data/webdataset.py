@@ -1,6 +1,6 @@
 """The records in one shard, whoever made it: a WebDataset tar, or a parquet file with our columns. Called by
 `data.shard_index`, which keeps what leaves: records whose pictures are named by their place in the shard, so that
-reading one needs no scan.
+reading one needs no scan. `data.converters.webdataset` takes a tar's samples (`tar_samples`) from here too.
 
 A tar's sample is the run of members with one key, the name up to its first dot: KEY.json with a LLaVA record (its
 pictures KEY.jpg, or KEY.0.jpg, KEY.1.jpg, ...); or KEY.jpg with a caption in KEY.txt or in the JSON's `caption`, as
@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from llava_sv.constants import DEFAULT_IMAGE_TOKEN
-from llava_sv.data.containers import Member, Tar, in_words, open_parquet, tar_members
+from llava_sv.data.containers import Member, Tar, open_parquet, tar_members
 from llava_sv.data.image_refs import row_ref, tar_ref
 from llava_sv.data.records import LlavaRecord, check_record
-from llava_sv.errors import UserError
+from llava_sv.errors import UserError, in_words
 
-PICTURES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "img"}
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "img")
 MOST_TEXT = 64 << 20
 """A .json or .txt member that is larger is no record."""
 
@@ -34,21 +34,28 @@ Found = tuple[LlavaRecord | None, str]
 
 
 @dataclass
-class _Sample:
+class Sample:
+    """The members of one key, by what follows the key and its dot, in lower case."""
+
     key: str
-    pictures: dict[str, Member] = field(default_factory=dict)
-    texts: dict[str, Member] = field(default_factory=dict)
+    parts: dict[str, Member] = field(default_factory=dict)
+
+    @property
+    def pictures(self) -> dict[str, Member]:
+        """Those that are pictures: jpg, or 0.jpg, 1.jpg, ..."""
+        return {end: member for end, member in self.parts.items() if end.rpartition(".")[2] in PICTURES}
 
 
 def tar_records(folder: Path, name: str) -> Iterator[Found]:
     """The samples of the tar `name` in `folder`, in order. Raises `UserError` naming the shard and the sample."""
     tar = Tar(folder / name)
-    for sample in _samples(folder / name):
+    for sample in tar_samples(folder / name):
         yield _record(sample, tar, name, f"{folder / name}: sample {sample.key!r}")
 
 
-def _samples(path: Path) -> Iterator[_Sample]:
-    sample: _Sample | None = None
+def tar_samples(path: Path) -> Iterator[Sample]:
+    """The samples of a tar, in order, off its headers alone. Raises what `tar_members` raises."""
+    sample: Sample | None = None
     for member in tar_members(path):
         named = _KEY.fullmatch(member.name)
         if named is None:
@@ -57,21 +64,18 @@ def _samples(path: Path) -> Iterator[_Sample]:
         if sample is None or sample.key != key:
             if sample is not None:
                 yield sample
-            sample = _Sample(key)
-        if end.rpartition(".")[2] in PICTURES:
-            sample.pictures[end] = member
-        elif end in ("json", "txt"):
-            sample.texts[end] = member
+            sample = Sample(key)
+        sample.parts[end] = member
     if sample is not None:
         yield sample
 
 
-def _record(sample: _Sample, tar: Tar, name: str, where: str) -> Found:
+def _record(sample: Sample, tar: Tar, name: str, where: str) -> Found:
     refs = {end: tar_ref(name, member.name, member.offset, member.size) for end, member in sample.pictures.items()}
-    raw = _json(sample.texts["json"], tar, where) if "json" in sample.texts else {}
+    raw = _json(sample.parts["json"], tar, where) if "json" in sample.parts else {}
     if "conversations" in raw:
         return check_record(raw | {"image": _named(raw, sample, refs)}, where), _source(raw)
-    caption = _text(sample.texts["txt"], tar, where) if "txt" in sample.texts else raw.get("caption")
+    caption = _text(sample.parts["txt"], tar, where) if "txt" in sample.parts else raw.get("caption")
     caption = _storable(caption).replace(DEFAULT_IMAGE_TOKEN, "").strip() if isinstance(caption, str) else ""
     if not refs or not caption:
         return None, ""
@@ -85,7 +89,7 @@ def captioned(identity: str, image: str, caption: str) -> LlavaRecord:
     return LlavaRecord(identity, (image,), turns)
 
 
-def _named(raw: dict[str, Any], sample: _Sample, refs: dict[str, str]) -> list[str]:
+def _named(raw: dict[str, Any], sample: Sample, refs: dict[str, str]) -> list[str]:
     """References to the record's pictures: in the order in which it names members, else in that of their numbers."""
     by_name = {Path(member.name).name: refs[end] for end, member in sample.pictures.items()}
     given = raw.get("image")

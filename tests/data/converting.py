@@ -14,6 +14,7 @@ from PIL import Image
 from llava_sv.data.converters import get_converter
 from llava_sv.data.converters.items import Inputs, Item
 from llava_sv.data.image_refs import parse_ref
+from llava_sv.data.records import check_record
 from llava_sv.data.sources import catalogue
 from llava_sv.errors import UserError
 from tests.data.trees import makers
@@ -40,10 +41,14 @@ def records(name: str, root: Path, **options: Any) -> list[dict[str, Any]]:
 
 
 def sample(name: str, root: Path) -> list[dict[str, Any]]:
-    """The records of the source's sample, as many as its maker says."""
+    """The records of the source's sample: as many as its maker says, fit for training, their pictures there."""
     count = makers()[name](root)
     found = records(name, root)
     assert len(found) == count
+    for one in found:
+        check_record(one, name)
+        for image in images_of(one):
+            picture_at(root, image)
     return found
 
 

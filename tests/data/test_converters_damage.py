@@ -184,7 +184,7 @@ def test_damaged_text_file(name, tmp_path):
     assert problem in item.problem
     (tmp_path / file).write_bytes(b"1,1,1,1,1,1,1,1,\xff")
     item = only_problem(before, convert(name, tmp_path))
-    assert (item.where, item.problem) == (str(tmp_path / file), "is not UTF-8 text (near byte 16)")
+    assert (item.where, item.problem) == (str(tmp_path / file), "is not UTF-8 text (near byte 16); save it as UTF-8")
 
 
 @pytest.mark.parametrize("name", sorted({*JSON_DAMAGE, *PARQUET_DAMAGE, *OTHERWISE}))

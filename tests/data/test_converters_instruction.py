@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from llava_sv.data.records import check_record
-from tests.data.converting import convert, images_of, picture_at, record, records, refusal, sample
+from tests.data.converting import convert, record, records, refusal, sample
 from tests.data.trees import caption, instruction
 from tests.data.trees.files import save_json, save_jsonl
 from tests.data.trees.instruction import turns
@@ -83,10 +82,6 @@ FIRST = {
 def test_sample(name: str, tmp_path: Path) -> None:
     found = sample(name, tmp_path)
     assert found[0] == FIRST[name]
-    for one in found:
-        check_record(one, name)
-        for image in images_of(one):
-            picture_at(tmp_path, image)
 
 
 def test_text_alone_has_no_image(tmp_path: Path) -> None:

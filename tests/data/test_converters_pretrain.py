@@ -5,14 +5,12 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import re
 import tarfile
 from pathlib import Path
 
 import pytest
 
-from llava_sv.data.records import check_record
-from tests.data.converting import convert, images_of, picture_at, record, records, refusal, sample
+from tests.data.converting import convert, picture_at, record, records, refusal, sample
 from tests.data.trees.files import picture, picture_bytes
 from tests.data.trees.pretrain import MAKERS, tar_of
 
@@ -47,10 +45,6 @@ def test_sample(name: str, tmp_path: Path) -> None:
     found = sample(name, tmp_path)
     if name in FIRST:
         assert found[0] == FIRST[name]
-    for one in found:
-        check_record(one, name)
-        for image in images_of(one):
-            picture_at(tmp_path, image)
 
 
 @pytest.mark.parametrize("name", ["cc3m", "cc12m", "sbu", "laion"])
@@ -123,9 +117,9 @@ def link(kind: bytes) -> tarfile.TarInfo:
     [
         (link(tarfile.SYMTYPE), "member '1.jpg' is a link"),
         (link(tarfile.LNKTYPE), "member '1.jpg' is a link"),
-        (link(tarfile.CHRTYPE), "member '1.jpg' is no plain file"),
-        (tarfile.TarInfo("/etc/1.jpg"), "member '/etc/1.jpg' leaves the tar's folder"),
-        (tarfile.TarInfo("a/../../1.jpg"), "leaves the tar's folder"),
+        (link(tarfile.CHRTYPE), "member '1.jpg' is a device"),
+        (tarfile.TarInfo("/etc/1.jpg"), "member '/etc/1.jpg' is absolute or climbs"),
+        (tarfile.TarInfo("a/../../1.jpg"), "is absolute or climbs out of the tar"),
     ],
 )
 def test_tars_that_are_refused(member: tarfile.TarInfo, says: str, tmp_path: Path) -> None:
@@ -136,8 +130,17 @@ def test_tars_that_are_refused(member: tarfile.TarInfo, says: str, tmp_path: Pat
     assert says in refusal("cc3m", tmp_path)
 
 
-@pytest.mark.parametrize("how", ["text", "gzip", "cut in a picture", "cut after a member", "damaged header"])
-def test_damaged_tars(how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("text", "is no tar"),
+        ("gzip", "a compressed tar cannot be read"),
+        ("cut in a picture", "cut off inside member '000000001.jpg'"),
+        ("cut after a member", "is damaged or cut off at byte"),
+        ("damaged header", "is damaged or cut off at byte"),
+    ],
+)
+def test_damaged_tars(how: str, says: str, tmp_path: Path) -> None:
     """None ends silently: tarfile alone takes a damaged header for the end."""
     MAKERS["cc3m"](tmp_path)
     path = tmp_path / "cc3m/00000.tar"
@@ -152,7 +155,7 @@ def test_damaged_tars(how: str, tmp_path: Path) -> None:
         "damaged header": whole[: second.offset] + b"\7" * 512 + whole[second.offset_data :],
     }
     path.write_bytes(damaged[how])
-    assert re.search(r"00000\.tar: (cannot be read|is damaged or cut off)", refusal("cc3m", tmp_path))
+    assert f"{path}: {says}" in refusal("cc3m", tmp_path)
 
 
 def test_regions_repeated_are_one_and_boxes_stay_in_the_picture(tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from llava_sv.data.records import check_record
-from tests.data.converting import convert, images_of, inputs_of, picture_at, record, records, refusal, sample
+from tests.data.converting import convert, inputs_of, record, records, refusal, sample
 from tests.data.trees import reasoning, vqa
 from tests.data.trees.files import save_json
 from tests.data.trees.pretrain import vg_pictures
@@ -97,10 +96,6 @@ def test_sample(name: str, tmp_path: Path) -> None:
     found = sample(name, tmp_path)
     if name in FIRST:
         assert found[0] == FIRST[name]
-    for one in found:
-        check_record(one, name)
-        for image in images_of(one):
-            picture_at(tmp_path, image)
 
 
 def answers(found: list[dict[str, Any]]) -> list[list[str]]:

@@ -238,12 +238,13 @@ def test_torn_tars_are_told(tmp_path):
     whole = (tmp_path / "whole.tar").read_bytes()
     second = list(tar_members(tmp_path / "whole.tar"))[1]
     (tmp_path / "t.tar").write_bytes(whole[: second.offset + 10])
-    with pytest.raises(UserError, match=r"t\.tar: cut off inside member '1\.jpg'|damaged"):
+    with pytest.raises(UserError, match=r"t\.tar: cut off inside member '1\.jpg'"):
         list(tar_members(tmp_path / "t.tar"))
     header = second.offset - 512
-    (tmp_path / "t.tar").write_bytes(whole[:header] + b"?" * 512 + whole[second.offset :])
-    with pytest.raises(UserError, match=rf"t\.tar: damaged at byte {header:,}"):
-        list(tar_members(tmp_path / "t.tar"))
+    for damaged in (whole[:header] + b"?" * 512 + whole[second.offset :], whole[:header]):
+        (tmp_path / "t.tar").write_bytes(damaged)
+        with pytest.raises(UserError, match=rf"t\.tar: is damaged or cut off at byte {header:,}"):
+            list(tar_members(tmp_path / "t.tar"))
 
 
 def test_without_a_root_paths_stand_as_they_are(root):

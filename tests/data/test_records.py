@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_sv.data.records import LlavaRecord, check_record
+from llava_sv.data.records import LlavaRecord, as_json, check_record
 from llava_sv.errors import UserError
 from tests.data.samples import exchange, text_only, with_image
 
@@ -50,3 +50,9 @@ def test_what_leads_or_trails_without_its_pair_is_dropped():
 def test_message(raw, message):
     with pytest.raises(UserError, match=message):
         check_record(raw, "data.json line 3")
+
+
+@pytest.mark.parametrize("raw", [with_image("a"), text_only("b"), {"conversations": text_only("c")["conversations"]}])
+def test_a_record_as_json_is_the_value_it_was_made_of(raw):
+    assert as_json(check_record(raw, "here")) == raw
+    assert as_json(check_record(raw, "here"), "mine") == {**raw, "source": "mine"}

@@ -11,7 +11,6 @@ from typing import Any
 from llava_sv.data.converters import prompts, read
 from llava_sv.data.converters.attempt import attempt
 from llava_sv.data.converters.items import Inputs, Item, conversation
-from llava_sv.errors import UserError
 
 
 def ai2d(inputs: Inputs) -> Iterator[Item]:
@@ -21,7 +20,8 @@ def ai2d(inputs: Inputs) -> Iterator[Item]:
     their own (option `labelled`); where it is absent, these questions are left out, for the picture alone cannot answer
     them. A `.csv` among the annotations lists pictures, by number, that belong to the test: they are left out.
     """
-    tests = {name for path in inputs.files if path.suffix == ".csv" for name in _lines(path)}
+    lists = [path for path in inputs.files if path.suffix == ".csv"]
+    tests = {line.strip() for path in lists for line in read.text(path).splitlines()}
     labelled = inputs.option("labelled", "abc_images")
     has_labelled = Path(inputs.root, inputs.source.images, labelled).is_dir()
     for path in inputs.files:
@@ -35,13 +35,6 @@ def ai2d(inputs: Inputs) -> Iterator[Item]:
                 yield item
             if item.record is None:
                 break
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return [line.strip() for line in path.read_text("utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text (near byte {error.start}); save it as UTF-8") from error
 
 
 def _ai2d_record(inputs: Inputs, whole: Any, marked: bool, folder: str) -> dict[str, Any]:

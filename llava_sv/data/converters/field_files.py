@@ -11,7 +11,6 @@ for the file's own object of objects; `delimiter` of a table and, where it has n
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from typing import Any
 from llava_sv.data.converters import read
 from llava_sv.data.converters.fields import fields_of, items
 from llava_sv.data.converters.items import Inputs, Item
-from llava_sv.data.json_stream import read_members
 from llava_sv.errors import UserError
 
 
@@ -37,18 +35,14 @@ def table_fields(inputs: Inputs) -> Iterator[Item]:
     fields = fields_of(inputs, also=("delimiter", "columns"))
     delimiter, columns = inputs.source.options.get("delimiter"), inputs.option("columns", ())
     for path in inputs.files:
-        found = bare_table(path, columns, delimiter) if columns else read.table(path, delimiter)
-        yield from items(inputs, fields, marked(inputs, path, found))
+        yield from items(inputs, fields, marked(inputs, path, read.table(path, delimiter, columns)))
 
 
 def text_fields(inputs: Inputs) -> Iterator[Item]:
     """Text files, each one entry with one field, `text`."""
     fields = fields_of(inputs)
     for path in inputs.files:
-        try:
-            entry = {"text": path.read_text(encoding="utf-8-sig")}
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: is not UTF-8 text (near byte {error.start}); save it as UTF-8") from error
+        entry = {"text": read.text(path)}
         yield from items(inputs, fields, marked(inputs, path, iter([(str(path), entry)])))
 
 
@@ -71,7 +65,7 @@ def object_entries(path: Path, inside: str) -> Iterator[tuple[str, Any]]:
     `KEY.*` the values of the object there, with "." the file's own values, each with its `@key`."""
     within, values = inside.removesuffix(".*"), inside.endswith(".*")
     known, number = False, 0
-    for key, line, value in read_members(path):
+    for key, line, value in read.members(path):
         known = known or inside == "." or key == within
         if inside == ".":
             yield keyed(path, key, value)
@@ -87,18 +81,3 @@ def object_entries(path: Path, inside: str) -> Iterator[tuple[str, Any]]:
 def keyed(path: Path, key: str, entry: Any) -> tuple[str, Any]:
     """An object's value as an entry."""
     return f"{path} entry {key!r}", entry | {"@key": key} if isinstance(entry, dict) else entry
-
-
-def bare_table(path: Path, columns: list[str], delimiter: str | None) -> Iterator[tuple[str, Any]]:
-    """Rows of a table without a header line; a row of another width is no entry."""
-    delimiter = delimiter or ("\t" if path.suffix.lower() == ".tsv" else ",")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter=delimiter)
-            for row in reader:
-                where = f"{path} line {reader.line_num}"
-                yield where, dict(zip(columns, row)) if len(row) == len(columns) else row
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text (near byte {error.start}); save it as UTF-8") from error
-    except csv.Error as error:
-        raise UserError(f"{path}: malformed table: {error}") from error

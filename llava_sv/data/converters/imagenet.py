@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llava_sv.data.converters import read
 from llava_sv.data.converters.attempt import attempt, text
 from llava_sv.data.converters.items import Inputs, Item, conversation
 from llava_sv.data.converters.prompts import choices, short
-from llava_sv.data.converters.read import table
 from llava_sv.errors import UserError
 
 CLASSES = ".txt"
@@ -33,18 +33,14 @@ def imagenet(inputs: Inputs) -> Iterator[Item]:
     names = _classes(lists[0])
     for path in inputs.files:
         if path.suffix != CLASSES:
-            for where, row in table(path):
+            for where, row in read.table(path):
                 yield attempt(where, _record, inputs, names, row)
 
 
 def _classes(path: Path) -> dict[str, str]:
     """The first name of each class by its id."""
     names: dict[str, str] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text (near byte {error.start}); save it as UTF-8") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read.text(path).splitlines(), 1):
         identity, _, words = line.strip().partition(" ")
         if identity and not words:
             raise UserError(f"{path} line {number}: expected a class and its names, found {line[:80]!r}")

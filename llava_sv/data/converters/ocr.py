@@ -25,7 +25,6 @@ from typing import Any
 from llava_sv.data.converters import prompts, read
 from llava_sv.data.converters.attempt import attempt
 from llava_sv.data.converters.items import Inputs, Item, conversation
-from llava_sv.data.json_stream import read_members
 from llava_sv.errors import UserError
 
 Box = tuple[float, float, float, float]
@@ -39,7 +38,7 @@ _UNREADABLE = re.compile(r"[#*\s]*|\.")
 def icdar_text(inputs: Inputs) -> Iterator[Item]:
     """One JSON object: {name of a picture: [{transcription, points: [[x, y], ...], illegibility}]}."""
     for path in inputs.files:
-        for name, members in groupby(read_members(path), key=lambda member: member[0]):
+        for name, members in groupby(read.members(path), key=lambda member: member[0]):
             regions = [region for _, _, region in members]
             yield from _item(inputs, f"{path}: picture {name!r}", name, _named_image(inputs, name), regions, _icdar)
 
@@ -99,9 +98,9 @@ def ocr_files(inputs: Inputs) -> Iterator[Item]:
     for path in inputs.files:
         name = path.stem.removeprefix(prefix)
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            yield Item(str(path), problem=f"is not UTF-8 text (near byte {error.start})")
+            lines = read.text(path).splitlines()
+        except UserError as error:  # of a picture alone: the rest goes on
+            yield Item(str(path), problem=str(error).removeprefix(f"{path}: "))
             continue
         yield from _item(
             inputs, str(path), name, _named_image(inputs, name), lines, lambda found: _lines(inputs, found)

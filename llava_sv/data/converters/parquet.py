@@ -20,7 +20,6 @@ from llava_sv.data.converters import read
 from llava_sv.data.converters.fields import Fields, fields_of, items
 from llava_sv.data.converters.items import Inputs, Item
 from llava_sv.data.image_refs import row_ref
-from llava_sv.errors import UserError
 
 PICTURES_AT_ONCE = 64
 
@@ -70,12 +69,9 @@ def items_present(path: Path, column: str) -> Iterator[list[int | None]]:
         for batch in read.batches(path, [column]):
             yield from _present(batch.column(0))
         return
-    try:
-        with pq.ParquetFile(path) as file:
-            for group in range(file.num_row_groups):
-                yield from _group_present(file, group, column)
-    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+    with read.readable(path), pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            yield from _group_present(file, group, column)
 
 
 def _group_present(file: pq.ParquetFile, group: int, column: str) -> Iterator[list[int | None]]:

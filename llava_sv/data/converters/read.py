@@ -1,22 +1,27 @@
-"""Annotation files, read in a stream with where each entry stands: JSON, JSONL, CSV, TSV, parquet, Arrow. Called by the
-converters. What is wrong with a file as a whole is a `UserError`; wrong entries are for the converter to name."""
+"""Annotation files: JSON, JSONL, CSV, TSV, parquet and Arrow in a stream, with where each entry stands; text. Called by
+the converters. What is wrong with a file as a whole is a `UserError`; wrong entries are for the converter to name."""
 
 from __future__ import annotations
 
 import csv
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llava_sv.data.containers import arrow_reader
 from llava_sv.data.converters.clock import timed, timed_stream
 from llava_sv.data.json_stream import read_members, read_values
-from llava_sv.errors import UserError
+from llava_sv.errors import UserError, in_words
 
 ROWS_AT_ONCE = 256
+
+members = timed_stream(read_members)
+"""(key, line, value) of a file that is one JSON object, as a stream; see `read_members`."""
 
 
 @timed_stream
@@ -43,26 +48,47 @@ def elements(path: Path, key: str) -> Iterator[tuple[str, int, Any]]:
 def document(path: Path) -> Any:
     """A whole JSON file's value, for formats that are one object (COCO, VQAv2, SQuAD)."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: malformed JSON at line {error.lineno} column {error.colno}: {error.msg}") from error
+
+
+@timed
+def text(path: Path) -> str:
+    """A whole text file. `UserError` for one that is not UTF-8."""
+    return _text(path)
+
+
+def _text(path: Path) -> str:
+    with _as_utf8(path):
+        return path.read_text(encoding="utf-8-sig")
+
+
+@contextmanager
+def _as_utf8(path: Path) -> Iterator[None]:
+    """`UserError` where what is read inside is not UTF-8."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text (near byte {error.start}); save it as UTF-8") from error
 
 
 @timed_stream
-def table(path: Path, delimiter: str | None = None) -> Iterator[tuple[str, dict[str, str]]]:
-    """(where, row by column name) of a CSV or, by its suffix, TSV file with a header."""
+def table(path: Path, delimiter: str | None = None, columns: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
+    """(where, row by column name) of a CSV or, by its suffix, TSV file. columns: their names, where it has no header
+    line; a row of another width is then given as the list that it is."""
     if delimiter is None:
         delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     csv.field_size_limit(1 << 28)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter=delimiter)
-            for row in reader:
-                yield f"{path} line {reader.line_num}", row
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text (near byte {error.start}); save it as UTF-8") from error
+        with _as_utf8(path), path.open(encoding="utf-8-sig", newline="") as file:
+            if columns:
+                for row in (reader := csv.reader(file, delimiter=delimiter)):
+                    fits = len(row) == len(columns)
+                    yield f"{path} line {reader.line_num}", dict(zip(columns, row)) if fits else row
+            else:
+                for entry in (named := csv.DictReader(file, delimiter=delimiter)):
+                    yield f"{path} line {named.line_num}", entry
     except csv.Error as error:
         raise UserError(f"{path}: malformed table: {error}") from error
 
@@ -91,42 +117,38 @@ def column_type(path: Path, column: str) -> pa.DataType:
 
 def schema(path: Path) -> pa.Schema:
     """The columns of a parquet or Arrow file. `UserError` for one that cannot be read."""
-    try:
+    with readable(path):
         if path.suffix.lower() == ".parquet":
             return pq.read_schema(path)
         with pa.memory_map(str(path)) as source:
-            return _arrow_reader(source).schema
-    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+            return arrow_reader(source).schema
 
 
 def batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
     """The rows of some columns, `ROWS_AT_ONCE` of a parquet file, or an Arrow file's own batches."""
     _check_columns(path, schema(path), columns)
-    try:
+    with readable(path):
         if path.suffix.lower() == ".parquet":
             with pq.ParquetFile(path) as file:
                 yield from file.iter_batches(ROWS_AT_ONCE, columns=columns)
         else:
             with pa.memory_map(str(path)) as source:
-                reader = _arrow_reader(source)
+                reader = arrow_reader(source)
                 if isinstance(reader, pa.RecordBatchFileReader):
                     parts: Any = (reader.get_batch(index) for index in range(reader.num_record_batches))
                 else:
                     parts = reader
                 for part in parts:
                     yield part.select(columns)
-    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
 
 
-def _arrow_reader(source: Any) -> Any:
-    """Arrow's file format, or the stream format that `datasets` writes."""
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """`UserError` where pyarrow cannot read the file inside."""
     try:
-        return pa.ipc.open_file(source)
-    except pa.ArrowInvalid:
-        source.seek(0)
-        return pa.ipc.open_stream(source)
+        yield
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({in_words(error)})") from error
 
 
 def _check_columns(path: Path, found: pa.Schema, columns: list[str]) -> None:

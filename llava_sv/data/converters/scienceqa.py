@@ -10,17 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from llava_sv.data.converters import prompts
+from llava_sv.data.converters import prompts, read
 from llava_sv.data.converters.attempt import attempt
 from llava_sv.data.converters.items import Inputs, Item, conversation
-from llava_sv.data.json_stream import read_members
 
 
 def scienceqa(inputs: Inputs) -> Iterator[Item]:
     """A record for each question of the wanted splits."""
     splits, pictures_only = inputs.option("splits", ["train"]), bool(inputs.option("pictures_only", False))
     for path in inputs.files:
-        for number, line, problem in read_members(path):
+        for number, line, problem in read.members(path):
             if isinstance(problem, dict):
                 wanted = problem.get("split", splits[0]) in splits and (problem.get("image") or not pictures_only)
                 if not wanted:

@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from llava_sv.data.converters import prompts
+from llava_sv.data.converters import prompts, read
 from llava_sv.data.converters.attempt import attempt, text
 from llava_sv.data.converters.items import Inputs, Item, conversation
-from llava_sv.data.json_stream import read_members
 
 
 def tabmwp(inputs: Inputs) -> Iterator[Item]:
     """A record for each problem."""
     for path in inputs.files:
-        for number, line, problem in read_members(path):
+        for number, line, problem in read.members(path):
             yield attempt(f"{path} line {line}: problem {number}", _record, inputs, number, problem)
 
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from llava_sv.data.converters import read
 from llava_sv.data.converters.attempt import text
 from llava_sv.data.converters.items import Inputs, Item, conversation
 from llava_sv.data.converters.prompts import most_common, short
-from llava_sv.data.json_stream import read_members
 from llava_sv.errors import UserError
 
 
@@ -27,7 +27,7 @@ def vqa_pairs(inputs: Inputs) -> Iterator[Item]:
     asked: list[tuple[str, Any]] = []
     for path in inputs.files:
         count = {"questions": 0, "annotations": 0}
-        for key, line, entry in read_members(path):
+        for key, line, entry in read.members(path):
             if key not in count:
                 continue
             where = f"{path} line {line} entry {count[key]}"
