@@ -169,6 +169,29 @@ def gather(mine: Any) -> list[Any]:
     return rows
 
 
+def same_everywhere(values: Any) -> Any:
+    """An array, or rank 0's where ranks have found others: the order of samples follows from lengths, and with other
+    orders some samples would be trained on twice and others never."""
+    import numpy as np
+
+    mine = np.ascontiguousarray(values)
+    sums = gather(hashlib.sha256(f"{mine.dtype} {mine.shape}".encode() + mine.tobytes()).hexdigest())
+    if len(set(sums)) == 1:
+        return values
+    import torch.distributed as dist
+
+    row = [mine if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(row, src=0)
+    if dist.get_rank() == 0:
+        others = sum(one != sums[0] for one in sums)
+        print(
+            f"note: {others} of {len(sums)} ranks found other lengths of samples (images that not every node can "
+            "read?); those of rank 0 are taken",
+            flush=True,
+        )
+    return row[0]
+
+
 def leave(together: bool = True) -> None:
     """End the process group; once all ranks are there, unless they are on their way out by themselves.
 

@@ -146,7 +146,7 @@ def sample_lengths(dataset: Any, config: Any, settings: dict[str, Any], start: P
     Exact where they were counted before, on every node. The order of samples follows from them: `settings`, which
     checkpoints keep, notes which are exact, and a run that goes on from one (`start`) takes the same.
     """
-    from llava_sv.cluster.agree import gather
+    from llava_sv.cluster.agree import gather, same_everywhere
     from llava_sv.train.checkpoint import read_marker
     from llava_sv.train.llava_trainer import SampleLengths
 
@@ -155,7 +155,7 @@ def sample_lengths(dataset: Any, config: Any, settings: dict[str, Any], start: P
     if start is not None:
         exact = read_marker(start).get("settings", {}).get("exact_lengths", [])
     settings["exact_lengths"] = exact
-    return SampleLengths(dataset.lengths(tokens, exact), dataset.modalities())
+    return SampleLengths(same_everywhere(dataset.lengths(tokens, exact)), dataset.modalities())
 
 
 def make_trainer(

@@ -84,6 +84,7 @@ def test_a_run_that_goes_on_takes_the_lengths_it_began_with(tmp_path, monkeypatc
         monkeypatch.setattr("llava_sv.train.checkpoint.read_marker", lambda folder, kept=kept: {"settings": kept})
         entry.sample_lengths(dataset, config, settings, tmp_path)
         assert settings == {"exact_lengths": expected}
+    monkeypatch.setattr("llava_sv.cluster.agree.same_everywhere", lambda lengths: lengths)
     monkeypatch.setattr("llava_sv.cluster.agree.gather", lambda mine: [mine, ["text"]])
     entry.sample_lengths(dataset, config, settings, None)
     assert settings == {"exact_lengths": ["text"]}, "what another node has not counted is not used here"
