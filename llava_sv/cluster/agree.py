@@ -55,7 +55,8 @@ def digest_of(path: Path, whole: bool = False) -> str:
 
 
 def describe(path: Path | None, whole: bool = False) -> str:
-    """A file's size and digest in a few characters; a model folder's: its config, and the sizes of its weights."""
+    """A file's size and digest in a few characters; a folder's: a model's config, and the sizes of its weights, or the
+    sizes of shards."""
     if path is None or not path.exists():
         return "missing"
     try:
@@ -65,7 +66,7 @@ def describe(path: Path | None, whole: bool = False) -> str:
         for file in sorted(path.glob("*")):
             if file.name == "config.json":
                 sum_.update(file.read_bytes())
-            elif file.suffix in (".safetensors", ".bin"):
+            elif file.suffix in (".safetensors", ".bin", ".tar", ".parquet"):
                 sum_.update(f"{file.name}|{file.stat().st_size}".encode())
         return f"sha256 {sum_.hexdigest()[:12]}"
     except OSError as error:
