@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from llava_sv.train.checkpoint import checkpoints, last_complete_checkpoint
 from llava_sv.train.metrics import read_metrics
+from tests.train.runs import environment
 from tests.train.tiny import World
 
 EPOCHS, SAVE = "3", "5"
@@ -32,7 +33,7 @@ def command(world, output, *extra):
 
 
 def run(argv):
-    done = subprocess.run(argv, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -50,9 +51,7 @@ def uninterrupted(world, tmp_path_factory):
 
 def kill_after(argv, output, step):
     """Start the command, and kill -9 it once metrics.jsonl is past `step`."""
-    process = subprocess.Popen(
-        argv, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(argv, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
         done = read_metrics(output / "metrics.jsonl")
