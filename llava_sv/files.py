@@ -50,6 +50,10 @@ def read_json(path: str | Path, made_by: str) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"no such file: {path}; run {made_by}, which makes it") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: is not UTF-8 text (near byte {error.start}); run {made_by}, which makes it"
+        ) from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from error
 

@@ -55,7 +55,8 @@ def digest_of(path: Path, whole: bool = False) -> str:
 
 
 def describe(path: Path | None, whole: bool = False) -> str:
-    """A file's size and digest in a few characters; a model folder's: its config, and the sizes of its weights."""
+    """A file's size and digest in a few characters; a folder's: a model's config, and the sizes of its weights, or the
+    sizes of shards."""
     if path is None or not path.exists():
         return "missing"
     try:
@@ -65,7 +66,7 @@ def describe(path: Path | None, whole: bool = False) -> str:
         for file in sorted(path.glob("*")):
             if file.name == "config.json":
                 sum_.update(file.read_bytes())
-            elif file.suffix in (".safetensors", ".bin"):
+            elif file.suffix in (".safetensors", ".bin", ".tar", ".parquet"):
                 sum_.update(f"{file.name}|{file.stat().st_size}".encode())
         return f"sha256 {sum_.hexdigest()[:12]}"
     except OSError as error:
@@ -167,6 +168,29 @@ def gather(mine: Any) -> list[Any]:
     rows: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(rows, mine)
     return rows
+
+
+def same_everywhere(values: Any) -> Any:
+    """An array, or rank 0's where ranks have found others: the order of samples follows from lengths, and with other
+    orders some samples would be trained on twice and others never."""
+    import numpy as np
+
+    mine = np.ascontiguousarray(values)
+    sums = gather(hashlib.sha256(f"{mine.dtype} {mine.shape}".encode() + mine.tobytes()).hexdigest())
+    if len(set(sums)) == 1:
+        return values
+    import torch.distributed as dist
+
+    row = [mine if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(row, src=0)
+    if dist.get_rank() == 0:
+        others = sum(one != sums[0] for one in sums)
+        print(
+            f"note: {others} of {len(sums)} ranks found other lengths of samples (images that not every node can "
+            "read?); those of rank 0 are taken",
+            flush=True,
+        )
+    return row[0]
 
 
 def leave(together: bool = True) -> None:

@@ -33,6 +33,9 @@ PACKED = {
 }
 """First bytes of a compressed file -> the command that unpacks it."""
 
+GROUP_ROWS = 64
+"""Rows of a parquet file that are decoded at once."""
+
 BLOCK = 512
 
 MOST_BYTES = 1 << 30
@@ -237,6 +240,13 @@ def open_parquet(path: Path) -> Any:
         raise UserError(f"{path}: is no parquet file, or a damaged one ({in_words(error)})") from error
 
 
+def group_batches(file: Any, group: int, columns: list[str]) -> Iterator[Any]:
+    """The first of `columns` in a row group, a few rows at a time: read at once, nested values of more than 2 GiB
+    together are refused by the library."""
+    for batch in file.iter_batches(GROUP_ROWS, row_groups=[group], columns=columns, use_threads=False):
+        yield batch.column(0)
+
+
 class Parquet:
     """A parquet file, a row group of one column at a time."""
 
@@ -258,8 +268,10 @@ class Parquet:
         start = self._ends[group - 1] if group else 0
 
         def read() -> Any:
+            import pyarrow as pa
+
             with self._lock:
-                return self._file.read_row_group(group, columns=[column], use_threads=False).column(column)
+                return pa.chunked_array(list(group_batches(self._file, group, [column])))
 
         return self._kept.get((str(self.path), column, group), read)[row - start].as_py()
 

@@ -137,20 +137,43 @@ class LazySupervisedDataset(Dataset):
         folder = self.image_folder
         return counted(self.records, self.tokenizer, self.template, visual_tokens, folder)
 
+    def longest(self, count: int, visual_tokens: VisualTokens) -> np.ndarray:
+        """Up to `count` samples whose `lengths` are the greatest, the longest first. What memory it takes does not
+        grow with the data."""
+        if len(self) <= EXACT_LENGTHS:
+            return np.argsort(-self.lengths(visual_tokens), kind="stable")[:count]
+        weights = self._text_weights()
+        each = visual_tokens(None) if self.image_folder is not None else 0
+        best, known = np.empty(0, np.int64), np.empty(0, np.int64)
+        for first, columns in self.records.pieces():
+            here = _estimated(weights, columns["num_chars"], columns["num_turns"]) + each * columns["num_images"]
+            known = np.concatenate([known, here])
+            best = np.concatenate([best, np.arange(first, first + len(here))])
+            order = np.argsort(-known, kind="stable")[:count]
+            best, known = best[order], known[order]
+        return best
+
     def _text_lengths(self) -> np.ndarray:
-        total = len(self)
-        sampled = range(total) if total <= EXACT_LENGTHS else np.linspace(0, total - 1, SAMPLED_LENGTHS, dtype=int)
-        counts = np.array([self._count_text(int(index)) for index in sampled], np.int32)
-        if total <= EXACT_LENGTHS:
-            return counts
-        chars, turns = self.records.num_chars, self.records.num_turns
-        known = np.stack([np.ones(len(counts)), chars[sampled], turns[sampled]], axis=1)
-        weights = np.linalg.lstsq(known, counts, rcond=None)[0]
-        return np.maximum(1, np.rint(weights[0] + weights[1] * chars + weights[2] * turns)).astype(np.int32)
+        if len(self) <= EXACT_LENGTHS:
+            return np.array([self._count_text(index) for index in range(len(self))], np.int32)
+        return _estimated(self._text_weights(), self.records.num_chars, self.records.num_turns)
+
+    def _text_weights(self) -> np.ndarray:
+        """Of one, characters and turns: what estimates the tokens of a sample's text best."""
+        sampled = np.linspace(0, len(self) - 1, SAMPLED_LENGTHS, dtype=int).tolist()
+        counts = np.array([self._count_text(index) for index in sampled], np.int32)
+        turns = [self.records[index].turns for index in sampled]
+        chars = [sum(len(turn["value"]) for turn in said) for said in turns]
+        known = np.stack([np.ones(len(counts)), chars, [len(said) for said in turns]], axis=1)
+        return np.linalg.lstsq(known, counts, rcond=None)[0]
 
     def _count_text(self, index: int) -> int:
         ids = preprocess(self.records[index], self.tokenizer, self.template)["input_ids"]
         return int((ids != IMAGE_TOKEN_INDEX).sum())
+
+
+def _estimated(weights: np.ndarray, chars: np.ndarray, turns: np.ndarray) -> np.ndarray:
+    return np.maximum(1, np.rint(weights[0] + weights[1] * chars + weights[2] * turns)).astype(np.int32)
 
 
 def describe_first_supervised(dataset: LazySupervisedDataset, tokenizer: Any) -> str:

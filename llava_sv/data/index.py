@@ -26,6 +26,8 @@ __all__ = ["INDEX_NAME", "IndexWriter", "Records", "index_location", "open_index
 INDEX_NAME = "index.arrow"
 """The index in a folder that `llava-sv data mix` writes."""
 
+PIECE_COLUMNS = ("num_images", "num_turns", "num_chars")
+
 
 class Records:
     """A sequence of `LlavaRecord`, memory-mapped. `path`: what was opened; `index_path`: its index.
@@ -118,6 +120,12 @@ class Records:
         names = pa.array(self.sources, pa.string())
         parts = [pc.index_in(batch.column("source"), value_set=names).to_numpy() for batch in self._batches]
         return np.concatenate(parts)
+
+    def pieces(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """(first record, its stretch of each of `PIECE_COLUMNS`), one stretch after the other: the columns of the
+        largest data, never whole in memory."""
+        for start, batch in zip(self._starts, self._batches):
+            yield start, {name: batch.column(name).to_numpy() for name in PIECE_COLUMNS}
 
     def source_of(self, index: int) -> str:
         """The source of record `index`."""

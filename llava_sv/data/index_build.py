@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import FileLock
 from tqdm import tqdm
 
 from llava_sv.data import json_spans
+from llava_sv.data.cache import making
 from llava_sv.data.index_file import LAYOUT, head, tail
 from llava_sv.data.index_worker import Converted, WorkerEnded, in_processes, in_this_process
 from llava_sv.data.json_spans import Place, Span, spans
@@ -45,8 +45,7 @@ def build_index(path: Path, index_path: Path, workers: int | None = None) -> Non
     partial, state = index_path.with_suffix(".partial"), index_path.with_suffix(".state")
     if index_path.is_file() and not state.exists():
         return
-    index_path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{index_path}.lock"):
+    with making(index_path):
         if not index_path.is_file():
             _Build(path, index_path, partial, state).run(how_many(path, workers))
         _remove(state, state.with_suffix(".state-new"))
@@ -97,6 +96,8 @@ class _Build:
             _remove(self.partial, self.state_path)  # the data file has to change, and what was made of it is of no use
             raise
         except OSError as error:
+            if error.filename == str(self.path):
+                raise UserError(f"{self.path}: cannot be read ({error.strerror or error})") from error
             raise UserError(f"{self.partial}: the index cannot be written ({error.strerror or error})") from error
         os.replace(self.partial, self.index_path)
 

@@ -33,7 +33,7 @@ _LENGTH = struct.Struct("<Q")
 
 
 class WorkerEnded(UserError):
-    """A process is gone; what was made so far stands."""
+    """A process is gone, or the disk that is read; what was made so far stands."""
 
 
 @dataclass
@@ -45,7 +45,14 @@ class Converted:
 
 
 def convert(path: Path, span: Span) -> Converted:
-    """Raises `UserError` at the first record that is none, with file and line."""
+    """Raises `UserError` at the first record that is none, with file and line; `WorkerEnded` where reading fails."""
+    try:
+        return _convert(path, span)
+    except OSError as error:
+        raise WorkerEnded(f"{path}: cannot be read ({error.strerror or error}); run it again, it goes on") from error
+
+
+def _convert(path: Path, span: Span) -> Converted:
     found, batcher = Converted(), Batcher()
     for line, value in read_span(path, span):
         record = check_record(value, f"{path} line {line}")
@@ -119,6 +126,8 @@ class _Process:
                 "a process that makes the index ended early, for want of memory perhaps; run it again, which goes on "
                 "from there: llava-sv data index FILE --workers 1"
             ) from error
+        if kind == "ended":
+            raise WorkerEnded(answer)
         if kind == "wrong":
             raise UserError(answer)
         if kind == "failed":
@@ -165,6 +174,8 @@ def main(path: Path) -> None:
             found = convert(path, span)
             # plain values: this module has another name in the process that asks
             answer: tuple[str, Any] = ("done", (found.batches, found.records))
+        except WorkerEnded as error:
+            answer = ("ended", str(error))
         except UserError as error:
             answer = ("wrong", str(error))
         except Exception:

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from llava_sv.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_sv.conversation import Template
+from llava_sv.data.cache import cannot_write, making, set_aside
 from llava_sv.data.image_store import ImageStore
 from llava_sv.data.index import Records, cache_folder
 from llava_sv.data.pool import cores
@@ -177,9 +177,12 @@ def _kept(records: Records, what: str, kind: str, count: Callable[[int], Any], d
     call left, or counted into it."""
     path = _where(records, what, kind)
     if not path.is_file():
-        with FileLock(f"{path}.lock"):
+        with making(path):
             if not path.is_file():
-                _count_into(path, records, what, count, doing)
+                try:
+                    _count_into(path, records, what, count, doing)
+                except OSError as error:
+                    raise cannot_write(path, error) from error
     return np.load(path, mmap_mode="r")
 
 
@@ -193,7 +196,6 @@ def _where(records: Records, what: str, kind: str) -> Path:
     if path.is_file() or os.access(index.parent, os.W_OK):
         return path
     place = cache_folder()
-    place.mkdir(parents=True, exist_ok=True)
     whose = hashlib.sha256(str(index.resolve()).encode()).hexdigest()[:8]
     return place / f"{whose}-{path.name}"
 
@@ -230,6 +232,7 @@ def _partial(path: Path, shape: tuple[int, ...]) -> np.ndarray:
         return np.zeros(shape, np.int32)
     new = path.with_suffix(".partial-new")
     found = np.lib.format.open_memmap(new, mode="w+", dtype=np.int32, shape=shape)
+    set_aside(new, new.stat().st_size)
     found[:] = UNCOUNTED
     os.replace(new, path)
     return found

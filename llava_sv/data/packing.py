@@ -90,6 +90,10 @@ class PackedDataset(Dataset):
         """Tokens of each pack; `visual_tokens`, which a data set of samples asks, is counted already."""
         return np.add.reduceat(self._lengths[self.members], self.starts[:-1]).tolist()
 
+    def longest(self, count: int, visual_tokens: Any = None) -> np.ndarray:
+        """Up to `count` packs of the most tokens, the longest first."""
+        return np.argsort(-np.asarray(self.lengths()), kind="stable")[:count]
+
     def samples_in(self, packs: Iterable[int]) -> int:
         """How many samples these packs hold together."""
         return sum(len(self.pack(pack)) for pack in packs)

@@ -177,14 +177,18 @@ def _size(text: str) -> int:
 def shard_main(argv: list[str]) -> int:
     """Pack, or verify; the exit code."""
     args = _parser().parse_args(argv)
-    if args.verify and args.output is None:
-        report = verify(Path(args.data))
-    else:
-        report = _pack(args)
-        if args.verify:
-            report["verified"] = verify(Path(args.output))
-    if args.json:
-        write_json(args.json, report)
+    try:
+        if args.verify and args.output is None:
+            report = verify(Path(args.data))
+        else:
+            report = _pack(args)
+            if args.verify:
+                report["verified"] = verify(Path(args.output))
+        if args.json:
+            write_json(args.json, report)
+    except OSError as error:
+        where = error.filename or args.output or args.data
+        raise UserError(f"{where}: cannot be read or written ({error.strerror or error})") from error
     return 0
 
 

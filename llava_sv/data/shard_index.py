@@ -11,13 +11,14 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 
+from llava_sv.data.cache import cannot_write, making
 from llava_sv.data.index import Records, cache_folder
 from llava_sv.data.index_file import LAYOUT, Batcher, head, tail
 from llava_sv.data.pool import cores, forked_pool
@@ -71,10 +72,9 @@ def open_shards(folder: Path, cache_dir: str | Path | None = None) -> ShardRecor
     if not names:
         raise UserError(f"{folder}: holds no shards (.tar or .parquet)")
     index_path = _location(folder, names, cache_dir)
-    if not _starts_path(index_path).is_file():
-        index_path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{index_path}.lock"):
-            if not _starts_path(index_path).is_file():
+    if not _is_made(index_path):
+        with making(index_path):
+            if not _is_made(index_path):
                 _build(folder, names, index_path)
     return ShardRecords(folder, index_path)
 
@@ -100,8 +100,20 @@ def _location(folder: Path, names: list[str], cache_dir: str | Path | None) -> P
     return place / f"{folder.name}-{digest.hexdigest()[:20]}.arrow"
 
 
+def _is_unchanged(folder: Path, names: list[str], index_path: Path) -> bool:
+    """Whether the shards are still those that `index_path` is named for."""
+    try:
+        return _location(folder, names, index_path.parent) == index_path
+    except FileNotFoundError:
+        return False
+
+
 def _starts_path(index_path: Path) -> Path:
     return index_path.with_suffix(".shards.npy")
+
+
+def _is_made(index_path: Path) -> bool:
+    return _starts_path(index_path).is_file() and index_path.is_file()
 
 
 def _scan(task: tuple[str, str, str]) -> tuple[int, int]:
@@ -128,6 +140,15 @@ def _scan(task: tuple[str, str, str]) -> tuple[int, int]:
 
 
 def _build(folder: Path, names: list[str], index_path: Path) -> None:
+    try:
+        _write(folder, names, index_path)
+    except OSError as error:  # of shards, `shard_records` makes a `UserError`
+        raise cannot_write(index_path, error) from error
+    except BrokenProcessPool as error:
+        raise UserError(f"{folder}: a process that reads shards was killed (out of memory?); run it again") from error
+
+
+def _write(folder: Path, names: list[str], index_path: Path) -> None:
     parts = index_path.with_suffix(".parts")
     parts.mkdir(exist_ok=True)
     tasks = [(str(folder), name, str(parts / f"{number:06d}.part")) for number, name in enumerate(names)]
@@ -138,6 +159,9 @@ def _build(folder: Path, names: list[str], index_path: Path) -> None:
         left_out += left
     if not sum(counts):
         raise UserError(f"{folder}: its {len(names)} shards hold no record and no captioned picture")
+    if not _is_unchanged(folder, names, index_path):
+        shutil.rmtree(parts, ignore_errors=True)
+        raise UserError(f"{folder}: its shards changed while they were read; start again once they are complete")
     with replacing(index_path) as temporary, temporary.open("wb") as file:
         file.write(head())
         for _, _, part in tasks:

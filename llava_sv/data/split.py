@@ -59,6 +59,14 @@ class SomeRecords:
         """The source of each record, as its place in `sources`."""
         return self.records.source_codes[self.indices]
 
+    def pieces(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """See `Records.pieces`."""
+        for start, columns in self.records.pieces():
+            end = start + len(columns["num_images"])
+            first, last = np.searchsorted(self.indices, (start, end)).tolist()
+            rows = self.indices[first:last] - start
+            yield first, {name: values[rows] for name, values in columns.items()}
+
     @property
     def num_turns(self) -> np.ndarray:
         """Turns of each record."""

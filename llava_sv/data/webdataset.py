@@ -13,11 +13,12 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from llava_sv.constants import DEFAULT_IMAGE_TOKEN
-from llava_sv.data.containers import Member, Tar, open_parquet, tar_members
+from llava_sv.data.containers import Member, Tar, group_batches, open_parquet, tar_members
 from llava_sv.data.image_refs import row_ref, tar_ref
 from llava_sv.data.records import LlavaRecord, check_record
 from llava_sv.errors import UserError, in_words
@@ -178,8 +179,7 @@ def _image_counter(file: Any, column: str | None) -> Callable[[int, int], Iterat
     names = [leaf for leaf in leaves if leaf.startswith(f"{column}.") and leaf.endswith(".path")]
 
     def count(group: int, rows: int) -> Iterator[tuple[int, bool]]:
-        values = file.read_row_group(group, columns=names or [column], use_threads=False).column(column).to_pylist()
-        for value in values:
+        for value in chain.from_iterable(part.to_pylist() for part in group_batches(file, group, names or [column])):
             if isinstance(value, list):
                 yield len(value), True
             else:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from llava_sv.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava_sv.cluster.agree import same_everywhere
 from llava_sv.conversation import get_template
 from llava_sv.data.dataset import LazySupervisedDataset
 from llava_sv.data.index import open_records
@@ -225,12 +226,14 @@ def pack(model: Any, dataset: LazySupervisedDataset, args: TrainingArguments) ->
     """The samples in packs of up to `--model_max_length` tokens. `UserError` where attention cannot keep them apart."""
     check_keeps_apart(model.config._attn_implementation, args.device)
     config = model.config
-    lengths = exact_lengths(
-        dataset.records,
-        dataset.tokenizer,
-        dataset.template,
-        config.visual_tokens_per_image,
-        dataset.image_folder,
+    lengths = same_everywhere(
+        exact_lengths(
+            dataset.records,
+            dataset.tokenizer,
+            dataset.template,
+            config.visual_tokens_per_image,
+            dataset.image_folder,
+        )
     )
     return PackedDataset(
         dataset, lengths, args.model_max_length, args.seed if args.data_seed is None else args.data_seed

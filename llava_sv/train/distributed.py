@@ -104,7 +104,7 @@ def check_processes_agree(args: Any, settings: dict[str, Any]) -> None:
     """Several processes must be about to train the same: versions, code, data, base models and settings."""
     if args.world_size < 2:
         return
-    files = preflight.shared_inputs(settings)
+    files = preflight.shared_inputs({**settings, "eval_data_path": args.eval_data_path})
     adapters = settings.get("lora")
     if adapters and adapters["weight_path"]:  # may be written otherwise on each node, like the other paths
         files["model adapters"] = Path(adapters["weight_path"]).expanduser()

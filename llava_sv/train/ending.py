@@ -19,7 +19,8 @@ from typing import NoReturn
 from llava_sv.errors import INTERRUPTED
 
 PATIENCE = 60.0
-"""Seconds that Python threads get to finish, all together; daemon threads get none, as elsewhere."""
+"""Seconds that Python threads get to finish where the run has failed or stopped; daemon threads get none, as elsewhere.
+A run that is done waits for them as long as they take: they may be writing what it made."""
 
 
 def in_order(main: Callable[[], int]) -> int:
@@ -66,12 +67,17 @@ def _finish_threads() -> None:
 
 
 def leave_at_once(code: int) -> NoReturn:
-    """End this process with `code`: threads are waited for, atexit functions run, output is flushed, and no more."""
+    """End this process with `code`: threads are waited for (see `PATIENCE`), atexit functions run, output is flushed,
+    and no more."""
     with contextlib.suppress(SystemExit):
         sys.exit(code)  # trackers put their own in its place, to tell a run that failed from one that finished
     waiting = threading.Thread(target=_finish_threads, daemon=True)
     waiting.start()
     waiting.join(PATIENCE)
+    if code == 0 and waiting.is_alive():
+        names = [one.name for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
+        print(f"note: done; waiting for work under way ({', '.join(names) or 'a pool'})", file=sys.stderr, flush=True)
+        waiting.join()
     try:
         atexit._run_exitfuncs()
     except BaseException:  # one that fails changes no exit code

@@ -87,6 +87,13 @@ def check_resumption(checkpoint: Path | None, asked: dict[str, Any]) -> None:
     was = read_marker(checkpoint).get("settings", {})
     if not asked["validation_split"] or not was:
         return
+    content = was.get("data_content"), asked.get("data_content")
+    if None not in content and content[0] != content[1]:
+        raise UserError(
+            f"--data_path {asked['data_path']}: {checkpoint} was trained on other data there ({content[0]}, now "
+            f"{content[1]}), and other records would be held out than were; set it as it was, or start over with "
+            "--overwrite_output_dir True"
+        )
     names = ("validation_split", "data_path", "seed" if asked["data_seed"] is None else "data_seed")
     for name in names:
         before = was.get(name, 0.0 if name == "validation_split" else None)

@@ -120,14 +120,11 @@ def probe(model: Any, dataset: Any, collate: Callable[[list], dict], args: Any) 
 
     Called on every rank, before the Trainer is made. Weights, gradients and random state stay as they were.
     """
-    import numpy as np
-
     check_ranks(args)
     if not probes(args):
         return
     whole = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    lengths = dataset.lengths(model.config.visual_tokens_per_image)
-    longest = np.argsort(-np.asarray(lengths), kind="stable")
+    longest = dataset.longest(LARGEST, model.config.visual_tokens_per_image)
     samples: list[Any] = []
 
     def fits(batch: int) -> bool:

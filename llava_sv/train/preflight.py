@@ -89,9 +89,9 @@ def find_model(name: str) -> Path | None:
 def shared_inputs(flags: Mapping[str, Any]) -> dict[str, Path | None]:
     """What the flags name that must be the same on every node, by content: the data, and base models' folders."""
     files: dict[str, Path | None] = {}
-    if flags.get("data_path"):
-        given = flags["data_path"]
-        files["data"] = data_file(given) or Path(given).expanduser()
+    for name, flag in (("data", "data_path"), ("data eval_data_path", "eval_data_path")):
+        if flags.get(flag):
+            files[name] = data_content(flags[flag])
     for name, flag in (("model", "model_name_or_path"), ("model vision_tower", "vision_tower")):
         if flags.get(flag):
             files[name] = find_model(flags[flag])
@@ -164,6 +164,13 @@ def data_file(name: str) -> Path | None:
     if read_json(manifest).get("kind") == "shards":
         return manifest
     return next((file for end in SHARDS for file in sorted(path.glob(f"*{end}"))), None)
+
+
+def data_content(name: str) -> Path:
+    """What tells records that a flag names from others: the file, or the folder where it holds shards alone."""
+    path = Path(name).expanduser()
+    file = data_file(name) or path
+    return path if path.is_dir() and file.suffix in SHARDS else file
 
 
 def brings_images(name: str) -> bool:

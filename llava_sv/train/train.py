@@ -75,10 +75,12 @@ def _prepare_environment(cache_dir: str, use_cpu: bool) -> None:
 
 def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> int:
     """Train as the arguments say. Every rank runs this."""
+    from llava_sv.cluster.agree import describe
     from llava_sv.data.collator import DataCollatorForSupervisedDataset
     from llava_sv.data.streaming import check_streaming
     from llava_sv.train import best, build, evaluation, find_batch, lora, resume, universal
     from llava_sv.train.distributed import check_processes_agree, check_world
+    from llava_sv.train.preflight import data_content
     from llava_sv.train.stopping import clear
 
     say(check_streaming(data_args, args))
@@ -87,6 +89,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     lora.check(model_args, args)
     asked = resume.settings_of(model_args, data_args, args)
     check_processes_agree(args, asked)
+    asked["data_content"] = describe(data_content(str(data_args.data_path)))
     plan = resume.plan(args, asked)
     resume.check_agreement(plan, args)
     evaluation.check_resumption(plan.checkpoint, asked)
@@ -146,7 +149,7 @@ def sample_lengths(dataset: Any, config: Any, settings: dict[str, Any], start: P
     Exact where they were counted before, on every node. The order of samples follows from them: `settings`, which
     checkpoints keep, notes which are exact, and a run that goes on from one (`start`) takes the same.
     """
-    from llava_sv.cluster.agree import gather
+    from llava_sv.cluster.agree import gather, same_everywhere
     from llava_sv.train.checkpoint import read_marker
     from llava_sv.train.llava_trainer import SampleLengths
 
@@ -155,7 +158,7 @@ def sample_lengths(dataset: Any, config: Any, settings: dict[str, Any], start: P
     if start is not None:
         exact = read_marker(start).get("settings", {}).get("exact_lengths", [])
     settings["exact_lengths"] = exact
-    return SampleLengths(dataset.lengths(tokens, exact), dataset.modalities())
+    return SampleLengths(same_everywhere(dataset.lengths(tokens, exact)), dataset.modalities())
 
 
 def make_trainer(

@@ -3,6 +3,7 @@
 import pickle
 import random
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,7 +14,9 @@ from llava_sv.conversation import get_template
 from llava_sv.data import dataset as dataset_module
 from llava_sv.data.collator import DataCollatorForSupervisedDataset
 from llava_sv.data.dataset import LazySupervisedDataset, SampleError, describe_first_supervised
+from llava_sv.data.index import Records
 from llava_sv.data.preprocess import preprocess
+from llava_sv.data.split import hold_out
 from llava_sv.errors import UserError
 from llava_sv.mm_utils import load_image, process_images
 from tests.data.samples import data_args, exchange, image_processor, open_records, text_only, with_image, write_images
@@ -243,3 +246,27 @@ def test_sizes_are_those_after_turning_upright(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (9, 3)).save(tmp_path / "images" / "turned.jpg", exif=exif)
     assert data[0]["image_sizes"] == [(3, 9)]
+
+
+@pytest.mark.parametrize("held_out", [0, 70])
+@pytest.mark.parametrize("estimated", [False, True])
+def test_the_longest_are_found_piece_by_piece(tmp_path, monkeypatch, held_out, estimated):
+    rng = random.Random(1)
+    values = [
+        with_image(number, answer="Well. " * rng.randrange(40))
+        if rng.random() < 0.5
+        else text_only(number, answer="Well. " * rng.randrange(60))
+        for number in range(300)
+    ]
+    monkeypatch.setattr("llava_sv.data.index_file.BATCH_ROWS", 32)
+    data = _dataset(tmp_path, values)
+    assert len(list(data.records.pieces())) > 5
+    if held_out:
+        data.records = hold_out(data.records, held_out, seed=0)[0]
+    if estimated:
+        monkeypatch.setattr(dataset_module, "EXACT_LENGTHS", 100)
+        monkeypatch.setattr(dataset_module, "SAMPLED_LENGTHS", 60)
+    expected = np.argsort(-data.lengths(lambda size: 20), kind="stable")[:40]
+    if estimated:  # of 65 million records, a column takes a quarter of a gigabyte in each process
+        monkeypatch.setattr(Records, "_column", lambda records, name: pytest.fail(f"read the whole column {name}"))
+    assert data.longest(40, lambda size: 20).tolist() == expected.tolist()

@@ -22,6 +22,7 @@ from llava_sv.data import containers, image_store
 from llava_sv.data.containers import Kept, tar_members
 from llava_sv.data.image_refs import row_ref, tar_ref, zip_ref
 from llava_sv.data.image_store import ImageStore
+from llava_sv.data.index import open_records
 from llava_sv.errors import UserError
 from llava_sv.mm_utils import ImageError, load_image
 
@@ -289,3 +290,24 @@ def test_damaged_containers_are_told_and_end_nothing(root, tmp_path):
                 told.append(str(error))
     assert len(told) > 300
     assert not [line for line in told if "\n" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_row_group_of_more_than_two_gib(tmp_path, listed):
+    """What a plain `write_table` makes of a few thousand photos: one row group."""
+    rows, size = 2100, 1 << 20
+    cell = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    kind = pa.list_(cell) if listed else cell
+    schema = pa.schema([("image", kind), ("speakers", pa.list_(pa.string())), ("values", pa.list_(pa.string()))])
+    picture = {"bytes": b"x" * size, "path": "a.jpg"}
+    row = {"image": [picture] if listed else picture, "speakers": ["human", "gpt"], "values": ["<image>", "x"]}
+    part = pa.Table.from_pylist([row] * 100, schema=schema)
+    (tmp_path / "shards").mkdir()
+    path = tmp_path / "shards" / "0.parquet"
+    with pq.ParquetWriter(path, schema, dictionary_pagesize_limit=4 * size) as writer:
+        writer.write_table(pa.concat_tables([part] * (rows // 100)), row_group_size=rows)
+    assert pq.ParquetFile(path).metadata.num_row_groups == 1
+    records = open_records(tmp_path / "shards", tmp_path / "cache")
+    assert len(records) == rows
+    assert len(ImageStore(tmp_path / "shards").bytes(records[rows - 1].images[0])) == size

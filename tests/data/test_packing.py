@@ -70,6 +70,7 @@ def test_packs_become_a_batch_that_says_how_they_are_made_up():
     assert sorted(sorted(packed.pack(i).tolist()) for i in range(len(packed))) == [[0, 4], [1, 3], [2]]
     assert packed.samples_in(range(len(packed))) == 5
     assert packed.lengths() == [sum(sample + 1 for sample in packed.pack(i)) for i in range(len(packed))]
+    assert [packed.lengths()[i] for i in packed.longest(2)] == [6, 6]
     assert packed.describe() == "5 samples in 3 packs of up to 6 tokens (1.7 a pack, 16.7% left empty)"
     collate = DataCollatorForSupervisedDataset(llama_3_tokenizer(), with_ids=True)
     items = [packed[i] for i in range(len(packed))]

@@ -80,6 +80,15 @@ def test_work_under_way_is_finished_first():
     assert (done.returncode, done.stdout.splitlines()) == (0, ["done", "written", "atexit ran"])
 
 
+def test_work_that_outlasts_patience_is_finished_where_the_run_is_done():
+    """A checkpoint on its way to slow storage, say; a run that failed does not wait, so that it can be restarted."""
+    slow = POOL.replace("sleep(0.3)", "sleep(1.5)")
+    done = program("print('done')", slow, patience=0.2)
+    assert (done.returncode, done.stdout.splitlines()) == (0, ["done", "written", "atexit ran"])
+    assert done.stderr.startswith("note: done; waiting for work under way (ThreadPoolExecutor-0_0")
+    assert program("raise Stopped(74, 'the disk is full')", slow, patience=0.2).stdout.splitlines() == ["atexit ran"]
+
+
 def test_an_atexit_function_that_fails():
     done = program("raise Stopped(75)", "atexit.register(lambda: 1 / 0)")
     assert done.returncode == 75

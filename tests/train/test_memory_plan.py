@@ -174,6 +174,33 @@ def test_found_batch_trains_as_the_same_batch_by_hand(world, tmp_path, monkeypat
     assert summary["settings"]["batch"] == 8
 
 
+def test_a_batch_is_found_for_a_stream_without_its_lengths(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(find_batch, "probes", lambda args: True)
+    monkeypatch.setattr(find_batch, "_planned", lambda argv, world: 2)
+    monkeypatch.setattr(find_batch, "step_fits", lambda model, batch, args: len(batch["input_ids"]) <= 4)
+    monkeypatch.setattr("llava_sv.data.dataset.EXACT_LENGTHS", 4)
+    refuse = lambda *given: pytest.fail("lengths of the whole stream were asked for")  # noqa: E731
+    monkeypatch.setattr("llava_sv.data.dataset.LazySupervisedDataset.lengths", refuse)
+    auto = ["--per_device_train_batch_size=auto", "--global_batch_size", "8", "--max_steps", "1"]
+    assert train.main(world.flags("skip", tmp_path / "out", "--streaming", "True", *auto)) == 0
+    summary = json.loads((tmp_path / "out" / "train_summary.json").read_text())
+    assert (summary["settings"]["batch"], summary["samples"]) == (8, 8)
+
+
+@pytest.mark.parametrize("name", ["mixture", "shards", "none"])
+def test_a_plan_takes_any_data_and_reads_none(world, tmp_path, name):
+    """As `PLAN=1 bash scripts/...` does, before the data is there."""
+    folder = tmp_path / name
+    if name != "none":
+        folder.mkdir()
+        (folder / ("index.arrow" if name == "mixture" else "000000.tar")).write_bytes(b"not looked at")
+    flags = plan_flags(world)
+    json_flag, folder_flag = tmp_path / "json.json", tmp_path / "folder.json"
+    for data, made in ((world.data / "sft.json", json_flag), (folder, folder_flag)):
+        assert cli.main([*flags, "--data_path", str(data), "--streaming", "True", "--json", str(made)]) == 0
+    assert json.loads(json_flag.read_text()) == json.loads(folder_flag.read_text())
+
+
 def test_without_a_gpu_the_plan_decides(world, monkeypatch):
     monkeypatch.setattr(find_batch, "free_gib", lambda use_cpu: 4.0)
     auto = ["--per_device_train_batch_size", "auto", "--global_batch_size", "4"]

@@ -1,0 +1,72 @@
+"""Files that are made once and kept: one process at a time makes each. Called by `data.index_build`, `data.shard_index`
+and `data.lengths`.
+
+A path arrives; its lock is held inside `making`, and whatever keeps it from being written becomes one line.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from llava_sv.errors import UserError
+
+SAID_AFTER = 20.0
+"""Seconds of waiting for another process before it is said."""
+
+
+@contextmanager
+def making(path: Path) -> Iterator[None]:
+    """Hold the lock of `path`, in whose folder something is about to be made; others wait.
+
+    Raises `UserError` where the folder cannot be made, or nothing in it written or locked.
+    """
+    lock = FileLock(f"{path}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=SAID_AFTER)
+        except Timeout:
+            print(f"waiting for another process, which makes {path} ({path.name}.lock)", file=sys.stderr, flush=True)
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{path.parent}: an index cannot be kept there ({why}); name a folder that can be written with "
+            "HF_DATASETS_CACHE"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """The error for a file that could not be written whole."""
+    return UserError(
+        f"{path}: cannot be written ({error.strerror or error}); make room, or name another folder with "
+        "HF_DATASETS_CACHE, then run it again"
+    )
+
+
+def set_aside(path: Path, size: int) -> None:
+    """Let a file have its bytes on the disk: one that is mapped into memory on a full disk would end the process.
+
+    Raises `OSError` where there is no room, the file being removed.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with path.open("r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                with suppress(OSError):
+                    path.unlink()
+                raise

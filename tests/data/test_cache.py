@@ -1,0 +1,178 @@
+"""Indexes and counts that cannot be kept, read or made whole: one line each, no traceback, no killed process."""
+
+import errno
+import json
+import os
+import re
+import threading
+
+import pytest
+from filelock import FileLock
+
+from llava_sv.conversation import get_template
+from llava_sv.data import cache, index_worker, shard_index
+from llava_sv.data.index import open_index, open_records
+from llava_sv.data.lengths import text_lengths
+from llava_sv.data.shard import shard_main
+from llava_sv.errors import UserError
+from tests.data.test_webdataset import img2dataset
+from tests.tokenizers_util import llama_3_tokenizer
+
+
+@pytest.fixture
+def data(tmp_path):
+    turns = [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A."}]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"id": str(number), "conversations": turns} for number in range(5)]), encoding="utf-8")
+    return path
+
+
+def one_line(error):
+    said = str(error.value)
+    assert "\n" not in said
+    return said
+
+
+@pytest.mark.parametrize("kind", ["json", "shards"])
+def test_a_cache_that_cannot_be_made(data, tmp_path, kind):
+    source = data
+    if kind == "shards":
+        source = tmp_path / "shards"
+        img2dataset(source)
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UserError) as error:
+        open_records(source, tmp_path / "file" / "cache")
+    assert one_line(error) == (
+        f"{tmp_path / 'file' / 'cache'}: an index cannot be kept there (Not a directory); name a folder that can be "
+        "written with HF_DATASETS_CACHE"
+    )
+
+
+def test_storage_that_knows_no_locks(data, tmp_path, monkeypatch):
+    def acquire(self, timeout=None):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with pytest.raises(UserError, match=r"an index cannot be kept there \(No locks available\); name a folder"):
+        open_index(data, tmp_path / "cache")
+
+
+def test_who_waits_says_so_and_finds_what_the_other_made(data, tmp_path, capsys, monkeypatch):
+    made = open_index(data, tmp_path / "cache").index_path
+    aside = made.rename(tmp_path / "aside")
+    monkeypatch.setattr(cache, "SAID_AFTER", 0.05)
+    lock = FileLock(f"{made}.lock")
+    lock.acquire()
+    found = []
+    other = threading.Thread(target=lambda: found.append(len(open_index(data, tmp_path / "cache"))))
+    other.start()
+    while other.is_alive() and "waiting" not in (said := capsys.readouterr().err):
+        pass
+    aside.rename(made)
+    lock.release()
+    other.join()
+    assert said == f"waiting for another process, which makes {made} ({made.name}.lock)\n"
+    assert found == [5]
+
+
+def test_an_index_of_shards_of_which_half_was_removed_is_made_again(tmp_path):
+    img2dataset(tmp_path / "shards")
+    records = open_records(tmp_path / "shards", tmp_path / "cache")
+    records.index_path.unlink()
+    assert list(open_records(tmp_path / "shards", tmp_path / "cache")) == list(records)
+
+
+def test_shards_that_change_while_they_are_read(tmp_path, monkeypatch):
+    folder = tmp_path / "shards"
+    img2dataset(folder)
+    real = shard_index.shard_records
+
+    def changing(where, name):
+        os.utime(where / name, ns=(1, 1))
+        yield from real(where, name)
+
+    monkeypatch.setattr(shard_index, "shard_records", changing)
+    with pytest.raises(UserError, match="its shards changed while they were read; start again once they are complete"):
+        open_records(folder, tmp_path / "cache")
+    monkeypatch.setattr(shard_index, "shard_records", real)
+    assert len(open_records(folder, tmp_path / "cache")) == 6
+
+
+def test_a_process_that_reads_shards_and_is_killed(tmp_path, monkeypatch):
+    folder = tmp_path / "shards"
+    img2dataset(folder, shards=5)
+    monkeypatch.setattr(shard_index, "cores", lambda: 2)
+    monkeypatch.setattr(shard_index, "shard_records", lambda where, name: os._exit(1))
+    with pytest.raises(UserError, match=r"a process that reads shards was killed \(out of memory\?\); run it again"):
+        open_records(folder, tmp_path / "cache")
+
+
+def test_a_full_disk_under_an_index_of_shards(tmp_path, monkeypatch):
+    img2dataset(tmp_path / "shards")
+
+    def full(source, target, size):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shard_index.shutil, "copyfileobj", full)
+    with pytest.raises(UserError) as error:
+        open_records(tmp_path / "shards", tmp_path / "cache")
+    assert "cannot be written (No space left on device); make room, or name another folder" in one_line(error)
+
+
+def test_a_full_disk_under_counts(data, tmp_path, monkeypatch):
+    """The counts are mapped into memory: a write that finds no room would end the process with SIGBUS."""
+    records = open_index(data, tmp_path / "cache")
+    before = sorted(os.listdir(tmp_path / "cache"))
+    told = []
+
+    def full(descriptor, start, size):
+        told.append((start, size))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(UserError) as error:
+            text_lengths(records, llama_3_tokenizer(), get_template("llama_3"))
+    assert "cannot be written (No space left on device); make room" in one_line(error)
+    assert told == [(0, 128 + 5 * 2 * 4)], "the whole file: NumPy's head of 128 bytes, two int32 a record"
+    left = [name for name in os.listdir(tmp_path / "cache") if not name.endswith(".lock")]
+    assert left == [name for name in before if not name.endswith(".lock")]
+    assert len(text_lengths(records, llama_3_tokenizer(), get_template("llama_3"))) == 5
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_disk_that_is_lost_while_it_is_read_does_not_pass_for_a_full_one(data, tmp_path, monkeypatch, workers):
+    if workers == 1:
+
+        def lost(path, span):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+            yield
+
+        monkeypatch.setattr(index_worker, "read_span", lost)
+    else:  # gone before the other processes open it
+        real = index_worker._Process.ask
+
+        def ask(self, span):
+            data.unlink(missing_ok=True)
+            return real(self, span)
+
+        monkeypatch.setattr(index_worker._Process, "ask", ask)
+    with pytest.raises(UserError) as error:
+        open_index(data, tmp_path / "cache", workers=workers)
+    why = "Input/output error" if workers == 1 else "No such file or directory"
+    assert one_line(error) == f"{data}: cannot be read ({why}); run it again, it goes on"
+
+
+@pytest.mark.parametrize("option", ["--output", "--json"])
+def test_shards_that_cannot_be_put_there(data, tmp_path, option):
+    (tmp_path / "file").write_text("no folder")
+    argv = [str(data), "--output", str(tmp_path / "out"), option, str(tmp_path / "file" / "x")]
+    with pytest.raises(UserError) as error:
+        shard_main(argv)
+    assert re.search(r"cannot be read or written \((Not a directory|File exists)\)$", one_line(error))
+
+
+def test_a_manifest_that_is_no_text(tmp_path):
+    (tmp_path / "manifest.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"manifest.json: is not UTF-8 text \(near byte 0\); run llava-sv data shard"):
+        open_records(tmp_path)
