@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llava_sv.data.converters import CONVERTERS, get_converter
 from llava_sv.data.converters.items import Inputs
 from llava_sv.data.mix_inputs import find, find_files, missing_lines
+from llava_sv.data.plain_yaml import parse_yaml
 from llava_sv.data.recipes import Entry, find_source
 from llava_sv.data.records import check_record
 from llava_sv.data.sources import Source, source_of
@@ -72,10 +71,7 @@ def _inputs(args: argparse.Namespace, root: Path) -> Inputs:
         return Inputs(found.source, root, found.files)
     if args.converter not in CONVERTERS:
         get_converter(args.converter)
-    try:
-        options = yaml.safe_load(args.options)
-    except yaml.YAMLError as error:
-        raise UserError(f"--options {args.options!r}: not plain YAML") from error
+    options = parse_yaml(args.options, f"--options {args.options!r}")
     patterns = [_below(path, root) for path in args.annotations]
     if not patterns:
         raise UserError("--converter needs --annotations: the files to convert")

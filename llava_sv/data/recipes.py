@@ -24,7 +24,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llava_sv.data.sources import CATALOGUE, Source, catalogue, read_yaml, source_of
+from llava_sv.data.plain_yaml import read_yaml
+from llava_sv.data.sources import CATALOGUE, Source, catalogue, source_of
 from llava_sv.errors import UserError
 
 RECIPES = CATALOGUE.parent

@@ -81,8 +81,8 @@ def test_only_the_first_problems_are_listed(tmp_path, capsys):
         (["--converter", "llava_json", "--annotations", "no.json"], "no such file: "),
         (["--converter", "llava_json", "--annotations", "../x.json"], "path '../x.json' leaves the data folder"),
         (["--converter", "llava_json", "--annotations", "/etc/x.json"], "/etc/x.json: lies outside of --root "),
-        ([*OWN, "--options", "{a: ["], "--options '{a: [': not plain YAML"),
-        ([*OWN, "--options", "!!python/name:os.system"], "--options '!!python/name:os.system': not plain YAML"),
+        ([*OWN, "--options", "{a: ["], "--options '{a: [' line 1 column 6: not plain YAML"),
+        ([*OWN, "--options", "!!python/name:os.system"], "os.system' line 1 column 1: not plain YAML: could"),
         ([*OWN, "--options", "3"], "field 'options' is 3; expected a mapping"),
     ],
 )
