@@ -29,14 +29,19 @@ class Found:
 
 
 def find_files(patterns: Sequence[str], root: Path) -> tuple[list[Path], list[str]]:
-    """(files that the patterns match below `root`, patterns that match none)."""
+    """(files that the patterns match below `root`, what is missing: patterns that match none, links that lead nowhere).
+    A file whose name is the pattern itself, brackets and all, is what is meant by it."""
     found: dict[Path, None] = {}
     missing = []
     for pattern in patterns:
-        names = sorted(glob.glob(pattern, root_dir=root, recursive=True)) if glob.has_magic(pattern) else [pattern]
+        names = [pattern]
+        if glob.has_magic(pattern) and not (root / pattern).is_file():
+            names = sorted(glob.glob(pattern, root_dir=root, recursive=True))
         files = [root / name for name in names if (root / name).is_file()]
-        if not files:
+        broken = [name for name in names if os.path.islink(root / name) and not os.path.exists(root / name)]
+        if not files and not broken:
             missing.append(pattern)
+        missing += broken
         found.update(dict.fromkeys(files))
     return list(found), missing
 

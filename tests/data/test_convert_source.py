@@ -7,6 +7,7 @@ import json
 import pytest
 
 from llava_sv import cli
+from llava_sv.data.converters import CONVERTERS, get_converter
 from tests.data.mix_samples import many, record, source
 from tests.data.trees import make_tree
 
@@ -19,6 +20,11 @@ def run(tmp_path, *argv, code=0):
     output = tmp_path / "out.json"
     assert cli.main(["data", "convert", "--root", str(root), "--output", str(output), *argv]) == code
     return json.loads(output.read_text(encoding="utf-8")) if output.exists() else None
+
+
+def test_every_converter_that_has_a_name_is_there():
+    for name in CONVERTERS:
+        assert callable(get_converter(name))
 
 
 def test_a_source_of_the_catalogue(tmp_path, capsys):

@@ -185,6 +185,22 @@ def test_all_that_is_missing_is_named_at_once_before_any_work(root, tmp_path, ca
     assert not (root / "mixtures").exists()
 
 
+def test_a_link_that_leads_nowhere_is_missing_among_others_that_do_not(root, tmp_path, capsys):
+    lines = {**source(root, "a", many("a", 3)), "annotations": "a/*.json"}
+    (root / "a/b.json").symlink_to(tmp_path / "unmounted.json")
+    path = recipe(tmp_path / "r.yaml", lines)
+    run(path, root, code=2)
+    assert f"a: no {root}/a/b.json; " in capsys.readouterr().err
+    (tmp_path / "unmounted.json").write_text(json.dumps(many("b", 2)))
+    assert manifest(run(path, root))["records"] == 5
+
+
+def test_a_file_with_brackets_in_its_name(root, tmp_path):
+    lines = {**source(root, "a", many("a", 3)), "annotations": "a/chats [1].json"}
+    (root / "a/a.json").rename(root / "a/chats [1].json")
+    assert manifest(run(recipe(tmp_path / "r.yaml", lines), root))["records"] == 3
+
+
 def test_going_on_without_what_is_missing(root, tmp_path, capsys):
     path = recipe(tmp_path / "r.yaml", source(root, "a", many("a", 2)), {"source": "chartqa", "count": 2516})
     folder = run(path, root, "--allow-missing")
