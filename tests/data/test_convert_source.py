@@ -62,6 +62,13 @@ def test_paths_from_here_on_are_understood(tmp_path, monkeypatch):
     assert [each["image"] for each in run(tmp_path, *argv)] == ["a/pictures/p.png"] * 2
 
 
+def test_the_root_itself_as_the_pictures_folder(tmp_path, monkeypatch):
+    source(tmp_path / "root", "a", [record(0, "a/pictures/p.png")])
+    monkeypatch.chdir(tmp_path)
+    made = run(tmp_path, *OWN[:4], "--images", "root")
+    assert [each["image"] for each in made] == ["a/pictures/p.png"]
+
+
 def test_options_of_the_converter(tmp_path):
     given = [{"id": 0, "pic": "p.png", "conversations": record(0)["conversations"]}]
     source(tmp_path / "root", "a", given)
