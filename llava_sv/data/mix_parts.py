@@ -195,7 +195,9 @@ class _Records:
                 record = self.good(item)
                 if record is None:
                     continue
-                named = LlavaRecord(f"{source}/{record.id or self.annotations}", record.images, record.turns)
+                identity = record.id or str(self.annotations)
+                identity = identity if identity.startswith(f"{source}/") else f"{source}/{identity}"
+                named = LlavaRecord(identity, record.images, record.turns)
                 try:
                     rows += digest_of(named) + blake2b(named.id.encode(), digest_size=8).digest()
                 except UnicodeEncodeError:

@@ -69,6 +69,16 @@ def test_the_root_itself_as_the_pictures_folder(tmp_path, monkeypatch):
     assert [each["image"] for each in made] == ["a/pictures/p.png"]
 
 
+def test_an_output_that_cannot_be_written(tmp_path, capsys):
+    source(tmp_path / "root", "a", many("a", 1))
+    (tmp_path / "out.json").mkdir()
+    argv = ["data", "convert", "--root", str(tmp_path / "root"), "--output", str(tmp_path / "out.json"), *OWN]
+    assert cli.main(argv) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.endswith(f": Is a directory; {tmp_path / 'out.json'} is as it was before\n")
+
+
 def test_options_of_the_converter(tmp_path):
     given = [{"id": 0, "pic": "p.png", "conversations": record(0)["conversations"]}]
     source(tmp_path / "root", "a", given)

@@ -160,6 +160,12 @@ def test_ids_are_unique(root, tmp_path):
     assert [each.id for each in open_records(folder)] == ["a/x", "a/x#2", "a/x#3", "a/a-3"]
 
 
+def test_a_source_that_names_itself_in_its_ids_is_named_once(root, tmp_path):
+    given = [record("a/7"), record("7", question="Why?"), record("b/7", question="How?")]
+    folder = run(recipe(tmp_path / "r.yaml", source(root, "a", given)), root)
+    assert [each.id for each in open_records(folder)] == ["a/7", "a/7#2", "a/b/7"]
+
+
 def test_a_limit_for_a_try(root, tmp_path):
     path = recipe(tmp_path / "r.yaml", *(source(root, name, many(name, 9)) for name in "ab"))
     folder = run(path, root, "--limit", "2")
