@@ -41,7 +41,8 @@ class Pictures:
     def _list(self, folder: str) -> frozenset[str]:
         self._states[folder] = folder_state(self.root, folder)
         try:
-            names = frozenset(os.listdir(self.root / folder))
+            with os.scandir(self.root / folder) as entries:
+                names = frozenset(each.name for each in entries if not each.is_symlink() or os.path.exists(each))
         except (FileNotFoundError, NotADirectoryError):
             names = frozenset()
         self._held += len(names) + 1
