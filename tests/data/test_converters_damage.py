@@ -151,6 +151,19 @@ def test_damaged_json_entry(name, tmp_path):
     assert problem in item.problem
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("[" * 100_000, "nested too deeply"), ('{"x": ' + "9" * 5000 + "}", "a number of too many digits")],
+)
+def test_a_document_beyond_reading_is_refused_in_a_line(text, says, tmp_path):
+    makers()["coco-text"](tmp_path)
+    path = tmp_path / "cocotext/cocotext.v2.json"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        convert("coco-text", tmp_path)
+    assert str(caught.value) == f"{path}: malformed JSON: {says}"
+
+
 def test_damaged_line(tmp_path):
     makers()["textocr-gpt4v"](tmp_path)
     before = convert("textocr-gpt4v", tmp_path)

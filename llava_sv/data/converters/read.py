@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llava_sv.data.converters.clock import timed, timed_stream
-from llava_sv.data.json_stream import read_members, read_values
+from llava_sv.data.json_stream import beyond_reading, read_members, read_values
 from llava_sv.errors import UserError
 
 ROWS_AT_ONCE = 256
@@ -48,6 +48,8 @@ def document(path: Path) -> Any:
         raise UserError(f"{path}: malformed JSON at line {error.lineno} column {error.colno}: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text (near byte {error.start}); save it as UTF-8") from error
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{path}: malformed JSON: {beyond_reading(error)}") from error
 
 
 @timed_stream
