@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llava_sv.data.converters import CONVERTERS, get_converter
 from llava_sv.data.converters.items import Inputs
-from llava_sv.data.mix_inputs import find, find_files, missing_lines
+from llava_sv.data.mix_inputs import find, find_files, missing_lines, told
+from llava_sv.data.plain_yaml import parse_yaml
 from llava_sv.data.recipes import Entry, find_source
 from llava_sv.data.records import check_record
 from llava_sv.data.sources import Source, source_of
@@ -48,15 +47,31 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     root = Path(args.root)
     inputs = _inputs(args, root)
-    problems: list[str] = []
+    problems = _Problems(args.max_problems)
     output = Path(args.output)
-    count = _write(output, _records(inputs, problems))
-    for problem in problems[: args.max_problems]:
+    try:
+        count = _write(output, _records(inputs, problems))
+    except OSError as error:
+        raise UserError(f"{told(error)}; {output} is as it was before") from error
+    for problem in problems.first:
         print(problem)
-    if len(problems) > args.max_problems:
-        print(f"... and {len(problems) - args.max_problems} more (--max-problems {len(problems)} lists all)")
-    print(f"{output}: {count:,} records, {len(problems):,} problem{'' if len(problems) == 1 else 's'}")
+    if problems.count > args.max_problems:
+        print(f"... and {problems.count - args.max_problems} more (--max-problems {problems.count} lists all)")
+    print(f"{output}: {count:,} records, {problems.count:,} problem{'' if problems.count == 1 else 's'}")
     return 0
+
+
+class _Problems:
+    """Counted, and the first ones kept."""
+
+    def __init__(self, kept: int) -> None:
+        self.kept, self.count = kept, 0
+        self.first: list[str] = []
+
+    def add(self, problem: str) -> None:
+        self.count += 1
+        if len(self.first) < self.kept:
+            self.first.append(problem)
 
 
 def _inputs(args: argparse.Namespace, root: Path) -> Inputs:
@@ -72,16 +87,13 @@ def _inputs(args: argparse.Namespace, root: Path) -> Inputs:
         return Inputs(found.source, root, found.files)
     if args.converter not in CONVERTERS:
         get_converter(args.converter)
-    try:
-        options = yaml.safe_load(args.options)
-    except yaml.YAMLError as error:
-        raise UserError(f"--options {args.options!r}: not plain YAML") from error
+    options = parse_yaml(args.options, f"--options {args.options!r}")
     patterns = [_below(path, root) for path in args.annotations]
     if not patterns:
         raise UserError("--converter needs --annotations: the files to convert")
     given: dict[str, Any] = dict(converter=args.converter, images=_below(args.images, root), annotations=patterns)
     source: Source = source_of(
-        "own", "own", {**given, "options": options, "title": "-", "home": "-", "licence": "-"}, ""
+        "own", "own", {**given, "options": options, "title": "-", "home": "-", "licence": "-"}, "data convert"
     )
     files, missing = find_files(source.annotations, root)
     if missing:
@@ -94,6 +106,8 @@ def _below(path: str, root: Path) -> str:
     if not path:
         return path
     absolute, top = os.path.abspath(path), os.path.abspath(root)
+    if absolute == top:
+        return ""
     if absolute.startswith(top + os.sep):
         return os.path.relpath(absolute, top)
     if os.path.isabs(path):
@@ -101,16 +115,16 @@ def _below(path: str, root: Path) -> str:
     return path
 
 
-def _records(inputs: Inputs, problems: list[str]) -> Iterator[dict[str, Any]]:
-    """The source's good records; the others' problems are added to the list."""
+def _records(inputs: Inputs, problems: _Problems) -> Iterator[dict[str, Any]]:
+    """The source's good records; the others' problems are added to the rest."""
     for item in get_converter(inputs.source.converter)(inputs):
         if item.record is None:
-            problems.append(f"{item.where}: {item.problem}")
+            problems.add(f"{item.where}: {item.problem}")
             continue
         try:
             check_record(item.record, item.where)
         except UserError as error:
-            problems.append(str(error))
+            problems.add(str(error))
             continue
         yield item.record
 

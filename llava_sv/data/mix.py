@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from llava_sv.data.mix_inputs import Found, find, missing_lines, table
+from llava_sv.data.mix_inputs import Found, find, missing_lines, table, told
 from llava_sv.data.mix_manifest import LeftOut, described, manifest, summary
 from llava_sv.data.mix_merge import choose, write_index
 from llava_sv.data.mix_parts import Part, PartJob, part_of
@@ -73,14 +73,21 @@ def main(argv: list[str]) -> int:
             write_json(args.json, [described(each.entry) | more for each, more in zip(found, listed)])
         return 0
     plan = _plan(args, recipe, root, found)
-    plan.output.mkdir(parents=True, exist_ok=True)
     try:
+        plan.output.mkdir(parents=True, exist_ok=True)
         with FileLock(plan.output / ".lock", timeout=0):
             made = _run(plan, args.workers)
+        if args.json:
+            write_json(args.json, made)
     except Timeout as error:
         raise UserError(f"{plan.output}: another data mix is writing there; wait for it, or give --output") from error
-    if args.json:
-        write_json(args.json, made)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"{told(error)}; what was made stays, so make room or mend it and run the same command again (it writes to "
+            f"{plan.output}; --output names another folder)"
+        ) from error
     return 0
 
 
@@ -163,9 +170,9 @@ def _run(plan: Plan, workers: int | None) -> dict[str, Any]:
 
 
 def _whole(job: PartJob, key: str) -> Part:
-    part = part_of(job, key)
+    part = part_of(job, key, look=False)
     if part is None:
-        raise UserError(f"{job.found.source.name}: its pictures or files changed while they were read; run it again")
+        raise UserError(f"{job.found.source.name}: its part in {job.folder} is gone already; run it again")
     return part
 
 
@@ -228,7 +235,7 @@ def _finished(plan: Plan) -> dict[str, Any] | None:
             return None
         made = json.loads((plan.output / MANIFEST).read_text(encoding="utf-8"))
         return {**made, "timings": json.loads((plan.output / TIMINGS).read_text(encoding="utf-8")), "unchanged": True}
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return None
 
 

@@ -29,14 +29,19 @@ class Found:
 
 
 def find_files(patterns: Sequence[str], root: Path) -> tuple[list[Path], list[str]]:
-    """(files that the patterns match below `root`, patterns that match none)."""
+    """(files that the patterns match below `root`, what is missing: patterns that match none, links that lead nowhere).
+    A file whose name is the pattern itself, brackets and all, is what is meant by it."""
     found: dict[Path, None] = {}
     missing = []
     for pattern in patterns:
-        names = sorted(glob.glob(pattern, root_dir=root, recursive=True)) if glob.has_magic(pattern) else [pattern]
+        names = [pattern]
+        if glob.has_magic(pattern) and not (root / pattern).is_file():
+            names = sorted(glob.glob(pattern, root_dir=root, recursive=True))
         files = [root / name for name in names if (root / name).is_file()]
-        if not files:
+        broken = [name for name in names if os.path.islink(root / name) and not os.path.exists(root / name)]
+        if not files and not broken:
             missing.append(pattern)
+        missing += broken
         found.update(dict.fromkeys(files))
     return list(found), missing
 
@@ -74,3 +79,9 @@ def table(recipe: Recipe, found: Sequence[Found]) -> list[str]:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     there = sum(not each.missing for each in found)
     return [f"{recipe.name}: {recipe.title}", *lines, f"{there} of {len(found)} sources are there"]
+
+
+def told(error: OSError) -> str:
+    """What the system refused, in a line: a full disk, a folder that cannot be written, a file that cannot be read."""
+    what = error.strerror or str(error)
+    return f"{error.filename}: {what}" if error.filename else what

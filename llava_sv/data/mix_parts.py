@@ -30,12 +30,12 @@ from llava_sv.data.converters.clock import reading_seconds
 from llava_sv.data.converters.items import Inputs, Item
 from llava_sv.data.index_file import LAYOUT, IndexWriter
 from llava_sv.data.mix_inputs import Found
-from llava_sv.data.mix_pictures import Pictures
+from llava_sv.data.mix_pictures import Pictures, folder_state
 from llava_sv.data.records import LlavaRecord, check_record
 from llava_sv.errors import UserError
 from llava_sv.files import replacing, sha256_of, write_json
 
-VERSION = 1
+VERSION = 2
 """Of the three files; a change makes all parts anew."""
 
 ROW = np.dtype([("digest", "S16"), ("id", "<u8")])
@@ -92,18 +92,26 @@ class Part:
     report: dict[str, Any]
 
 
-def part_of(job: PartJob, key: str) -> Part | None:
-    """The part if it is there, whole, and still true: none of the pictures that it missed has appeared since."""
+def part_of(job: PartJob, key: str, look: bool = True) -> Part | None:
+    """The part if it is there, whole, and (look) still true: where it missed pictures, none has been put since."""
     base = job.folder / f"{job.found.source.name}-{key}"
     try:
         report = json.loads(base.with_name(f"{base.name}.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return None
     part = Part(base.with_name(f"{base.name}.arrow"), base.with_name(f"{base.name}.npy"), report)
-    if not (part.records.is_file() and part.rows.is_file()):
+    if _sizes(part.records, part.rows) != report["bytes"]:
         return None
+    if not look:
+        return part
+    changed = any(folder_state(job.root, folder) != state for folder, state in report["missing_folders"].items())
     pictures = Pictures(job.root)
-    return None if any(pictures.has(name) for name in report["missing_names"]) else part
+    return None if changed or any(pictures.has(name) for name in report["missing_names"]) else part
+
+
+def _sizes(*paths: Path) -> list[int]:
+    """Bytes of each; -1 where it is not there."""
+    return [path.stat().st_size if path.is_file() else -1 for path in paths]
 
 
 def make_part(job: PartJob, key: str, progress: Callable[[int], Any] = lambda count: None) -> None:
@@ -118,14 +126,15 @@ def make_part(job: PartJob, key: str, progress: Callable[[int], Any] = lambda co
     with ThreadPoolExecutor(1) as pool:
         sums = pool.submit(file_reports, job)
         made = _Records(job)
-        rows = made.write(base.with_name(f"{base.name}.arrow"), progress)
-        with replacing(base.with_name(f"{base.name}.npy")) as temporary, temporary.open("wb") as file:
+        arrow, array = (base.with_name(f"{base.name}{suffix}") for suffix in (".arrow", ".npy"))
+        rows = made.write(arrow, progress)
+        with replacing(array) as temporary, temporary.open("wb") as file:
             np.save(file, rows)
         read = reading_seconds() - read_before
         files = sums.result()
     converting = made.source_seconds - read
     seconds = {"read": read, "convert": converting, "all": time.perf_counter() - began}
-    write_json(finished, {"files": files, **made.report(), "seconds": seconds})
+    write_json(finished, {"files": files, **made.report(), "bytes": _sizes(arrow, array), "seconds": seconds})
 
 
 def file_reports(job: PartJob) -> list[dict[str, Any]]:
@@ -163,6 +172,7 @@ class _Records:
         self.annotations = self.converted = self.problems = self.missing_pictures = 0
         self.first_problems: list[dict[str, str]] = []
         self.missing_names: list[str] = []
+        self.missing_folders: dict[str, int] = {}
 
     def write(self, path: Path, progress: Callable[[int], Any]) -> np.ndarray:
         """Write the good records to `path`; their digests leave as `ROW`s."""
@@ -176,7 +186,9 @@ class _Records:
                 record = self.good(item)
                 if record is None:
                     continue
-                named = LlavaRecord(f"{source}/{record.id or self.annotations}", record.images, record.turns)
+                identity = record.id or str(self.annotations)
+                identity = identity if identity.startswith(f"{source}/") else f"{source}/{identity}"
+                named = LlavaRecord(identity, record.images, record.turns)
                 try:
                     rows += digest_of(named) + blake2b(named.id.encode(), digest_size=8).digest()
                 except UnicodeEncodeError:
@@ -215,6 +227,7 @@ class _Records:
                 if not self.pictures.has(image):
                     self.missing_pictures += 1
                     self.converted += 1
+                    self.missing_folders.update([self.pictures.state(image)])
                     if len(self.missing_names) < PROBLEMS_KEPT and image not in self.missing_names:
                         self.missing_names.append(image)
                         self.name(item.where, f"record {record.id!r}: no picture {image}")
@@ -240,6 +253,7 @@ class _Records:
             "missing_pictures": self.missing_pictures,
             "first_problems": self.first_problems,
             "missing_names": self.missing_names,
+            "missing_folders": self.missing_folders,
         }
 
 

@@ -21,6 +21,7 @@ class Pictures:
         self._names_held, self._held = names_held, 0
         self._listed: dict[str, frozenset[str]] = {}
         self._forgotten: set[str] = set()
+        self._states: dict[str, int] = {}
 
     def has(self, ref: str) -> bool:
         """Whether the file, or the container that `ref` names a member of, is there."""
@@ -32,9 +33,16 @@ class Pictures:
             names = self._list(folder)
         return name in names
 
+    def state(self, ref: str) -> tuple[str, int]:
+        """The folder of a picture that was asked about, and the folder's state before it was listed."""
+        folder = ref.partition(SEPARATOR)[0].rpartition("/")[0]
+        return folder, self._states.get(folder, 0)
+
     def _list(self, folder: str) -> frozenset[str]:
+        self._states[folder] = folder_state(self.root, folder)
         try:
-            names = frozenset(os.listdir(self.root / folder))
+            with os.scandir(self.root / folder) as entries:
+                names = frozenset(each.name for each in entries if not each.is_symlink() or os.path.exists(each))
         except (FileNotFoundError, NotADirectoryError):
             names = frozenset()
         self._held += len(names) + 1
@@ -44,3 +52,12 @@ class Pictures:
             self._forgotten.add(oldest)
         self._listed[folder] = names
         return names
+
+
+def folder_state(root: Path, folder: str) -> int:
+    """A number that changes when a file is put into the folder: the nanosecond of its last change, 0 where it is not
+    there."""
+    try:
+        return os.stat(root / folder).st_mtime_ns
+    except OSError:
+        return 0

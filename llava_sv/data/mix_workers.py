@@ -15,11 +15,14 @@ from typing import Any
 import pyarrow as pa
 from tqdm import tqdm
 
+from llava_sv.data.mix_inputs import told
 from llava_sv.data.mix_parts import PartJob, make_part
 from llava_sv.data.pool import end_with, forking
 from llava_sv.errors import UserError
 
 QUIET_BYTES = 1 << 24
+LONGEST_MESSAGE = 8000
+"""Characters; a pipe holds so many without anyone reading."""
 
 
 def make_parts(todo: list[tuple[PartJob, str]], workers: int) -> None:
@@ -100,9 +103,11 @@ def _attempt(job: PartJob, key: str, progress: Any) -> list[tuple[str, str, bool
     try:
         make_part(job, key, progress)
     except UserError as error:
-        return [(job.found.source.name, str(error), True)]
+        return [(job.found.source.name, str(error)[:LONGEST_MESSAGE], True)]
+    except OSError as error:
+        return [(job.found.source.name, told(error), True)]
     except Exception:
-        return [(job.found.source.name, traceback.format_exc(), False)]
+        return [(job.found.source.name, traceback.format_exc()[-LONGEST_MESSAGE:], False)]
     return []
 
 

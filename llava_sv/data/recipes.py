@@ -24,7 +24,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llava_sv.data.sources import CATALOGUE, Source, catalogue, read_yaml, source_of
+from llava_sv.data.plain_yaml import read_yaml
+from llava_sv.data.sources import CATALOGUE, Source, catalogue, source_of
 from llava_sv.errors import UserError
 
 RECIPES = CATALOGUE.parent
@@ -139,7 +140,7 @@ def _entry(given: Any, where: str) -> Entry:
         raise UserError(f"{where}: source {source.name!r} has both 'take' and 'weight'; give one of them")
     count, take = _whole(given, "count", where), _whole(given, "take", where)
     weight = given.get("weight")
-    if weight is not None and not (isinstance(weight, int | float) and 0 < weight < float("inf")):
+    if weight is not None and not (type(weight) in (int, float) and 0 < weight < 1e100):
         raise UserError(f"{where}: field 'weight' is {weight!r}; expected a number above 0")
     wanted = None if weight is not None else take if take is not None else count
     return Entry(source, count, wanted, weight)

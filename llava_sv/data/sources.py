@@ -22,8 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from llava_sv.data.plain_yaml import read_yaml
 from llava_sv.errors import UserError
 
 CATALOGUE = Path(__file__).parent / "mixtures" / "sources"
@@ -45,19 +44,6 @@ class Source:
     options: dict[str, Any] = field(default_factory=dict)
     contaminates: tuple[str, ...] = ()
     notes: str = ""
-
-
-def read_yaml(path: Path) -> Any:
-    """A YAML file's plain values. `UserError` for one that cannot be read or that constructs objects."""
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"no such file: {path}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}" if mark is None else f"{path} line {mark.line + 1} column {mark.column + 1}"
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where}: not plain YAML: {problem}") from error
 
 
 def source_of(name: str, group: str, given: Any, where: str) -> Source:

@@ -62,6 +62,23 @@ def test_paths_from_here_on_are_understood(tmp_path, monkeypatch):
     assert [each["image"] for each in run(tmp_path, *argv)] == ["a/pictures/p.png"] * 2
 
 
+def test_the_root_itself_as_the_pictures_folder(tmp_path, monkeypatch):
+    source(tmp_path / "root", "a", [record(0, "a/pictures/p.png")])
+    monkeypatch.chdir(tmp_path)
+    made = run(tmp_path, *OWN[:4], "--images", "root")
+    assert [each["image"] for each in made] == ["a/pictures/p.png"]
+
+
+def test_an_output_that_cannot_be_written(tmp_path, capsys):
+    source(tmp_path / "root", "a", many("a", 1))
+    (tmp_path / "out.json").mkdir()
+    argv = ["data", "convert", "--root", str(tmp_path / "root"), "--output", str(tmp_path / "out.json"), *OWN]
+    assert cli.main(argv) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.endswith(f": Is a directory; {tmp_path / 'out.json'} is as it was before\n")
+
+
 def test_options_of_the_converter(tmp_path):
     given = [{"id": 0, "pic": "p.png", "conversations": record(0)["conversations"]}]
     source(tmp_path / "root", "a", given)
@@ -87,8 +104,8 @@ def test_only_the_first_problems_are_listed(tmp_path, capsys):
         (["--converter", "llava_json", "--annotations", "no.json"], "no such file: "),
         (["--converter", "llava_json", "--annotations", "../x.json"], "path '../x.json' leaves the data folder"),
         (["--converter", "llava_json", "--annotations", "/etc/x.json"], "/etc/x.json: lies outside of --root "),
-        ([*OWN, "--options", "{a: ["], "--options '{a: [': not plain YAML"),
-        ([*OWN, "--options", "!!python/name:os.system"], "--options '!!python/name:os.system': not plain YAML"),
+        ([*OWN, "--options", "{a: ["], "--options '{a: [' line 1 column 6: not plain YAML"),
+        ([*OWN, "--options", "!!python/name:os.system"], "os.system' line 1 column 1: not plain YAML: could"),
         ([*OWN, "--options", "3"], "field 'options' is 3; expected a mapping"),
     ],
 )

@@ -97,12 +97,6 @@ JSON_DAMAGE = {
 PARQUET_DAMAGE = {
     "mathverse": ("MathVerse/testmini.parquet", "answer", "row 1", "has no answer"),
     "geo170k": ("Geo170K/data/qa_tuning-00000-of-00001.parquet", "conversations", "row 0", "holds no turns"),
-    "textocr-gpt4v": (
-        "textocr-gpt4v/data/train-00000-of-00001.parquet",
-        "caption_condensed",
-        "row 1",
-        "has no answer",
-    ),
     "chrome-writing": (f"{ONEVISION}/chrome_writting/train-00000-of-00001.parquet", "image", "row 1", "has no picture"),
     "k12-printing": (
         f"{ONEVISION}/k12_printing/train-00000-of-00001.parquet",
@@ -124,7 +118,7 @@ TEXT_DAMAGE = {
         "line 2: expected an outline",
     ),
 }
-OTHERWISE = {"arxivqa", "synthtext", "ai2d", "plotqa"}
+OTHERWISE = {"arxivqa", "synthtext", "ai2d", "plotqa", "textocr-gpt4v"}
 """They have tests of their own."""
 
 
@@ -155,6 +149,30 @@ def test_damaged_json_entry(name, tmp_path):
     assert str(tmp_path / file) in item.where
     assert where in item.where
     assert problem in item.problem
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("[" * 100_000, "nested too deeply"), ('{"x": ' + "9" * 5000 + "}", "a number of too many digits")],
+)
+def test_a_document_beyond_reading_is_refused_in_a_line(text, says, tmp_path):
+    makers()["coco-text"](tmp_path)
+    path = tmp_path / "cocotext/cocotext.v2.json"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        convert("coco-text", tmp_path)
+    assert str(caught.value) == f"{path}: malformed JSON: {says}"
+
+
+def test_damaged_line(tmp_path):
+    makers()["textocr-gpt4v"](tmp_path)
+    before = convert("textocr-gpt4v", tmp_path)
+    path = tmp_path / "textocr-gpt4v/train.jsonl"
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    lines[1]["caption_condensed"] = ""
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    item = only_problem(before, convert("textocr-gpt4v", tmp_path))
+    assert (item.where, item.problem) == (f"{path} line 2 entry 1", "has no answer")
 
 
 @pytest.mark.parametrize("name", PARQUET_DAMAGE)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llava_sv.data.records import check_record
+from llava_sv.errors import UserError
 from tests.data.converting import convert, record, records, refusal, sample
 from tests.data.trees import caption, instruction
 from tests.data.trees.files import save_json, save_jsonl
@@ -156,11 +159,7 @@ def test_several_pictures(tmp_path: Path) -> None:
         ({"id": "x", "conversations": [{"from": "robot", "value": "hi"}]}, "turn 0 has unknown speaker 'robot'"),
         ({"id": "x", "conversations": [{"text": "hi"}]}, "turn 0 is neither"),
         ({"id": "x", "conversations": [{"from": "human", "value": None}]}, "turn 0 is NoneType"),
-        ({"id": "x", "conversations": turns("Q")}, "no question with an answer"),
-        ({"id": "x", "conversations": turns("<image> Q", "A")}, "0 images in field 'image' but 1 <image>"),
         ({"id": "x", "image": ["a", 3], "conversations": turns("Q", "A")}, "an image's name is int"),
-        ({"id": "x", "image": "../a.jpg", "conversations": turns("Q", "A")}, "climbs out of the image folder"),
-        ({"id": "x", "image": "/a.jpg", "conversations": turns("Q", "A")}, "is an absolute path"),
     ],
 )
 def test_damaged_entries_are_named_and_the_rest_goes_on(entry: Any, says: str, tmp_path: Path) -> None:
@@ -170,6 +169,23 @@ def test_damaged_entries_are_named_and_the_rest_goes_on(entry: Any, says: str, t
     assert wrong.where == f"{path} line 1 entry 0"
     assert says in wrong.problem
     assert right.record == {"id": "y", "conversations": turns("Q", "A")}
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ({"id": "x", "conversations": turns("Q")}, "no question with an answer"),
+        ({"id": "x", "conversations": turns("<image> Q", "A")}, "0 images in field 'image' but 1 <image>"),
+        ({"id": "x", "image": "../a.jpg", "conversations": turns("Q", "A")}, "climbs out of the image folder"),
+        ({"id": "x", "image": "/a.jpg", "conversations": turns("Q", "A")}, "is an absolute path"),
+    ],
+)
+def test_the_check_of_all_records_finds_the_rest(entry: Any, says: str, tmp_path: Path) -> None:
+    """The converter leaves to `check_record` what that looks at: each record is checked once."""
+    svit(tmp_path, entry)
+    (item,) = convert("svit", tmp_path)
+    with pytest.raises(UserError, match=re.escape(says)):
+        check_record(item.record, item.where)
 
 
 def test_damaged_label_files_are_named(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def test_contamination_is_marked():
         "scienceqa": ("scienceqa",),
         "sketchy-vqa": ("sketchy-vqa",),
         "squad": ("squad",),
+        "textocr-gpt4v": ("textvqa",),
     }
 
 
@@ -118,8 +119,8 @@ RECORDS = {
         "BASIL\nLEAVES",
     ),
     "textocr-gpt4v": record(
-        "textocr-gpt4v/train_images/0a2c.jpg",
-        "textocr-gpt4v/data/train-00000-of-00001.parquet::image/1",
+        "textocr-gpt4v/0a2c",
+        "textvqa/train_images/0a2c.jpg",
         "<image>\nDescribe the image in detail.",
         "A sign says 'OPEN'. It is 0a2c.",
     ),

@@ -102,6 +102,20 @@ def test_label_is_read_by_letter_or_words(label, index):
     assert label_of(label, ["A) one", "B) two"], ["one", "two"]) == index
 
 
+@pytest.mark.parametrize(("label", "index"), [("C", 1), ("B", 0), ("(D)", 2), ("C) two", 1)])
+def test_options_lettered_in_another_way_are_meant_by_their_letters(label, index):
+    options = ["B) one", "C) two", "D) three"]
+    assert label_of(label, options, options_of(options)) == index
+
+
+@pytest.mark.parametrize(
+    ("label", "options"), [("A", ["B) one", "C) two"]), ("B", ["A) one", "B) two", "B) three"]), ("C", ["one", "two"])]
+)
+def test_a_letter_that_means_none_or_two_is_refused(label, options):
+    with pytest.raises(ValueError, match=f"label '{label}' is none of the"):
+        label_of(label, options, options_of(options))
+
+
 def test_arxivqa_entries_without_a_choice(tmp_path):
     makers()["arxivqa"](tmp_path)
     path = tmp_path / "ArxivQA/arxivqa.jsonl"

@@ -198,6 +198,15 @@ def test_crepe(tmp_path: Path) -> None:
     assert records("crepe", tmp_path) == found
 
 
+def test_crepe_offers_no_caption_twice(tmp_path: Path) -> None:
+    vg_pictures(tmp_path)
+    path = tmp_path / "crepe/prod_hard_negatives/atom/prod_vg_hard_negs_atom_complexity_4.csv"
+    vqa.save_rows(path, [{"image_id": 1, **vqa.BOX, "caption": "a", "hard_negs": "['b', 'b ', 'b', 'c', 'a']"}])
+    (one,) = records("crepe", tmp_path)
+    lines = one["conversations"][0]["value"].splitlines()
+    assert sorted(line[3:] for line in lines[2:-1]) == ["a", "b", "c"]
+
+
 def test_crepe_rows_that_are_wrong_are_named(tmp_path: Path) -> None:
     vg_pictures(tmp_path)
     path = tmp_path / "crepe/prod_hard_negatives/atom/prod_vg_hard_negs_atom_complexity_4.csv"

@@ -149,6 +149,9 @@ def test_pictures(tmp_path, entry, image, references):
         ({"i": "a.png", "q": ["Who?", "Why?"], "a": ["x"]}, "2 questions in 'q' but 1 answers"),
         ({"i": "a.png", "q": [], "a": []}, "holds no question with an answer"),
         ({"i": "a.png", "q": ["Who?"], "a": [""]}, "question 0: has no answer"),
+        ({"i": "a.png", "q": " ", "a": "x"}, "has no question"),
+        ({"i": "a.png", "q": "<image>", "a": "x"}, "has no question"),
+        ({"i": "a.png", "q": "Why?", "a": "<image>"}, "has no answer"),
     ],
 )
 def test_wrong_entries(tmp_path, entry, says):

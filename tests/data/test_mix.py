@@ -16,6 +16,7 @@ from llava_sv.data import mix, mix_parts
 from llava_sv.data.index import open_records
 from llava_sv.data.mix_parts import digest_of
 from llava_sv.data.records import check_record
+from llava_sv.errors import UserError
 from tests.data.mix_samples import many, recipe, record, source
 
 
@@ -159,6 +160,12 @@ def test_ids_are_unique(root, tmp_path):
     assert [each.id for each in open_records(folder)] == ["a/x", "a/x#2", "a/x#3", "a/a-3"]
 
 
+def test_a_source_that_names_itself_in_its_ids_is_named_once(root, tmp_path):
+    given = [record("a/7"), record("7", question="Why?"), record("b/7", question="How?")]
+    folder = run(recipe(tmp_path / "r.yaml", source(root, "a", given)), root)
+    assert [each.id for each in open_records(folder)] == ["a/7", "a/7#2", "a/b/7"]
+
+
 def test_a_limit_for_a_try(root, tmp_path):
     path = recipe(tmp_path / "r.yaml", *(source(root, name, many(name, 9)) for name in "ab"))
     folder = run(path, root, "--limit", "2")
@@ -183,6 +190,22 @@ def test_all_that_is_missing_is_named_at_once_before_any_work(root, tmp_path, ca
         "error: 3 of 4 sources of r are missing (named above); put them there, or go on without them: --allow-missing"
     )
     assert not (root / "mixtures").exists()
+
+
+def test_a_link_that_leads_nowhere_is_missing_among_others_that_do_not(root, tmp_path, capsys):
+    lines = {**source(root, "a", many("a", 3)), "annotations": "a/*.json"}
+    (root / "a/b.json").symlink_to(tmp_path / "unmounted.json")
+    path = recipe(tmp_path / "r.yaml", lines)
+    run(path, root, code=2)
+    assert f"a: no {root}/a/b.json; " in capsys.readouterr().err
+    (tmp_path / "unmounted.json").write_text(json.dumps(many("b", 2)))
+    assert manifest(run(path, root))["records"] == 5
+
+
+def test_a_file_with_brackets_in_its_name(root, tmp_path):
+    lines = {**source(root, "a", many("a", 3)), "annotations": "a/chats [1].json"}
+    (root / "a/a.json").rename(root / "a/chats [1].json")
+    assert manifest(run(recipe(tmp_path / "r.yaml", lines), root))["records"] == 3
 
 
 def test_going_on_without_what_is_missing(root, tmp_path, capsys):
@@ -291,6 +314,73 @@ def test_whatever_changes_is_noticed(root, tmp_path, capsys, change):
     if change == "picture":
         assert made["totals"]["missing_pictures"] == 0
         assert made["totals"]["not_sampled"] == 1
+
+
+def test_pictures_that_come_late_are_found_however_many_were_missing(root, tmp_path):
+    """The report names the first 50; the one that comes is not among them."""
+    lines = source(root, "a", [record(number, f"{number}.png", f"{number}?") for number in range(80)] + many("a", 3))
+    path = recipe(tmp_path / "r.yaml", lines)
+    assert manifest(run(path, root))["totals"]["missing_pictures"] == 80
+    (root / "a/pictures/70.png").write_bytes(b"here now")
+    assert manifest(run(path, root))["totals"]["missing_pictures"] == 79
+
+
+@pytest.mark.parametrize("suffix", ["arrow", "npy", "json"])
+def test_a_part_that_is_cut_off_is_made_again(root, tmp_path, suffix):
+    path = recipe(tmp_path / "r.yaml", source(root, "a", many("a", 30)))
+    folder = run(path, root)
+    whole = (folder / "index.arrow").read_bytes()
+    (part,) = (folder / "parts").glob(f"*.{suffix}")
+    part.write_bytes(part.read_bytes()[:100])
+    (folder / "state.json").write_bytes(b"\xff\xfe")
+    run(path, root)
+    assert (folder / "index.arrow").read_bytes() == whole
+
+
+def test_an_output_that_cannot_be_written(root, tmp_path, capsys):
+    path = recipe(tmp_path / "r.yaml", source(root, "a", many("a", 3)))
+    (tmp_path / "file").write_text("in the way")
+    run(path, root, "--output", str(tmp_path / "file"), code=2)
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path / 'file'}: File exists; ")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits files as POSIX systems do")
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_disk_that_is_full_is_said_in_a_line_and_nothing_is_lost(root, tmp_path, workers):
+    """A limit on files' size stands in for the disk: the system refuses to write on in the same way."""
+    path = recipe(
+        tmp_path / "r.yaml", *(source(root, name, many(name, count)) for name, count in (("a", 3), ("b", 900)))
+    )
+    command = ["data", "mix", str(path), "--root", str(root), "--workers", workers]
+    limited = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "from llava_sv.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", limited, *command], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: source 'b': File too large\n"
+    folder = root / "mixtures/r"
+    assert {each.name.split("-")[0] for each in (folder / "parts").iterdir()} == {"a"}
+    assert manifest(run(path, root))["records"] == 903
+    assert json.loads((folder / "timings.json").read_text())["converted_sources"] == 1
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_very_long_message_does_not_stop_the_others(root, tmp_path, capsys, monkeypatch, workers):
+    def refuses(job, key, progress):
+        if job.found.source.name == "b":
+            raise UserError("long " * 100_000)
+        return real(job, key, progress)
+
+    real = mix_parts.make_part
+    monkeypatch.setattr("llava_sv.data.mix_workers.make_part", refuses)
+    path = recipe(tmp_path / "r.yaml", *(source(root, name, many(name, 5)) for name in "abc"))
+    run(path, root, "--workers", workers, code=2)
+    assert "error: source 'b': long long" in capsys.readouterr().err
 
 
 def test_one_mix_at_a_time(root, tmp_path, capsys):

@@ -17,8 +17,14 @@ def test_the_answers_are_the_file_systems(tmp_path, names_held):
     for name in random_.sample(names, 12):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
+    for name, target in (("a/link.png", tmp_path / names[0]), ("a/broken.png", tmp_path / "unmounted")):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(target)
+        names.append(name)
+    (tmp_path / names[0]).write_bytes(b"")
     pictures = Pictures(tmp_path, names_held)
     asked = [random_.choice([*names, "nowhere/0.png", "a/b/c/0.png"]) for _ in range(300)]
+    asked += ["a/link.png", "a/broken.png"]
     answers = [pictures.has(name) for name in asked]
     assert answers == [(tmp_path / name).is_file() for name in asked]
     assert True in answers
@@ -37,8 +43,8 @@ def test_a_folder_is_listed_once(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "0.png").write_bytes(b"")
     listed = []
-    real = os.listdir
-    monkeypatch.setattr(os, "listdir", lambda path: listed.append(os.path.basename(path)) or real(path))
+    real = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(os.path.basename(path)) or real(path))
     pictures = Pictures(tmp_path)
     assert all(pictures.has(f"{folder}/0.png") for folder in "abab")
     assert listed == ["a", "b"]

@@ -126,6 +126,8 @@ def test_a_source_of_ones_own(tmp_path):
         ([{"source": "ai2d", "count": "many"}], {}, r"sources\[0\]: field 'count' is 'many'; expected a whole number"),
         ([{"source": "ai2d", "take": 1, "weight": 1}], {}, r"'ai2d' has both 'take' and 'weight'; give one of them"),
         ([{"source": "ai2d", "weight": 0}], {"size": 9}, r"field 'weight' is 0; expected a number above 0"),
+        ([{"source": "ai2d", "weight": True}], {"size": 9}, r"field 'weight' is True; expected a number above 0"),
+        ([{"source": "ai2d", "weight": 1e308}], {"size": 9}, r"field 'weight' is 1e\+308; expected a number above 0"),
         ([{"source": "ai2d", "weight": 1}], {}, r"r\.yaml: has weights, which share the mixture's 'size': give it"),
         ([{"source": "ai2d", "weight": 1}, {"source": "tqa"}], {"size": 9}, r"source 'tqa' is taken whole, which"),
         ([{"source": "ai2d", "weight": 1}, {"source": "tqa", "take": 10}], {"size": 9}, r"are 1 more than 'size': 9"),

@@ -46,11 +46,16 @@ def options_of(options: Any) -> list[str]:
 def label_of(label: Any, options: list[str], texts: list[str]) -> int:
     """The index of the option that the label means."""
     label = label.strip()
-    for known in ([option.strip() for option in options if option.strip(" -")], texts):
+    given = [option.strip() for option in options if option.strip(" -")]
+    for known in (given, texts):
         if label in known:
             return known.index(label)
     match = _LETTER.match(label)
     letters = {match[1]} if match is not None else set(re.findall(r"\b[A-Z]\b", label))
-    if len(letters) == 1 and (index := string.ascii_uppercase.index(letters.pop())) < len(texts):
-        return index
+    # options that have letters of their own, though not A, B, C, ..., are meant by these
+    own = [found[1] for option in given if (found := _LETTER.match(option))]
+    if len(own) < len(given):
+        own = list(string.ascii_uppercase[: len(texts)])
+    if len(letters) == 1 and own.count(letter := letters.pop()) == 1:
+        return own.index(letter)
     raise ValueError(f"label {label!r} is none of the {len(texts)} options")

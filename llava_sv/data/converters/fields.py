@@ -35,6 +35,7 @@ from dataclasses import MISSING, dataclass, field
 from functools import partial
 from typing import Any
 
+from llava_sv.constants import DEFAULT_IMAGE_TOKEN
 from llava_sv.data.converters import prompts
 from llava_sv.data.converters.items import Inputs, Item, conversation
 from llava_sv.data.converters.values import (
@@ -168,9 +169,11 @@ class Fields:
 
     def _finished(self, question: Any, answer: Any) -> Exchange:
         question, answer = text_of(question), "" if answer is None else text_of(answer)
-        for mark in self.strip:
+        for mark in (*self.strip, DEFAULT_IMAGE_TOKEN):
             question, answer = question.replace(mark, ""), answer.replace(mark, "")
         answer = answer.strip()
+        if self.question and not question.strip():
+            raise EntryError("has no question")
         answer = self.words.get(answer, answer) or self.no_answer
         if not answer:
             raise EntryError("has no answer")

@@ -21,7 +21,6 @@ from llava_sv.constants import DEFAULT_IMAGE_TOKEN
 from llava_sv.data.converters.attempt import attempt
 from llava_sv.data.converters.field_files import numbered
 from llava_sv.data.converters.items import Inputs, Item
-from llava_sv.data.records import check_record
 
 ROLES = {
     "human": "human",
@@ -42,10 +41,10 @@ def llava_json(inputs: Inputs) -> Iterator[Item]:
     """One record an entry."""
     for path in inputs.files:
         for number, (where, entry) in enumerate(numbered(path)):
-            yield attempt(where, _record, inputs, entry, where, f"{path.stem}-{number}")
+            yield attempt(where, _record, inputs, entry, f"{path.stem}-{number}")
 
 
-def _record(inputs: Inputs, entry: Any, where: str, otherwise: str) -> dict[str, Any]:
+def _record(inputs: Inputs, entry: Any, otherwise: str) -> dict[str, Any]:
     if not isinstance(entry, dict):
         raise ValueError(f"is {type(entry).__name__}, expected an object with a conversation")
     turns = human_and_gpt(entry[inputs.option("conversations", "conversations")])
@@ -61,7 +60,6 @@ def _record(inputs: Inputs, entry: Any, where: str, otherwise: str) -> dict[str,
     if images:
         record["image"] = images[0] if len(images) == 1 else images
     record["conversations"] = turns
-    check_record(record, where)
     return record
 
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from llava_sv.data.containers import arrow_reader
 from llava_sv.data.converters.clock import timed, timed_stream
-from llava_sv.data.json_stream import read_members, read_values
+from llava_sv.data.json_stream import beyond_reading, read_members, read_values
 from llava_sv.errors import UserError, in_words
 
 ROWS_AT_ONCE = 256
@@ -47,10 +47,13 @@ def elements(path: Path, key: str) -> Iterator[tuple[str, int, Any]]:
 @timed
 def document(path: Path) -> Any:
     """A whole JSON file's value, for formats that are one object (COCO, VQAv2, SQuAD)."""
+    words = _text(path)
     try:
-        return json.loads(_text(path))
+        return json.loads(words)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: malformed JSON at line {error.lineno} column {error.colno}: {error.msg}") from error
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{path}: malformed JSON: {beyond_reading(error)}") from error
 
 
 @timed

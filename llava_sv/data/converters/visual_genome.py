@@ -76,7 +76,7 @@ def _choice(inputs: Inputs, pictures: dict[int, Picture], row: dict[str, str], i
         wrong = ast.literal_eval(row["hard_negs"])
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"field 'hard_negs' is no list of captions ({error.__class__.__name__})") from error
-    wrong = [str(one) for one in wrong if str(one).strip() and str(one).strip() != caption]
+    wrong = [one for one in dict.fromkeys(str(one).strip() for one in wrong) if one not in ("", caption)]
     if not wrong:
         raise ValueError("field 'hard_negs' is empty")
     wrong = sorted(wrong, key=lambda one: _hash(identity, one))[: inputs.option("negatives", 3)]

@@ -158,7 +158,7 @@ def volcano(root: Path) -> int:
         {"id": "v2", "image": image, "conversations": turns(f"{revise}\n<image>", "A red hat.", "Sure?", "Yes.")},
         {"id": "v3", "conversations": turns("What is 2 + 2?", "4")},
     ]
-    save_json(root / "volcano/volcano_train.json", entries)
+    save_json(root / "volcano/volcano-train.json", entries)
     return 3
 
 

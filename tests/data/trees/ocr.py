@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.data.trees.files import save_json, save_picture
+from tests.data.trees.files import save_json, save_jsonl, save_picture
 from tests.data.trees.layouts import pixels, save_parquet
 from tests.data.trees.math import said
 
@@ -155,18 +155,21 @@ def st_vqa(root: Path) -> int:
 
 
 def textocr_gpt4v(root: Path) -> int:
+    names = ("0a1b", "0a2c", "0a3d")
     rows = [
         {
-            "image": pixels(f"{name}.jpg"),
-            "filename": f"train_images/{name}.jpg",
+            "filename": f"{name}.jpg",
+            "caption": f"DESCRIPTION\nA sign, {name}.\n\nTEXT\nOPEN",
             "caption_image": f"A sign, {name}.",
             "caption_text": "OPEN",
             "caption_condensed": f"A sign says 'OPEN'. It is {name}.",
         }
-        for name in ("0a1b", "0a2c", "0a3d")
+        for name in names
     ]
-    save_parquet(root / "textocr-gpt4v/data/train-00000-of-00001.parquet", rows)
-    return 3
+    save_jsonl(root / "textocr-gpt4v/train.jsonl", rows)
+    for name in names:
+        save_picture(root / f"textvqa/train_images/{name}.jpg")
+    return len(rows)
 
 
 def _conversations(folder: Path, asked: list[tuple[str, str, str]]) -> int:
