@@ -37,6 +37,9 @@ BLOCK = 512
 MOST_BYTES = 1 << 30
 """A zip's member that would unpack to more is not unpacked."""
 
+PIECE = 1 << 20
+"""Bytes that are unpacked at a time."""
+
 
 class NotThere(UserError):
     """A member or row that its container does not have."""
@@ -180,6 +183,9 @@ class Tar:
 
     def read(self, offset: int, size: int) -> bytes:
         """`size` bytes from `offset` on; `UserError` where the file ends before."""
+        total = os.fstat(self.descriptor).st_size
+        if offset + size > total:  # before memory is taken for it
+            raise UserError(f"{self.path}: is cut off at byte {total:,}; get the file again")
         data = os.pread(self.descriptor, size, offset)
         while data and len(data) < size:  # one call reads at most 2 GiB, and less from some file systems
             more = os.pread(self.descriptor, size - len(data), offset + len(data))
@@ -193,6 +199,34 @@ class Tar:
     def open(self, offset: int, size: int) -> BinaryIO:
         """Those bytes as a file, of which only what is read is fetched."""
         return io.BufferedReader(_Span(self, offset, size))
+
+
+class _Inflated(io.RawIOBase):
+    """A zip's member, unpacked a piece at a time: asked for all at once, `zipfile` unpacks up to 2 GiB before it looks
+    at how much the archive says there is."""
+
+    def __init__(self, member: Any) -> None:
+        self._member = member
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return bool(self._member.seekable())
+
+    def tell(self) -> int:
+        return int(self._member.tell())
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self._member.seek(offset, whence))
+
+    def readinto(self, buffer: Any) -> int:
+        found = self._member.read(len(buffer))
+        buffer[: len(found)] = found
+        return len(found)
+
+    def readall(self) -> bytes:
+        return b"".join(iter(lambda: self._member.read(PIECE), b""))
 
 
 class Zip:
@@ -215,7 +249,9 @@ class Zip:
             raise UserError(f"{self.path}: member {name!r} is encrypted; unpack the zip yourself")
         if info.file_size > MOST_BYTES:
             raise UserError(f"{self.path}: member {name!r} unpacks to {info.file_size:,} bytes: no picture, left alone")
-        return self._zip.open(info)  # type: ignore[return-value]
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise UserError(f"{self.path}: member {name!r} is packed neither stored nor deflated; pack the zip again")
+        return io.BufferedReader(_Inflated(self._zip.open(info)))
 
 
 def open_parquet(path: Path) -> Any:
