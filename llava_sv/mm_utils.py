@@ -143,8 +143,8 @@ MOST_CROPPED = 64
 def _pad(image: Image.Image, image_processor: Any) -> Image.Image:
     side = max(image.size)
     if side > MOST_PADDED:  # the square would have more pixels than any picture may
-        smaller = (max(1, round(length * MOST_PADDED / side)) for length in image.size)
-        image = image.resize(tuple(smaller), Image.Resampling(image_processor.resample))
+        width, height = (max(1, round(length * MOST_PADDED / side)) for length in image.size)
+        image = image.resize((width, height), Image.Resampling(image_processor.resample))
     return expand2square(image, mean_color(image_processor))
 
 

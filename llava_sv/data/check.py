@@ -27,7 +27,7 @@ from llava_sv.data.fix import CleanCopy
 from llava_sv.data.index import Records, open_records
 from llava_sv.data.json_recovery import Found, recover
 from llava_sv.data.mend import Change, mend
-from llava_sv.data.records import LlavaRecord
+from llava_sv.data.records import LlavaRecord, shown
 from llava_sv.data.seen import Seen
 from llava_sv.data.shard_index import image_root
 from llava_sv.errors import UserError
@@ -237,7 +237,7 @@ class Check:
             for image in item.old_images:
                 if image in self._missing or image in self._corrupt:
                     kind = "missing_image" if image in self._missing else "corrupt_image"
-                    line = f"{where}: record {name!r}: image {image!r} cannot be read, as said of an earlier record"
+                    line = f"{where}: record {name!r}: image {shown(image)} cannot be read, as said before"
                     self.tally.add(Finding(kind, line, item.found.line, name, image))
             if item.record is not None:
                 length = next(lengths) if self.counts_tokens else 0
