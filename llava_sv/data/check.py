@@ -237,7 +237,8 @@ class Check:
             for image in item.old_images:
                 if image in self._missing or image in self._corrupt:
                     kind = "missing_image" if image in self._missing else "corrupt_image"
-                    line = f"{where}: record {name!r}: image {shown(image)} cannot be read, as said before"
+                    told = f"image {shown(image)} cannot be read, as said of an earlier record"
+                    line = f"{where}: record {name!r}: {told}"
                     self.tally.add(Finding(kind, line, item.found.line, name, image))
             if item.record is not None:
                 length = next(lengths) if self.counts_tokens else 0
