@@ -37,6 +37,10 @@ BLOCK = 512
 MOST_BYTES = 1 << 30
 """A zip's member that would unpack to more is not unpacked."""
 
+MOST_GROUP = 4 << 30
+"""Nor is a parquet file's row group, of one column."""
+ROWS_AT_ONCE = 16
+
 PIECE = 1 << 20
 """Bytes that are unpacked at a time."""
 
@@ -295,9 +299,37 @@ class Parquet:
 
         def read() -> Any:
             with self._lock:
+                if self._may_swell(group, column):
+                    return self._read_bounded(group, column)
                 return self._file.read_row_group(group, columns=[column], use_threads=False).column(column)
 
         return self._kept.get((str(self.path), column, group), read)[row - start].as_py()
+
+    def _may_swell(self, group: int, column: str) -> bool:
+        """Whether the group could take more than `MOST_GROUP` bytes in memory: a dictionary writes a value once however
+        often it stands in the column."""
+        meta = self._file.metadata.row_group(group)
+        for leaf in map(meta.column, range(meta.num_columns)):
+            named = leaf.path_in_schema == column or leaf.path_in_schema.startswith(f"{column}.")
+            large = leaf.total_uncompressed_size * max(1, leaf.num_values) > MOST_GROUP
+            if named and large and any("DICTIONARY" in encoding for encoding in leaf.encodings):
+                return True
+        return False
+
+    def _read_bounded(self, group: int, column: str) -> Any:
+        """As `read_row_group`, a few rows at a time, until it is too much."""
+        import pyarrow as pa
+
+        parts, total = [], 0
+        for batch in self._file.iter_batches(ROWS_AT_ONCE, [group], [column], use_threads=False):
+            total += batch.nbytes
+            if total > MOST_GROUP:
+                raise UserError(
+                    f"{self.path}: row group {group} of column {column!r} unpacks to more than {MOST_GROUP >> 30} GiB; "
+                    "write it with smaller row groups"
+                )
+            parts.append(batch.column(column))
+        return pa.chunked_array(parts)
 
 
 class Arrow:

@@ -8,10 +8,13 @@ import types
 import zipfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from llava_sv import mm_utils
+from llava_sv.data import containers
 from llava_sv.data.image_store import ImageStore
 from llava_sv.data.mend import mend
 from llava_sv.data.records import check_record
@@ -124,3 +127,49 @@ def test_removing_control_characters_makes_no_image_mark():
     record = {"id": "x", "conversations": exchange("<ima\0ge> \ufeffis\ufeff <ima\ufeffge>", "Yes.")}
     value, _ = mend(record)
     assert value["conversations"][0]["value"] == "<ima ge>  is  <ima ge>"
+
+
+def _parquet(path, column, **options):
+    pq.write_table(pa.table({"image": column}), path, **options)
+    return ImageStore(path.parent)
+
+
+def test_a_parquet_dictionary_that_swells_is_refused(tmp_path, monkeypatch):
+    """One value, written once, stands in a thousand rows."""
+    monkeypatch.setattr(containers, "MOST_GROUP", 8 << 20)
+    store = _parquet(tmp_path / "b.parquet", pa.array([bytes(1 << 18)] * 1000), compression="zstd")
+    assert (tmp_path / "b.parquet").stat().st_size < 10_000
+    before = pa.total_allocated_bytes()
+    with pytest.raises(ImageError, match="row group 0 of column 'image' unpacks to more than"):
+        store.bytes("b.parquet::image/5")
+    assert pa.total_allocated_bytes() - before < 1 << 20
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_group_that_could_swell_and_does_not_is_read(tmp_path, monkeypatch, nested):
+    monkeypatch.setattr(containers, "MOST_GROUP", 10_000)
+    values = [bytes([number % 7]) * 100 for number in range(90)]
+    cells = [{"bytes": value, "path": None} for value in values] if nested else values
+    store = _parquet(tmp_path / "b.parquet", cells, row_group_size=40)
+    read = []
+    monkeypatch.setattr(containers.Parquet, "_read_bounded", _told(containers.Parquet._read_bounded, read))
+    assert [store.bytes(f"b.parquet::image/{row}") for row in range(90)] == values
+    assert [group for _, group, _ in read] == [0, 1]
+
+
+def _told(method, calls):
+    def call(*arguments):
+        calls.append(arguments)
+        return method(*arguments)
+
+    return call
+
+
+@pytest.mark.parametrize(("path", "said"), [("../up.png", "climbs"), ("/etc/up.png", "absolute"), ("~/up.png", "abs")])
+def test_a_path_inside_a_table_stays_below_the_folder(tmp_path, path, said):
+    Image.new("RGB", (9, 9)).save(tmp_path / "up.png")
+    (tmp_path / "in").mkdir()
+    store = _parquet(tmp_path / "in" / "p.parquet", [{"bytes": None, "path": path}])
+    for method in (store.open, store.size, store.bytes):
+        with pytest.raises(ImageError, match=said):
+            method("p.parquet::image/0")
