@@ -15,6 +15,7 @@ from typing import Any
 
 from llava_sv.bench.presets import FAMILIES, check_budget, find_budget, find_setting
 from llava_sv.data.index import open_records
+from llava_sv.data.shard_index import image_root
 from llava_sv.data.stats import NO_SOURCE, ImageTokens, Visual, measure, report
 from llava_sv.errors import UserError
 from llava_sv.files import write_json
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> int:
     visual, config = _visual(args)
     text = _text(args, config)
     records = open_records(args.data, args.cache_dir)
-    folder = args.image_folder if visual is not None and visual.by_size else None
+    folder = image_root(records, args.image_folder) if visual is not None and visual.by_size else None
     found = measure(records, text, visual, folder)
     values = {"file": args.data, **report(records, found, visual, args.model_max_length, args.batch_size)}
     if visual is not None and visual.by_size and folder is None:

@@ -7,6 +7,7 @@ H, W pixels of the encoder's input; V pictures; T tokens, an image being one mar
 from __future__ import annotations
 
 import io
+import math
 import re
 import weakref
 from collections.abc import Callable, Sequence
@@ -19,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from llava_sv.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava_sv.decoding import MAX_PIXELS, decode_image, open_regular
 from llava_sv.decoding import ImageError as ImageError  # named here for those who load
-from llava_sv.decoding import decode_image, open_regular
 from llava_sv.errors import UserError
 from llava_sv.pixels import fast_pixels
 from llava_sv.tiling import ANYRES, NO_TILES, cut, fit, grid_of
@@ -133,11 +134,26 @@ def _squashed(image: Image.Image, image_processor: Any, size: tuple[int, int] | 
     return image.resize(size or (side, side), Image.Resampling(image_processor.resample))
 
 
+MOST_PADDED = math.isqrt(MAX_PIXELS)
+"""Pixels a side of the largest square that a picture is padded to; what is longer is made smaller first."""
+MOST_CROPPED = 64
+"""A picture so many times as long as wide keeps only its middle before a processor crops it."""
+
+
 def _pad(image: Image.Image, image_processor: Any) -> Image.Image:
+    side = max(image.size)
+    if side > MOST_PADDED:  # the square would have more pixels than any picture may
+        width, height = (max(1, round(length * MOST_PADDED / side)) for length in image.size)
+        image = image.resize((width, height), Image.Resampling(image_processor.resample))
     return expand2square(image, mean_color(image_processor))
 
 
 def _square(image: Image.Image, image_processor: Any) -> Image.Image:
+    if getattr(image_processor, "crop_size", None) and max(image.size) > MOST_CROPPED * min(image.size):
+        # the processor would enlarge all of it to crop its middle
+        width, height = (min(length, MOST_CROPPED * min(image.size)) for length in image.size)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return image.crop((left, top, left + width, top + height))
     return image
 
 

@@ -185,6 +185,18 @@ def test_hd_without_pictures_says_so(data, bases, tmp_path, capsys):
     assert "sequence" not in report, "there is no tokenizer in this folder"
 
 
+def test_hd_reads_the_sizes_of_pictures_in_shards(data, bases, tmp_path, capsys):
+    _, model, _ = build_model("llava_hd", *map(str, bases), conv_template="llama_3")
+    model.config.save_pretrained(tmp_path / "model")
+    words = ["data", "shard", data / "data.json", "--image-folder", data / "images", "--output", tmp_path / "shards"]
+    assert cli.main([str(word) for word in words]) == 0
+    plain = stats(data, "--checkpoint", tmp_path / "model", "--image-folder", data / "images")
+    packed = stats(data, "--checkpoint", tmp_path / "model", file=tmp_path / "shards")
+    assert packed["visual"] == plain["visual"]
+    assert "note" not in packed["visual"]
+    assert packed["visual"]["dense"]["per_image"]["least"] < packed["visual"]["dense"]["per_image"]["most"]
+
+
 def test_a_dense_checkpoint_with_a_budget_to_try(data, bases, tmp_path):
     _, model, _ = build_model("llava", *map(str, bases), conv_template="llama_3")
     model.config.save_pretrained(tmp_path)

@@ -24,10 +24,12 @@ from llava_sv.data.check_records import examine, special_tokens
 from llava_sv.data.check_report import print_report, write_html
 from llava_sv.data.findings import ERRORS, KINDS, Finding, Tally
 from llava_sv.data.fix import CleanCopy
+from llava_sv.data.index import Records, open_records
 from llava_sv.data.json_recovery import Found, recover
 from llava_sv.data.mend import Change, mend
-from llava_sv.data.records import LlavaRecord, as_json
+from llava_sv.data.records import LlavaRecord, as_json, shown
 from llava_sv.data.seen import Seen
+from llava_sv.data.shard_index import image_root
 from llava_sv.errors import UserError
 from llava_sv.files import write_json, write_text
 
@@ -69,7 +71,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("data", metavar="DATA", help="what --data_path takes: a JSON array or JSONL, an index, a mixture, shards")
-    add("--image-folder", metavar="DIR", help="folder that the records' image paths start from")
+    add("--image-folder", metavar="DIR", help="folder that the records' image paths start from; shards bring theirs")
     add("--no-images", action="store_true", help="check the records only, open no picture")
     add("--fix", metavar="OUTPUT", help="write a clean copy there (.json or .jsonl), and OUTPUT.fixes.jsonl, its log")
     add("--json", metavar="FILE", help="write the report there too, as JSON")
@@ -91,10 +93,13 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def _image_folder(args: argparse.Namespace) -> Path | None:
-    """Where to look for pictures; None: not at all."""
+def _image_folder(args: argparse.Namespace, records: Records | None) -> Path | None:
+    """Where to look for pictures; None: not at all. Shards bring theirs along."""
     if args.no_images:
         return None
+    own = None if records is None else image_root(records, None)
+    if own is not None:
+        return own
     if args.image_folder is None:
         raise UserError("say where the pictures are with --image-folder DIR, or pass --no-images to leave them out")
     folder = Path(args.image_folder)
@@ -119,7 +124,10 @@ class Check:
     """One run over one file."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.path, self.folder = args, Path(args.data), _image_folder(args)
+        self.args, self.path = args, Path(args.data)
+        stored = self.path.is_dir() or (self.path.suffix == ".arrow" and self.path.is_file())
+        self.records = open_records(self.path) if stored else None
+        self.folder = _image_folder(args, self.records)
         tokenizer = None if args.tokenizer is None else load_tokenizer(args.tokenizer, args.template)
         self.special = special_tokens(tokenizer)
         self.counts_tokens = tokenizer is not None and args.max_length is not None
@@ -181,11 +189,11 @@ class Check:
             yield items, job
 
     def _values(self) -> Iterator[Found]:
+        if self.records is not None:
+            yield from _stored(self.records)
+            return
         if not self.path.exists():
             raise UserError(f"no such data file: {self.path}")
-        if self.path.is_dir() or self.path.suffix == ".arrow":
-            yield from _stored(self.path)
-            return
         with tqdm(total=self.path.stat().st_size, desc=f"checking {self.path.name}", unit="B", unit_scale=True) as bar:
             yield from recover(self.path, self._note_malformed, bar.update)
 
@@ -229,7 +237,8 @@ class Check:
             for image in item.old_images:
                 if image in self._missing or image in self._corrupt:
                     kind = "missing_image" if image in self._missing else "corrupt_image"
-                    line = f"{where}: record {name!r}: image {image!r} cannot be read, as said of an earlier record"
+                    told = f"image {shown(image)} cannot be read, as said of an earlier record"
+                    line = f"{where}: record {name!r}: {told}"
                     self.tally.add(Finding(kind, line, item.found.line, name, image))
             if item.record is not None:
                 length = next(lengths) if self.counts_tokens else 0
@@ -275,13 +284,12 @@ class Check:
                 self._copy.log(finding.line, "", "malformed", f"left out: {finding.message.rpartition(': ')[2]}")
 
 
-def _stored(path: Path) -> Iterator[Found]:
+def _stored(records: Records) -> Iterator[Found]:
     """Records of an index or a folder, as values that a JSON file would hold."""
-    from llava_sv.data.index import open_records
-
-    records = open_records(path)
-    for index, record in enumerate(tqdm(records, total=len(records), desc=f"checking {path.name}", unit="record")):
-        yield Found(index + 1, as_json(record), "")
+    name = f"checking {records.path.name}"
+    for index, record in enumerate(tqdm(records, total=len(records), desc=name, unit="record")):
+        source = records.source_of(index)
+        yield Found(index + 1, as_json(record, source), "")
 
 
 def _images(value: Any) -> tuple[str, ...]:

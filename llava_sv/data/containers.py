@@ -33,13 +33,19 @@ PACKED = {
 }
 """First bytes of a compressed file -> the command that unpacks it."""
 
-GROUP_ROWS = 64
+GROUP_ROWS = 16
 """Rows of a parquet file that are decoded at once."""
 
 BLOCK = 512
 
 MOST_BYTES = 1 << 30
 """A zip's member that would unpack to more is not unpacked."""
+
+MOST_GROUP = 4 << 30
+"""Nor is a parquet file's row group, of one column."""
+
+PIECE = 1 << 20
+"""Bytes that are unpacked at a time."""
 
 
 class NotThere(UserError):
@@ -188,6 +194,9 @@ class Tar:
 
     def read(self, offset: int, size: int) -> bytes:
         """`size` bytes from `offset` on; `UserError` where the file ends before."""
+        total = os.fstat(self.descriptor).st_size
+        if offset + size > total:  # before memory is taken for it
+            raise UserError(f"{self.path}: is cut off at byte {total:,}; get the file again")
         data = os.pread(self.descriptor, size, offset)
         while data and len(data) < size:  # one call reads at most 2 GiB, and less from some file systems
             more = os.pread(self.descriptor, size - len(data), offset + len(data))
@@ -201,6 +210,34 @@ class Tar:
     def open(self, offset: int, size: int) -> BinaryIO:
         """Those bytes as a file, of which only what is read is fetched."""
         return io.BufferedReader(_Span(self, offset, size))
+
+
+class _Inflated(io.RawIOBase):
+    """A zip's member, unpacked a piece at a time: asked for all at once, `zipfile` unpacks up to 2 GiB before it looks
+    at how much the archive says there is."""
+
+    def __init__(self, member: Any) -> None:
+        self._member = member
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return bool(self._member.seekable())
+
+    def tell(self) -> int:
+        return int(self._member.tell())
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self._member.seek(offset, whence))
+
+    def readinto(self, buffer: Any) -> int:
+        found = self._member.read(len(buffer))
+        buffer[: len(found)] = found
+        return len(found)
+
+    def readall(self) -> bytes:
+        return b"".join(iter(lambda: self._member.read(PIECE), b""))
 
 
 class Zip:
@@ -223,7 +260,9 @@ class Zip:
             raise UserError(f"{self.path}: member {name!r} is encrypted; unpack the zip yourself")
         if info.file_size > MOST_BYTES:
             raise UserError(f"{self.path}: member {name!r} unpacks to {info.file_size:,} bytes: no picture, left alone")
-        return self._zip.open(info)  # type: ignore[return-value]
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise UserError(f"{self.path}: member {name!r} is packed neither stored nor deflated; pack the zip again")
+        return io.BufferedReader(_Inflated(self._zip.open(info)))
 
 
 def open_parquet(path: Path) -> Any:
@@ -271,9 +310,32 @@ class Parquet:
             import pyarrow as pa
 
             with self._lock:
-                return pa.chunked_array(list(group_batches(self._file, group, [column])))
+                return pa.chunked_array(list(self._parts(group, column)))
 
         return self._kept.get((str(self.path), column, group), read)[row - start].as_py()
+
+    def _may_swell(self, group: int, column: str) -> bool:
+        """Whether the group could take more than `MOST_GROUP` bytes in memory: a dictionary writes a value once however
+        often it stands in the column."""
+        meta = self._file.metadata.row_group(group)
+        for leaf in map(meta.column, range(meta.num_columns)):
+            named = leaf.path_in_schema == column or leaf.path_in_schema.startswith(f"{column}.")
+            large = leaf.total_uncompressed_size * max(1, leaf.num_values) > MOST_GROUP
+            if named and large and any("DICTIONARY" in encoding for encoding in leaf.encodings):
+                return True
+        return False
+
+    def _parts(self, group: int, column: str) -> Iterator[Any]:
+        """The column's values in a row group, a few rows at a time, until it is too much."""
+        bounded, total = self._may_swell(group, column), 0
+        for part in group_batches(self._file, group, [column]):
+            total += part.nbytes
+            if bounded and total > MOST_GROUP:
+                raise UserError(
+                    f"{self.path}: row group {group} of column {column!r} unpacks to more than {MOST_GROUP >> 30} GiB; "
+                    "write it with smaller row groups"
+                )
+            yield part
 
 
 def arrow_reader(source: Any) -> Any:

@@ -20,8 +20,8 @@ SEPARATOR = "::"
 ROWS = (".parquet", ".arrow")
 TAR = ".tar"
 ZIP = ".zip"
-_SPAN = re.compile(r"@(\d+)\+(\d+)$")
-_ROW = re.compile(r"([^/]+)/(\d+)(?:/(\d+))?")
+_SPAN = re.compile(r"@(\d{1,18})\+(\d{1,18})$")
+_ROW = re.compile(r"([^/]+)/(\d{1,18})(?:/(\d{1,18}))?")
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 

@@ -161,7 +161,7 @@ def _array(text: _Text) -> Iterator[Found]:
             if after_comma:
                 text.wrong("expected a record after ','", text.at)
             text.at += 1
-            if text.peek() in ("", "\0"):
+            if not text.peek():
                 return
             text.wrong("text after the array's end", text.at)
             if not _next_record(text, column):

@@ -110,9 +110,10 @@ def _texts(value: dict[str, Any]) -> list[Change]:
         text = turn.get("value")
         if not isinstance(text, str):
             continue
+        readable = _without(CONTROL, text)
         for kind, cleaned in (
-            ("control_characters", CONTROL.sub("", text)),
-            ("byte_order_mark", CONTROL.sub("", text).replace(BYTE_ORDER_MARK, "")),
+            ("control_characters", readable),
+            ("byte_order_mark", _without(re.compile(BYTE_ORDER_MARK), readable)),
         ):
             if cleaned != turn["value"]:
                 turn["value"] = cleaned
@@ -120,6 +121,12 @@ def _texts(value: dict[str, Any]) -> list[Change]:
         if turn["value"] != text:
             turn["value"] = turn["value"].strip()
     return changes
+
+
+def _without(pattern: re.Pattern[str], text: str) -> str:
+    """`text` with nothing, or where that would bring an <image> about, with a blank, in place of what is found."""
+    cleaned = pattern.sub("", text)
+    return cleaned if cleaned.count(DEFAULT_IMAGE_TOKEN) == text.count(DEFAULT_IMAGE_TOKEN) else pattern.sub(" ", text)
 
 
 def _ends(value: dict[str, Any]) -> list[Change]:

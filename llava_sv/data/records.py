@@ -133,6 +133,8 @@ def _conversations(raw: dict[str, Any], where: str) -> tuple[dict[str, str], ...
                 f"images belong to human turns: reword it",
                 "image_in_answer",
             )
+    if kept[-1]["from"] == "human":  # two questions end it, of which one was dropped
+        raise RecordError(f"{where}: conversations[{last}] is the second 'human' turn in a row", "roles")
     return tuple(kept)
 
 

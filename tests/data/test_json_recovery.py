@@ -122,3 +122,12 @@ def test_what_is_no_such_file(tmp_path):
             (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=says):
             _read(tmp_path / name)
+
+
+@pytest.mark.parametrize("behind", ["\0", "\0\0\n", f"\0{C}"])
+def test_zeros_behind_the_end_are_told_and_hide_nothing(tmp_path, behind):
+    path = tmp_path / "data.json"
+    path.write_text(f"[{A},{B}]{behind}")
+    found, told = _read(path)
+    assert [item.text for item in found] == ([A, B, C] if C in behind else [A, B])
+    assert "text after the array's end" in told[0][1]
