@@ -74,7 +74,8 @@ def _encode(text: str, tokenizer: Any, with_offsets: bool) -> tuple[list[int], l
 
 def _is_plain(tokenizer: Any) -> bool:
     """Whether the call of a fast tokenizer is transformers' own, and would change nothing of how its core is set."""
-    if not _is_stock(type(tokenizer)) or tokenizer.split_special_tokens:
+    kind: Any = type(tokenizer)
+    if not _is_stock(kind) or tokenizer.split_special_tokens:
         return False
     core = tokenizer.backend_tokenizer
     return core.truncation is None and core.padding is None and not core.encode_special_tokens
