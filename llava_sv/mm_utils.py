@@ -12,6 +12,7 @@ import re
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +53,41 @@ def encode_prompt(
             offsets.append((position, position + len(DEFAULT_IMAGE_TOKEN)))
             position += len(DEFAULT_IMAGE_TOKEN)
         if piece:
-            encoded = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=with_offsets, verbose=False)
-            ids += encoded["input_ids"]
+            piece_ids, piece_offsets = _encode(piece, tokenizer, with_offsets)
+            ids += piece_ids
             if with_offsets:
-                offsets += [(position + start, position + end) for start, end in encoded["offset_mapping"]]
+                offsets += [(position + start, position + end) for start, end in piece_offsets]
         position += len(piece)
     if ids[:1] != [tokenizer.bos_token_id] and adds_bos(tokenizer):
         ids.insert(0, tokenizer.bos_token_id)
         offsets.insert(0, (0, 0))
     return EncodedPrompt(ids, offsets if with_offsets else [])
+
+
+def _encode(text: str, tokenizer: Any, with_offsets: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of a text, nothing added, and their characters, as the tokenizer's own call gives them."""
+    if _is_plain(tokenizer):  # the call would do this, and as much again around it
+        found = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets if with_offsets else []
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=with_offsets, verbose=False)
+    return encoded["input_ids"], encoded["offset_mapping"] if with_offsets else []
+
+
+def _is_plain(tokenizer: Any) -> bool:
+    """Whether the call of a fast tokenizer is transformers' own, and would change nothing of how its core is set."""
+    kind: Any = type(tokenizer)
+    if not _is_stock(kind) or tokenizer.split_special_tokens:
+        return False
+    core = tokenizer.backend_tokenizer
+    return core.truncation is None and core.padding is None and not core.encode_special_tokens
+
+
+@lru_cache
+def _is_stock(kind: type) -> bool:
+    from transformers import PreTrainedTokenizerFast as stock
+
+    names = ("__call__", "_encode_plus")
+    return issubclass(kind, stock) and all(hasattr(stock, n) and getattr(kind, n) is getattr(stock, n) for n in names)
 
 
 _MARKERS: weakref.WeakKeyDictionary[Any, tuple[int, re.Pattern[str] | None]] = weakref.WeakKeyDictionary()
@@ -164,6 +191,10 @@ square; `square` leaves it to the processor, which crops its middle (CLIP's) or 
 
 def one_view(image: Image.Image, image_processor: Any, model_cfg: Any) -> Tensor:
     """LLaVA and CoS: the whole picture as one view, [3, H, W]."""
+    if _aspect_ratio(model_cfg) == "pad":
+        pixels = fast_pixels(image, image_processor, mean_color(image_processor))
+        if pixels is not None:
+            return pixels
     return _pixels(ASPECT_RATIOS[_aspect_ratio(model_cfg)](image, image_processor), image_processor)
 
 
@@ -236,6 +267,12 @@ def check_aspect_ratio(name: str | None, family: str | None = None) -> None:
         raise UserError(f"image_aspect_ratio: unknown {name!r}{where}{hint}; known: {', '.join(known)}")
 
 
+def pixels_of_each(images: Sequence[Image.Image], image_processor: Any, model_cfg: Any) -> list[Tensor]:
+    """Pixels of RGB pictures, each [3, H, W] or [views, 3, H, W]. See `process_images`."""
+    views = VIEWS[_family(model_cfg)]
+    return [views(image, image_processor, model_cfg) for image in images]
+
+
 def process_images(images: Sequence[Image.Image], image_processor: Any, model_cfg: Any) -> Tensor | list[Tensor]:
     """Pixels of RGB pictures: [V, 3, H, W] where each is one view of one size, else a list, an image's views being
     [views, 3, H, W].
@@ -243,8 +280,7 @@ def process_images(images: Sequence[Image.Image], image_processor: Any, model_cf
     model_cfg: whatever has `image_aspect_ratio` (none or empty means `square`), and for tiling families the fields of
     `LlavaConfig` (`mm_family`, `hd_max_tiles`, ...). Raises `UserError` for an unknown `image_aspect_ratio`.
     """
-    views = VIEWS[_family(model_cfg)]
-    pixels = [views(image, image_processor, model_cfg) for image in images]
+    pixels = pixels_of_each(images, image_processor, model_cfg)
     if pixels and all(pixel.dim() == 3 and pixel.shape == pixels[0].shape for pixel in pixels):
         return torch.stack(pixels)
     return pixels

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import PreTrainedTokenizerFast
 
 from llava_sv.constants import IMAGE_TOKEN_INDEX
 from llava_sv.errors import UserError
@@ -72,6 +73,36 @@ def test_offsets_cover_the_text_with_its_images(name):
         covered[start:end] = True
         assert (text[start:end] == "<image>") == (token == IMAGE_TOKEN_INDEX)
     assert covered.all()
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_ids_and_offsets_are_those_of_the_tokenizers_own_call(name):
+    """Whatever was asked of the tokenizer before."""
+    text, tokenizer = "USER: What colour\u00e9 </s><|eot_id|> is it? \U0001f600", TOKENIZERS[name]()
+    wanted = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    for before in ({}, {"truncation": True, "max_length": 3}, {"padding": "max_length", "max_length": 90}):
+        tokenizer(text, **before)
+        found = encode_prompt(text, tokenizer)
+        skip = len(found.input_ids) - len(wanted["input_ids"])  # a BOS
+        assert found.input_ids[skip:] == wanted["input_ids"]
+        assert found.offsets[skip:] == wanted["offset_mapping"]
+
+
+def test_a_tokenizer_of_ones_own_is_called_itself():
+    class Own(PreTrainedTokenizerFast):
+        def __call__(self, text, **kwargs):
+            return super().__call__(text.upper(), **kwargs)
+
+    own = Own(tokenizer_object=llama_3_tokenizer().backend_tokenizer, bos_token="<|begin_of_text|>")
+    assert encode_prompt("red", own).input_ids[1:] == llama_3_tokenizer()("RED", add_special_tokens=False)["input_ids"]
+
+
+def test_special_tokens_are_split_where_the_tokenizer_splits_them():
+    tokenizer = llama_3_tokenizer()
+    tokenizer.split_special_tokens = True
+    wanted = tokenizer("a<|eot_id|>b", add_special_tokens=False)["input_ids"]
+    assert encode_prompt("a<|eot_id|>b", tokenizer).input_ids[1:] == wanted
+    assert len(wanted) > 3
 
 
 def test_unknown_tensor_kind_is_refused():

@@ -5,7 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_sv.mm_utils import clip_image_processor_class, load_image_processor, siglip_image_processor_class
+from llava_sv.mm_utils import (
+    clip_image_processor_class,
+    expand2square,
+    load_image_processor,
+    siglip_image_processor_class,
+)
 from llava_sv.pixels import fast_pixels
 
 SIZES = [(640, 640), (640, 480), (333, 777), (50, 20), (64, 64), (336, 336), (1, 9), (700, 336)]
@@ -33,6 +38,19 @@ def test_equal_to_the_processors_own(name, size):
     assert found is not None
     assert (found.dtype, found.shape, found.is_contiguous()) == (wanted.dtype, wanted.shape, True)
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("resample", list(Image.Resampling))
+@pytest.mark.parametrize("size", [*SIZES, (480, 640), (336, 200), (2000, 3), (3, 500), (337, 335)])
+def test_on_a_square_as_if_it_had_been_put_there_first(size, resample):
+    processor, color = (
+        CLIP(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, resample=resample),
+        (9, 255, 1),
+    )
+    image = picture(size)
+    wanted = processor(images=expand2square(image, color), return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(fast_pixels(image, processor, color), wanted)
+    assert image == picture(size), "the picture itself is as it was"
 
 
 @pytest.mark.parametrize(

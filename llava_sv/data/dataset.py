@@ -20,7 +20,7 @@ from llava_sv.data.preprocess import check_tokenizer, preprocess
 from llava_sv.data.shard_index import image_root
 from llava_sv.data.split import SomeRecords
 from llava_sv.errors import UserError
-from llava_sv.mm_utils import ImageError, image_side, mean_color, process_images
+from llava_sv.mm_utils import ImageError, image_side, mean_color, pixels_of_each
 
 MAX_SKIPS = 100
 """Records in a row whose pictures cannot be read before `skip` gives up."""
@@ -99,7 +99,7 @@ class LazySupervisedDataset(Dataset):
     def _sample(self, index: int) -> dict[str, Any]:
         record = self.records[index]
         images = self.reader.read(record)
-        pixels = list(process_images(images, self.image_processor, self.image_config)) if images else []
+        pixels = pixels_of_each(images, self.image_processor, self.image_config)
         return {
             "id": record.id,
             "index": index,

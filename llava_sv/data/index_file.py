@@ -8,7 +8,7 @@ them to find when a file is opened, and bounded in rows and text, so that writin
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import cycle, pairwise
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from llava_sv.data.records import SPEAKERS, LlavaRecord
+from llava_sv.data.records import SPEAKERS, LlavaRecord, Plain
 from llava_sv.errors import UserError, in_words
 from llava_sv.files import replacing
 
 LAYOUT = 2
 """Version of the columns below; a change makes new indexes."""
 
+_EXCHANGE = "".join(SPEAKERS).encode()
 _LAYOUT_KEY = b"llava_sv_layout"
 
 SCHEMA = pa.schema(
@@ -59,51 +60,97 @@ def tail() -> bytes:
 
 
 class Batcher:
-    """Records are added; whole batches, as bytes of the file, are taken off by `take`."""
+    """Records are added; whole batches, as bytes of the file, are taken off by `take`.
+
+    What is added is taken apart at once: millions of small objects that wait keep Python's garbage collector busy.
+    """
 
     def __init__(self) -> None:
-        self._rows: list[tuple[LlavaRecord, str, int]] = []
+        self._clear()
+
+    def _clear(self) -> None:
+        self._ids: list[str] = []
+        self._images: list[str] = []
+        self._num_images: list[int] = []
+        self._values: list[str] = []
+        self._num_turns: list[int] = []
         self._chars: list[int] = []
+        self._sources: list[str] = []
+        self._lines: list[int] = []
+        self._speakers: list[str] | None = None  # None: they take turns in each record
         self._total = 0
 
     def add(self, record: LlavaRecord, source: str, line: int) -> bool:
         """Whether it is time to `take`."""
-        chars = sum([len(turn["value"]) for turn in record.turns])
-        self._rows.append((record, source, line))
+        values = [turn["value"] for turn in record.turns]
+        speakers = [turn["from"] for turn in record.turns]
+        if self._speakers is None and speakers != _turns(len(speakers)):
+            self._speakers = _turns(len(self._values))
+        if self._speakers is not None:
+            self._speakers += speakers
+        return self._add(record.id, record.images, values, sum(map(len, values)), source, line)
+
+    def add_plain(self, record: Plain, source: str, line: int, identity: str | None = None) -> bool:
+        """The same for a record that is taken apart already. identity: instead of its own."""
+        _, images, values, chars, _ = record
+        if self._speakers is not None:
+            self._speakers += _turns(len(values))
+        return self._add(record.id if identity is None else identity, images, values, chars, source, line)
+
+    def _add(
+        self, identity: str, images: tuple[str, ...], values: list[str], chars: int, source: str, line: int
+    ) -> bool:
+        self._ids.append(identity)
+        self._images += images
+        self._num_images.append(len(images))
+        self._values += values
+        self._num_turns.append(len(values))
         self._chars.append(chars)
+        self._sources.append(source)
+        self._lines.append(line)
         self._total += chars
-        return len(self._rows) >= BATCH_ROWS or self._total >= BATCH_CHARS
+        return len(self._ids) >= BATCH_ROWS or self._total >= BATCH_CHARS
 
     def take(self) -> pa.Buffer | None:
         """The batch of what was added since; None: nothing was."""
-        if not self._rows:
+        if not self._ids:
             return None
-        batch = _batch(self._rows, self._chars).serialize()
-        self._rows, self._chars, self._total = [], [], 0
+        speakers = _in_turns(len(self._values)) if self._speakers is None else pa.array(self._speakers, pa.string())
+        columns = [
+            pa.array(self._ids, pa.string()),
+            _lists(self._num_images, pa.array(self._images, pa.string())),
+            _lists(self._num_turns, speakers),
+            _lists(self._num_turns, pa.array(self._values, pa.string())),
+            pa.array(self._num_images, pa.int32()),
+            pa.array(self._num_turns, pa.int32()),
+            pa.array(self._chars, pa.int32()),
+            pa.array(self._sources, pa.string()),
+            pa.array(self._lines, pa.int64()),
+        ]
+        batch = pa.record_batch(columns, schema=SCHEMA).serialize()
+        self._clear()
         return batch
 
 
-def _batch(rows: list[tuple[LlavaRecord, str, int]], chars: list[int]) -> pa.RecordBatch:
-    records = [row[0] for row in rows]
-    columns = [
-        pa.array([record.id for record in records], pa.string()),
-        _lists([record.images for record in records]),
-        _lists([[turn["from"] for turn in record.turns] for record in records]),
-        _lists([[turn["value"] for turn in record.turns] for record in records]),
-        pa.array([len(record.images) for record in records], pa.int32()),
-        pa.array([len(record.turns) for record in records], pa.int32()),
-        pa.array(chars, pa.int32()),
-        pa.array([row[1] for row in rows], pa.string()),
-        pa.array([row[2] for row in rows], pa.int64()),
-    ]
-    return pa.record_batch(columns, schema=SCHEMA)
+def _turns(count: int) -> list[str]:
+    """The speakers of so many turns where they take turns."""
+    return list(islice(cycle(SPEAKERS), count))
 
 
-def _lists(rows: list[Any]) -> pa.Array:
-    """Lists of texts; much faster than to let pyarrow look through nested lists."""
-    ends = np.zeros(len(rows) + 1, np.int32)
-    np.cumsum([len(row) for row in rows], out=ends[1:])
-    return pa.ListArray.from_arrays(pa.array(ends), pa.array([text for row in rows for text in row], pa.string()))
+def _in_turns(count: int) -> pa.Array:
+    """The same as Arrow has it, without making the texts."""
+    ends = np.zeros(count + 1, np.int32)
+    ends[1::2], ends[2::2] = len(SPEAKERS[0]), len(SPEAKERS[1])
+    np.cumsum(ends, out=ends)
+    data = (_EXCHANGE * (count // 2 + 1))[: int(ends[-1])]
+    return pa.StringArray.from_buffers(count, pa.py_buffer(ends), pa.py_buffer(data), null_count=0)
+
+
+def _lists(counts: list[int], items: pa.Array) -> pa.Array:
+    """Lists of so many items each; much faster than to let pyarrow look through nested lists."""
+    ends = np.zeros(len(counts) + 1, np.int32)
+    np.cumsum(counts, out=ends[1:])
+    return pa.ListArray.from_arrays(pa.array(ends), items)
 
 
 class IndexWriter:
@@ -129,6 +176,12 @@ class IndexWriter:
         """source: the data set it is from; line: of the file it was read from, from 1."""
         self.count += 1
         if self._batcher.add(record, source, line):
+            self._file.write(self._batcher.take())
+
+    def add_plain(self, record: Plain, source: str = "", line: int = 0, identity: str | None = None) -> None:
+        """The same as `add`. identity: instead of the record's own."""
+        self.count += 1
+        if self._batcher.add_plain(record, source, line, identity):
             self._file.write(self._batcher.take())
 
     def add_batch(self, batch: pa.RecordBatch) -> None:
@@ -191,9 +244,6 @@ def _check_schema(path: Path, schema: pa.Schema) -> None:
         raise UserError(
             f"{path}: holds other columns ({found}) than an index of records; make one with: llava-sv data index FILE"
         )
-
-
-_EXCHANGE = "".join(SPEAKERS).encode()
 
 
 class Rows:

@@ -26,7 +26,7 @@ from typing import IO, Any
 from llava_sv.data.index_file import Batcher
 from llava_sv.data.json_spans import Span
 from llava_sv.data.json_stream import read_span
-from llava_sv.data.records import check_record
+from llava_sv.data.records import check_record, plain, taken_apart
 from llava_sv.errors import UserError
 
 _LENGTH = struct.Struct("<Q")
@@ -55,10 +55,10 @@ def convert(path: Path, span: Span) -> Converted:
 def _convert(path: Path, span: Span) -> Converted:
     found, batcher = Converted(), Batcher()
     for line, value in read_span(path, span):
-        record = check_record(value, f"{path} line {line}")
+        record = plain(value) or taken_apart(check_record(value, f"{path} line {line}"))
         source = value.get("source")
         found.records += 1
-        if batcher.add(record, source if isinstance(source, str) else "", line):
+        if batcher.add_plain(record, source if isinstance(source, str) else "", line):
             found.batches.append(batcher.take())
     rest = batcher.take()
     if rest is not None:

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from llava_sv.data.converters.items import Inputs, Item
 from llava_sv.data.index_file import LAYOUT, IndexWriter
 from llava_sv.data.mix_inputs import Found
 from llava_sv.data.mix_pictures import Pictures, folder_state
-from llava_sv.data.records import LlavaRecord, check_record
+from llava_sv.data.records import Plain, check_record, plain, taken_apart
 from llava_sv.errors import UserError
 from llava_sv.files import replacing, sha256_of, write_json
 
@@ -42,6 +43,9 @@ ROW = np.dtype([("digest", "S16"), ("id", "<u8")])
 PROBLEMS_KEPT = 50
 PROGRESS_EVERY = 500
 FILES_LISTED = 1000
+AT_ONCE = 32
+"""Items between two looks at the clock."""
+_NUMBER = re.compile(r"(\d+)").match
 _LINE = re.compile(r" line (\d+)(?!.* line \d)")
 
 
@@ -154,11 +158,10 @@ def file_reports(job: PartJob) -> list[dict[str, Any]]:
     return [whole]
 
 
-def digest_of(record: LlavaRecord) -> bytes:
+def digest_of(record: Plain) -> bytes:
     """16 bytes that are the same for two records with the same pictures and the same conversation."""
-    turns = [turn["value"] for turn in record.turns]
-    text = "\0".join((str(len(record.images)), *record.images, *turns))
-    return blake2b(text.encode(), digest_size=16).digest()
+    head = "\0".join((str(len(record.images)), *record.images, ""))
+    return blake2b(head.encode() + record.data, digest_size=16).digest()
 
 
 class _Records:
@@ -188,14 +191,13 @@ class _Records:
                     continue
                 identity = record.id or str(self.annotations)
                 identity = identity if identity.startswith(f"{source}/") else f"{source}/{identity}"
-                named = LlavaRecord(identity, record.images, record.turns)
                 try:
-                    rows += digest_of(named) + blake2b(named.id.encode(), digest_size=8).digest()
+                    rows += digest_of(record) + blake2b(identity.encode(), digest_size=8).digest()
                 except UnicodeEncodeError:
                     self.problem(item.where, "holds half of a surrogate pair, which is no character; reword it")
                     self.converted -= 1
                     continue
-                writer.add(named, source=source, line=line_of(item.where))
+                writer.add_plain(record, source, line_of(item.where), identity)
                 if self.converted == self.job.limit:
                     break
         progress(self.annotations % PROGRESS_EVERY)
@@ -206,19 +208,20 @@ class _Records:
         items = get_converter(self.job.found.source.converter)(self.job.inputs)
         while True:
             began = time.perf_counter()
-            item = next(items, None)
+            left = AT_ONCE if self.job.limit is None else self.job.limit - self.converted
+            some = list(islice(items, min(AT_ONCE, left)))
             self.source_seconds += time.perf_counter() - began
-            if item is None:
+            if not some:
                 return
-            yield item
+            yield from some
 
-    def good(self, item: Item) -> LlavaRecord | None:
+    def good(self, item: Item) -> Plain | None:
         """The item's record; None, counted and named, where it has none or its pictures are not there."""
         if item.record is None:
             self.problem(item.where, item.problem or "holds no record")
             return None
         try:
-            record = check_record(item.record, item.where)
+            record = item.checked or plain(item.record) or taken_apart(check_record(item.record, item.where))
         except UserError as error:
             self.problem(item.where, str(error).removeprefix(f"{item.where}: "))
             return None
@@ -258,6 +261,7 @@ class _Records:
 
 
 def line_of(where: str) -> int:
-    """The line that `where` names; 0 where it names none."""
-    found = _LINE.search(where)
+    """The line that `where` names last; 0 where it names none."""
+    at = where.rfind(" line ")
+    found = None if at < 0 else _NUMBER(where, at + 6) or _LINE.search(where)
     return int(found[1]) if found else 0

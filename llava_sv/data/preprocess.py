@@ -7,6 +7,7 @@ T tokens, an image being one mark.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ from llava_sv.conversation import Template, render
 from llava_sv.data.records import LlavaRecord
 from llava_sv.errors import UserError
 from llava_sv.mm_utils import EncodedPrompt, encode_prompt, markers_of
+
+_FAR = 1 << 62
+"""Behind every text."""
 
 
 def preprocess(record: LlavaRecord, tokenizer: Any, template: Template) -> dict[str, Tensor]:
@@ -34,18 +38,17 @@ def preprocess(record: LlavaRecord, tokenizer: Any, template: Template) -> dict[
 
 
 def supervised_tokens(encoded: EncodedPrompt, spans: list[tuple[int, int]]) -> np.ndarray:
-    """Whether each token stands for characters inside one of the spans, bool [T].
+    """Whether each token stands for characters inside one of the spans (in order, apart), bool [T].
 
     A token without characters (a blank that the tokenizer trims from its offset) belongs to the span it lies in.
     """
-    offsets = np.array(encoded.offsets).reshape(-1, 2)
+    count = len(encoded.offsets)
+    offsets = np.fromiter(chain.from_iterable(encoded.offsets), np.int64, 2 * count).reshape(-1, 2)
     starts, ends = offsets[:, 0], offsets[:, 1]
-    flags = np.zeros(len(offsets), dtype=bool)
-    for first, last in spans:
-        overlaps = (starts < last) & (ends > first)
-        lies_in = (starts == ends) & (starts > first) & (ends <= last)
-        flags |= overlaps | lies_in
-    return flags
+    bounds = np.array([*spans, (_FAR, _FAR)], np.int64)
+    # of the spans, which stand in order, only the first that goes beyond the token's first character can hold it
+    first = np.searchsorted(bounds[:, 1], starts + (ends > starts))
+    return bounds[first, 0] < ends
 
 
 def check_tokenizer(tokenizer: Any, template: Template) -> None:

@@ -15,7 +15,7 @@ from llava_sv import cli
 from llava_sv.data import mix, mix_parts
 from llava_sv.data.index import open_records
 from llava_sv.data.mix_parts import digest_of
-from llava_sv.data.records import check_record
+from llava_sv.data.records import check_record, taken_apart
 from llava_sv.errors import UserError
 from tests.data.mix_samples import many, recipe, record, source
 
@@ -468,7 +468,7 @@ def test_timings_add_up(root, tmp_path):
 def test_digests_tell_records_apart():
     def digest(**changes):
         given = {**record(1, question="a", answer="b"), **changes}
-        return digest_of(check_record(given, "here"))
+        return digest_of(taken_apart(check_record(given, "here")))
 
     turns = record(1, question="a", answer="b")["conversations"]
     assert digest() == digest(id="another")

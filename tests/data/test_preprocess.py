@@ -1,5 +1,7 @@
 """Labels: for every template and kind of tokenizer, decoding what is supervised gives the answers, and nothing else."""
 
+import random
+
 import pytest
 
 from llava_sv.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -118,6 +120,19 @@ def test_supervised_tokens_by_hand():
     flags = supervised_tokens(EncodedPrompt([0] * 9, offsets), [(3, 8), (9, 12)])
     assert flags.tolist() == [False, False, True, True, True, True, False, True, True]
     assert supervised_tokens(EncodedPrompt([0], [(0, 4)]), []).tolist() == [False]
+
+
+def test_supervised_tokens_beside_a_plain_loop():
+    """Any spans in order, any offsets, empty ones among both."""
+    rng = random.Random(0)
+    for _ in range(300):
+        cuts = sorted(rng.choices(range(40), k=2 * rng.randint(0, 5)))
+        spans = list(zip(cuts[::2], cuts[1::2]))
+        offsets = [(start, start + rng.choice((0, 1, 1, 2, 5))) for start in (rng.randint(0, 42) for _ in range(60))]
+        wanted = [
+            any((a < last and b > first) or (a == b and first < a <= last) for first, last in spans) for a, b in offsets
+        ]
+        assert supervised_tokens(EncodedPrompt([0] * 60, offsets), spans).tolist() == wanted
 
 
 def test_a_marker_in_an_answer_does_not_end_it_twice():

@@ -6,9 +6,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llava_sv.constants import DEFAULT_IMAGE_TOKEN
+from llava_sv.data.records import Plain
 from llava_sv.data.sources import Source
 from llava_sv.errors import UserError
 
@@ -37,14 +38,15 @@ class Inputs:
         return path.relative_to(self.root).as_posix()
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """One annotation. where: file and line, entry or row, for messages. record: as LLaVA has it, or None with
-    `problem`, what is wrong with the annotation: it is counted and named, and the rest goes on."""
+    `problem`, what is wrong with the annotation: it is counted and named, and the rest goes on. checked: what
+    `records.plain` found in the record, where the converter asked it."""
 
     where: str
     record: dict[str, Any] | None = None
     problem: str = ""
+    checked: Plain | None = None
 
 
 def conversation(identity: Any, exchanges: Sequence[tuple[str, str]], images: Sequence[str] = ()) -> dict[str, Any]:

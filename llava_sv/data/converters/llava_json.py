@@ -21,6 +21,7 @@ from llava_sv.constants import DEFAULT_IMAGE_TOKEN
 from llava_sv.data.converters.attempt import attempt
 from llava_sv.data.converters.field_files import numbered
 from llava_sv.data.converters.items import Inputs, Item
+from llava_sv.data.records import Plain, is_plain_path, only_from_and_value, plain
 
 ROLES = {
     "human": "human",
@@ -39,9 +40,35 @@ AFTER_CROP = "Look at that region and answer the question."
 
 def llava_json(inputs: Inputs) -> Iterator[Item]:
     """One record an entry."""
+    folder = _folder_of_plain(inputs)
     for path in inputs.files:
+        stem = path.stem
         for number, (where, entry) in enumerate(numbered(path)):
-            yield attempt(where, _record, inputs, entry, f"{path.stem}-{number}")
+            item = None if folder is None else _as_it_is(where, entry, folder)
+            yield item or attempt(where, _record, inputs, entry, f"{stem}-{number}")
+
+
+def _as_it_is(where: str, entry: Any, folder: str) -> Item | None:
+    """What `_record` would make of an entry that is a LLaVA record already, but for the picture's folder; else None."""
+    found = plain(entry)
+    if found is None or "id" not in entry or not only_from_and_value(entry["conversations"]):
+        return None
+    identity, images, values, chars, data = found
+    record: dict[str, Any] = {"id": identity}
+    if images:
+        images = (folder + images[0],)
+        record["image"] = images[0]
+    record["conversations"] = entry["conversations"]
+    return Item(where, record, "", Plain(identity, images, values, chars, data))
+
+
+def _folder_of_plain(inputs: Inputs) -> str | None:
+    """What goes before the picture's name where a record that is as LLaVA has it needs no more than that; None where
+    the source's options ask for more."""
+    if any(name in inputs.source.options for name in ("conversations", "image", "image_prefixes", "crop_mark")):
+        return None
+    folder = inputs.image("")
+    return folder if not folder or is_plain_path(folder) else None
 
 
 def _record(inputs: Inputs, entry: Any, otherwise: str) -> dict[str, Any]:
