@@ -29,6 +29,8 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else []:
             if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
                 name = self.construct_object(key)
+                if not isinstance(name, Hashable):
+                    continue  # refused by what follows
                 if name in seen:
                     raise yaml.constructor.ConstructorError(
                         None, None, f"key {key.value!r} is in line {seen[name].line + 1} already", key.start_mark
@@ -82,8 +84,10 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: not plain YAML: nested too deeply") from error
     except UserError:
         raise
-    except (ValueError, OverflowError) as error:  # a date or a number that is none, of an explicit tag for instance
-        raise UserError(f"{where}: not plain YAML: {error}") from error
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        # a date, a number or a truth value that is none, where an explicit tag says that it is one
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{where}: not plain YAML: {what}") from error
 
 
 def _unfolded(node: yaml.Node, where: str, known: dict[int, int], above: set[int]) -> int:

@@ -337,6 +337,30 @@ def test_a_part_that_is_cut_off_is_made_again(root, tmp_path, suffix):
     assert (folder / "index.arrow").read_bytes() == whole
 
 
+@pytest.mark.parametrize("step", ["choose", "write_index", "_write_problems", "manifest", "_timings", "_stamp"])
+def test_ended_at_any_step_of_the_merge_it_goes_on(root, tmp_path, monkeypatch, step):
+    """Also where another mixture is there already: a manifest never stands beside an index that is not its own."""
+    lines = [{**source(root, name, many(name, 30)), "take": 20} for name in "ab"]
+    path = recipe(tmp_path / "r.yaml", *lines)
+    folder = run(path, root, "--seed", "1")
+    wanted = [(folder / name).read_bytes() for name in ("index.arrow", "manifest.json")]
+    run(path, root, "--seed", "2")
+
+    def ends(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mix, step, ends)
+        with pytest.raises(KeyboardInterrupt):
+            run(path, root, "--seed", "1")
+    if (folder / "manifest.json").exists():
+        sha256 = hashlib.sha256((folder / "index.arrow").read_bytes()).hexdigest()
+        assert manifest(folder)["index"]["sha256"] == sha256
+    run(path, root, "--seed", "1")
+    assert [(folder / name).read_bytes() for name in ("index.arrow", "manifest.json")] == wanted
+    assert json.loads((folder / "timings.json").read_text())["converted_sources"] == 0
+
+
 def test_an_output_that_cannot_be_written(root, tmp_path, capsys):
     path = recipe(tmp_path / "r.yaml", source(root, "a", many("a", 3)))
     (tmp_path / "file").write_text("in the way")

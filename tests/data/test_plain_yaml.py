@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import yaml
 
@@ -29,6 +31,8 @@ REFUSED = [
     ("[" * 5000, "f: not plain YAML: nested too deeply"),
     ("day: 2001-99-99\n", "f: not plain YAML: month must be in 1..12"),
     ("a: !!int x\n", "f: not plain YAML: invalid literal for int() with base 10: 'x'"),
+    ("!!set x: 1\n", "f line 1 column 1: not plain YAML: found unhashable key"),
+    ("a: !!bool x\n", "f: not plain YAML: 'x'"),
     ("a: *b\n", "f line 1 column 4: not plain YAML: found undefined alias 'b'"),
     ("a: 1\n---\nb: 2\n", "f line 2 column 1: not plain YAML: but found another document"),
 ]
@@ -65,3 +69,23 @@ def test_a_recipe_with_a_key_twice(tmp_path, capsys):
     assert capsys.readouterr().err == (
         f"error: {path} line 3 column 29: not plain YAML: key 'take' is in line 3 already\n"
     )
+
+
+def test_damage_at_random_is_refused_in_one_line_or_read_as_ever():
+    tokens = ["&a ", "*a ", "<<: ", "? ", "- ", "{", "]", "'", "\t", "|\n", "\x07", "!!int ", "!!set ", "!!binary "]
+    tokens += ["!!timestamp ", "!!omap ", "!!bool ", "!!null ", "!!python/object:x "]
+    chance = random.Random(3)
+    refused: list[str] = []
+    for _ in range(150):
+        text = PLAIN[3] + "x: {a: 1, b: [c, 'd']}\ny:\n  - {e: f}\n"
+        for _ in range(chance.choice([1, 1, 2, 4])):
+            at = chance.randrange(len(text))
+            text = text[:at] + chance.choice(tokens) + text[at:]
+        try:
+            value = parse_yaml(text, "f")
+        except UserError as error:
+            refused.append(str(error))
+        else:
+            assert value == yaml.safe_load(text)
+    assert 0 < len(refused) < 150
+    assert not any("\n" in line for line in refused)
