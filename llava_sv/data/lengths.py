@@ -29,6 +29,7 @@ from llava_sv.data.index import Records, cache_folder
 from llava_sv.data.pool import cores
 from llava_sv.data.preprocess import preprocess
 from llava_sv.data.split import SomeRecords
+from llava_sv.errors import UserError
 from llava_sv.mm_utils import ImageError
 
 CHUNK = 500
@@ -183,6 +184,11 @@ def _kept(records: Records, what: str, kind: str, count: Callable[[int], Any], d
                     _count_into(path, records, what, count, doing)
                 except OSError as error:
                     raise cannot_write(path, error) from error
+                except RuntimeError as error:
+                    if "DataLoader worker" not in str(error):
+                        raise
+                    why = f"{records.path}: {doing}: a process was killed (out of memory?); run it again, it goes on"
+                    raise UserError(why) from error
     return np.load(path, mmap_mode="r")
 
 

@@ -4,13 +4,14 @@ import errno
 import json
 import os
 import re
+import signal
 import threading
 
 import pytest
 from filelock import FileLock
 
 from llava_sv.conversation import get_template
-from llava_sv.data import cache, index_worker, shard_index
+from llava_sv.data import cache, index_worker, lengths, shard_index
 from llava_sv.data.index import open_index, open_records
 from llava_sv.data.lengths import text_lengths
 from llava_sv.data.shard import shard_main
@@ -138,6 +139,19 @@ def test_a_full_disk_under_counts(data, tmp_path, monkeypatch):
     left = [name for name in os.listdir(tmp_path / "cache") if not name.endswith(".lock")]
     assert left == [name for name in before if not name.endswith(".lock")]
     assert len(text_lengths(records, llama_3_tokenizer(), get_template("llama_3"))) == 5
+
+
+def test_a_process_that_counts_and_is_killed(data, tmp_path, monkeypatch):
+    records = open_index(data, tmp_path / "cache")
+    template, tokenizer = get_template("llama_3"), llama_3_tokenizer()
+    expected = text_lengths(records, tokenizer, template).tolist()
+    next(records.index_path.parent.glob("*.npy")).unlink()
+    monkeypatch.setattr(lengths, "CHUNK", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(lengths, "preprocess", lambda *given: os.kill(os.getpid(), signal.SIGKILL))
+        with pytest.raises(UserError, match=r"counting tokens: a process was killed \(out of memory\?\); run it again"):
+            text_lengths(records, tokenizer, template)
+    assert text_lengths(records, tokenizer, template).tolist() == expected
 
 
 @pytest.mark.parametrize("workers", [1, 2])

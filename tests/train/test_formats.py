@@ -104,6 +104,19 @@ def test_streaming_goes_on_in_the_middle_of_a_shard(world, forms, streamed, tmp_
     assert losses(output) == losses(streamed)
 
 
+def test_streaming_goes_on_in_the_second_epoch_with_records_held_out(world, forms, tmp_path):
+    more = ("--validation_split", "4", "--num_train_epochs", "2", *STREAM)
+    more = (*more, "--save_steps", "8")
+    run(flags_for(world, forms, "tar", tmp_path, *more))
+    whole = losses(tmp_path)
+    assert len(whole) == 12
+    shutil.rmtree(tmp_path / "checkpoint-12")
+    (tmp_path / "train_summary.json").unlink()
+    (tmp_path / "metrics.jsonl").unlink()
+    assert "checkpoint-8, step 8" in run(flags_for(world, forms, "tar", tmp_path, *more))
+    assert losses(tmp_path) == whole[8:]
+
+
 def test_streaming_is_another_order_of_the_same_samples(world, forms, streamed, from_json, tmp_path):
     assert losses(streamed) != from_json
     assert json.loads((streamed / "train_summary.json").read_text())["samples"] == 16
