@@ -78,7 +78,7 @@ def _start(training: list[str]) -> Any:
 
 def examine(training: list[str], device: Any, max_clock_seconds: float) -> dict[str, Any]:
     """The report: `world`, `ranks` (a dict each), `all_reduce`, `output`, `problems`, `ok`. The same on every rank."""
-    flags = preflight.read_flags(training, (*preflight.NEEDED, "output_dir", "mm_family"))
+    flags = preflight.read_flags(training, (*preflight.NEEDED, "output_dir", "mm_family", "eval_data_path"))
     facts = agree.facts(preflight.shared_inputs(flags), whole=True)
     problem = "; ".join(preflight.missing_inputs(training[1:])) if training else ""
     row = {**agree.who(), **machine(device), "facts": facts, "problem": problem}
