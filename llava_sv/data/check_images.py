@@ -20,6 +20,7 @@ from PIL import Image, ImageFile
 
 from llava_sv.data.image_refs import SEPARATOR
 from llava_sv.data.image_store import ImageStore
+from llava_sv.data.pool import end_with, kill_children, unheard_ctrl_c
 from llava_sv.data.records import LlavaRecord
 from llava_sv.decoding import decode_image, open_head, open_regular, orientation_of
 from llava_sv.errors import UserError
@@ -93,7 +94,9 @@ class Examiner:
     def __enter__(self) -> Examiner:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            kill_children()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
@@ -112,13 +115,14 @@ class Examiner:
             yield self._finished(*waiting.pop(0))
 
     def _submit(self, job: Job) -> Future[Result]:
-        try:
-            if self._pool is None:
+        with unheard_ctrl_c():
+            try:
+                if self._pool is None:
+                    self._pool = _pool(self.settings, self.workers)
+                return self._pool.submit(_do, job)
+            except BrokenProcessPool:
                 self._pool = _pool(self.settings, self.workers)
-            return self._pool.submit(_do, job)
-        except BrokenProcessPool:
-            self._pool = _pool(self.settings, self.workers)
-            return self._pool.submit(_do, job)
+                return self._pool.submit(_do, job)
 
     def _finished(self, tag: Any, job: Job, future: Future[Result]) -> tuple[Any, Result]:
         try:
@@ -138,14 +142,15 @@ class Examiner:
 
 def _pool(settings: Settings, workers: int) -> ProcessPoolExecutor:
     context = get_context("fork" if "fork" in get_all_start_methods() else None)
-    return ProcessPoolExecutor(workers, context, _begin, (settings,))
+    return ProcessPoolExecutor(workers, context, _begin, (settings, os.getpid()))
 
 
 _work: Callable[[Job], Result] | None = None
 
 
-def _begin(settings: Settings) -> None:
+def _begin(settings: Settings, parent: int) -> None:
     global _work
+    end_with(parent)
     _work = _Work(settings)
 
 

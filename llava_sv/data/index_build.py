@@ -23,7 +23,7 @@ from llava_sv.data import json_spans
 from llava_sv.data.index_file import LAYOUT, head, tail
 from llava_sv.data.index_worker import Converted, WorkerEnded, in_processes, in_this_process
 from llava_sv.data.json_spans import Place, Span, spans
-from llava_sv.errors import UserError
+from llava_sv.errors import UserError, not_written
 
 STATE_BYTES = 1 << 27
 """Bytes of the data file (some 100,000 records) between two notes of how far the build is."""
@@ -97,7 +97,12 @@ class _Build:
             _remove(self.partial, self.state_path)  # the data file has to change, and what was made of it is of no use
             raise
         except OSError as error:
-            raise UserError(f"{self.partial}: the index cannot be written ({error.strerror or error})") from error
+            if error.filename == str(self.path):
+                raise
+            if not self.state_path.exists():
+                _remove(self.partial)  # nothing says how much of it is whole
+            mend = "make room there, or have the index elsewhere: --cache-dir, or HF_DATASETS_CACHE in the environment"
+            raise not_written(f"{self.partial}: the index", error, mend) from error
         os.replace(self.partial, self.index_path)
 
     def _write(self, file: BinaryIO, state: _State, workers: int) -> None:

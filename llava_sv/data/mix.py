@@ -168,7 +168,10 @@ def _run(plan: Plan, workers: int | None) -> dict[str, Any]:
     began = time.perf_counter()
     _tidy(plan)
     todo = [(job, key) for job, key, part in zip(plan.jobs, plan.keys, parts) if part is None]
-    make_parts(todo, workers or os.cpu_count() or 1)
+    try:
+        make_parts(todo, workers or os.cpu_count() or 1)
+    finally:
+        _tidy(plan)  # of processes that were killed with it
     whole = [_whole(job, key) for job, key in zip(plan.jobs, plan.keys)]
     made = _merge(plan, whole, began, {job.found.source.name for job, _ in todo})
     _forget_old_parts(plan)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from llava_sv.data.index import Records
 from llava_sv.data.index_file import LAYOUT, Batcher, head, tail
-from llava_sv.data.pool import cores, end_with
+from llava_sv.data.pool import cores, end_with, kill_children, unheard_ctrl_c
 from llava_sv.data.shard_manifest import check_sizes, is_shards, read_manifest
 from llava_sv.data.webdataset import READERS, shard_records
 from llava_sv.errors import UserError
@@ -164,4 +164,10 @@ def _scanned(tasks: list[tuple[str, str, str]]) -> Iterator[tuple[int, int]]:
         return
     context = get_context("fork" if "fork" in get_all_start_methods() else None)
     with ProcessPoolExecutor(workers, context, initializer=end_with, initargs=(os.getpid(),)) as pool:
-        yield from pool.map(_scan, tasks)
+        try:
+            with unheard_ctrl_c():
+                found = pool.map(_scan, tasks)
+            yield from found
+        except KeyboardInterrupt:
+            kill_children()
+            raise

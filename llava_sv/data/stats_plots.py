@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llava_sv.data.stats import NO_SOURCE, Columns
-from llava_sv.errors import UserError
+from llava_sv.errors import not_written
 from llava_sv.files import replacing
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def draw(values: dict[str, Any], found: Columns, folder: Path) -> list[Path]:
                 figure.savefig(temporary, dpi=120, format="png")
             matplotlib.pyplot.close(figure)
     except OSError as error:
-        raise UserError(f"--plots {folder}: cannot be written ({error.strerror}); name another folder") from error
+        raise not_written(f"--plots {folder}:", error, "name another folder") from error
     return [folder / name for name in pictures]
 
 
