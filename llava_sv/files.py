@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llava_sv.errors import FULL, UserError
+from llava_sv.errors import FULL, UserError, not_written
 
 
 @contextmanager
@@ -41,6 +41,18 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_can_write(flag: str, path: Path) -> None:
+    """Raise `UserError` now for what `flag` names, if a file cannot be written there later."""
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: is a folder; name a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise not_written(f"{flag} {path}:", error, "name another file") from error
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -29,7 +29,7 @@ from llava_sv.data.mend import Change, mend
 from llava_sv.data.records import LlavaRecord
 from llava_sv.data.seen import Seen
 from llava_sv.errors import UserError
-from llava_sv.files import write_json, write_text
+from llava_sv.files import check_can_write, write_json, write_text
 
 BATCH = 256
 """Records that a job is made of."""
@@ -46,6 +46,9 @@ def check_main(argv: list[str]) -> int:
     args = _arguments(argv)
     began = time.perf_counter()
     check = Check(args)
+    for flag, path in (("--json", args.json), ("--html", args.html)):
+        if path:
+            check_can_write(flag, Path(path))  # now, and not after hours of looking
     with ExitStack() as stack:
         copy = stack.enter_context(CleanCopy(Path(args.fix), check.path)) if args.fix else None
         check.run(copy)
@@ -93,8 +96,13 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 def _image_folder(args: argparse.Namespace) -> Path | None:
     """Where to look for pictures; None: not at all."""
+    from llava_sv.data.shard_index import holds_shards
+
     if args.no_images:
         return None
+    data = Path(args.data)
+    if not (data / "index.arrow").is_file() and holds_shards(data):
+        return data.resolve()  # shards bring their pictures along, whatever folder is named beside them
     if args.image_folder is None:
         raise UserError("say where the pictures are with --image-folder DIR, or pass --no-images to leave them out")
     folder = Path(args.image_folder)
