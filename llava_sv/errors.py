@@ -67,7 +67,7 @@ def exit_on_any_trouble(main: Callable[..., int | None], *args, **kwargs) -> int
     try:
         return exit_on_user_error(main, *args, **kwargs)
     except KeyboardInterrupt:
-        line, code = "interrupted", INTERRUPTED
+        line, code = "\ninterrupted", INTERRUPTED  # behind the terminal's ^C, or a bar
     except OSError as error:
         if error.errno is None:  # not the system's: a library's, or a bug
             raise

@@ -41,7 +41,7 @@ DENIED, FULL_DISK, QUOTA = (os.strerror(number) for number in (errno.EACCES, err
         (not_written("/a:", system(errno.ENOSPC), "x"), CANNOT_WRITE, f"error: /a: cannot be written ({FULL_DISK}); x"),
         (not_written("/a:", system(errno.EACCES), "x"), 2, f"error: /a: cannot be written ({DENIED}); x"),
         (UserError("no such file: /a"), 2, "error: no such file: /a"),
-        (KeyboardInterrupt(), INTERRUPTED, "interrupted"),
+        (KeyboardInterrupt(), INTERRUPTED, "\ninterrupted"),
     ],
 )
 def test_one_line_and_the_exit_code(monkeypatch, capsys, error, code, said):

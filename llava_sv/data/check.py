@@ -11,8 +11,8 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,8 +148,7 @@ class Check:
     def run(self, copy: CleanCopy | None) -> None:
         """Look at everything; `copy` gets what may be kept."""
         self._copy = copy
-        with Examiner(self.settings, self.args.workers) as examiner:
-            jobs = self._jobs()
+        with Examiner(self.settings, self.args.workers) as examiner, closing(self._jobs()) as jobs:
             first = next(jobs, None)
             if first is not None:
                 several = len(first[0]) == BATCH
@@ -177,7 +176,7 @@ class Check:
 
     # -- before the pictures ------------------------------------------------------------------------------------------
 
-    def _jobs(self) -> Iterator[tuple[list[Item], Job]]:
+    def _jobs(self) -> Generator[tuple[list[Item], Job], None, None]:
         values = self._values()
         while batch := list(itertools.islice(values, BATCH)):
             items = [self._item(found) for found in batch]

@@ -227,7 +227,7 @@ def _lengths(values: dict[str, Any], found: Columns) -> Any:
         names = [name for name in SIDES if name in values["batches"]]
         cut = ", ".join(f"{values['batches'][name]['sequences_cut']:,} {name}" for name in names)
         axes[0].axvline(longest, color="black", lw=1.2, label=f"--model_max_length {longest:,} (cut: {cut})")
-        axes[0].legend(frameon=False, fontsize=9)
+        axes[0].legend(fontsize=9, framealpha=1, edgecolor="none")  # the line passes behind it
     axes[0].set_ylabel("records")
     axes[0].set_title(f"{Path(values['file']).name}: sequence lengths ({values['visual']['setting']})")
     return figure

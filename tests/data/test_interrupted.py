@@ -22,7 +22,11 @@ from llava_sv import cli
 import {module} as module
 
 def ctrl_c(*args, **kwargs):
-    os.killpg(0, signal.SIGINT)
+    try:
+        os.mkdir("{once}")
+        os.killpg(0, signal.SIGINT)
+    except FileExistsError:
+        pass
     time.sleep(60)
 
 {place} = ctrl_c
@@ -36,14 +40,14 @@ def data(tmp_path):
     return write_array(tmp_path / "data.json", records), write_images(tmp_path / "images", a=(32, 32))
 
 
-def interrupted(module: str, place: str, argv) -> None:
+def interrupted(tmp_path, module: str, place: str, argv) -> None:
     """Run the command; where it calls module.place, in whatever process, Ctrl-C is pressed."""
-    script = SCRIPT.format(module=module, place=f"module.{place}")
+    script = SCRIPT.format(module=module, place=f"module.{place}", once=tmp_path / "pressed")
     process = start([sys.executable, "-c", script, *map(str, argv)])
     done = end_of(process, timeout=50)
     assert done.returncode == INTERRUPTED, done.stderr
     lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
-    assert lines == ["interrupted"]
+    assert lines == ["interrupted"], repr(done.stderr)
     _, alive = psutil.wait_procs([each for each in psutil.process_iter() if _of(each, process.pid)], timeout=10)
     assert not [each for each in alive if _of(each, process.pid)]
 
@@ -62,7 +66,7 @@ def hidden(folder) -> list[str]:
 def test_mix(tmp_path):
     fields = [source(tmp_path, name, many(name, 5)) for name in ("a", "b", "c")]
     argv = ["data", "mix", recipe(tmp_path / "r.yaml", *fields), "--root", tmp_path, "--workers", "2"]
-    interrupted("llava_sv.data.mix_workers", "make_part", argv)
+    interrupted(tmp_path, "llava_sv.data.mix_workers", "make_part", argv)
     assert hidden(tmp_path / "mixtures") == []
     assert cli.main([*map(str, argv)]) == 0
     assert json.loads((tmp_path / "mixtures" / "r" / "manifest.json").read_text())["records"] == 15
@@ -71,14 +75,14 @@ def test_mix(tmp_path):
 def test_shard(tmp_path, data):
     argv = ["data", "shard", data[0], "--image-folder", data[1], "--output", tmp_path / "out", "--workers", "2"]
     argv += ["--samples-per-shard", "100"]
-    interrupted("llava_sv.data.shard_pack", "_Writer._packed", argv)
+    interrupted(tmp_path, "llava_sv.data.shard_pack", "_Writer._packed", argv)
     assert hidden(tmp_path / "out") == []
     assert cli.main([*map(str, argv), "--verify"]) == 0
 
 
 def test_check(tmp_path, data):
     argv = ["data", "check", data[0], "--image-folder", data[1], "--workers", "2", "--fix", tmp_path / "clean.json"]
-    interrupted("llava_sv.data.check_images", "_Work.__call__", argv)
+    interrupted(tmp_path, "llava_sv.data.check_images", "_Work.__call__", argv)
     assert hidden(tmp_path) == []
     assert not (tmp_path / "clean.json").exists()
     assert cli.main([*map(str, argv)]) == 0
@@ -86,5 +90,5 @@ def test_check(tmp_path, data):
 
 def test_index(tmp_path, data):
     argv = ["data", "index", data[0], "--workers", "1", "--cache-dir", tmp_path / "cache"]
-    interrupted("llava_sv.data.index_build", "in_this_process", argv)
+    interrupted(tmp_path, "llava_sv.data.index_build", "in_this_process", argv)
     assert cli.main([*map(str, argv)]) == 0
