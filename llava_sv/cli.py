@@ -9,7 +9,7 @@ import importlib
 import sys
 from dataclasses import dataclass
 
-from llava_sv.errors import exit_on_user_error
+from llava_sv.errors import exit_on_any_trouble, exit_on_user_error
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,19 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"llava-sv {__version__}")
         return 0
-    if _group(argv[0]) and argv[1:] in (["-h"], ["--help"]):
+    if argv[0] not in COMMANDS and _group(argv[0]) and argv[1:] in (["-h"], ["--help"]):
         print(usage(argv[0]))
         return 0
     name, rest = resolve(argv)
     if name is None:
         return _unknown(argv)
-    module, function = COMMANDS[name].target.split(":")
-    return exit_on_user_error(getattr(importlib.import_module(module), function), rest)
+    guard = exit_on_user_error if name == "train" else exit_on_any_trouble  # training tells its own ends
+    return guard(_run, COMMANDS[name], rest)
+
+
+def _run(command: Command, rest: list[str]) -> int | None:
+    module, function = command.target.split(":")
+    return getattr(importlib.import_module(module), function)(rest)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from llava_sv.bench.presets import FAMILIES, check_budget, find_budget, find_set
 from llava_sv.data.index import open_records
 from llava_sv.data.shard_index import image_root
 from llava_sv.data.stats import NO_SOURCE, ImageTokens, Visual, measure, report
-from llava_sv.errors import UserError
+from llava_sv.errors import UserError, not_written
 from llava_sv.files import write_json
 
 EXAMPLE = """examples:
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
         try:
             write_json(args.json, values)
         except OSError as error:
-            raise UserError(f"--json {args.json}: cannot be written ({error.strerror}); name another file") from error
+            raise not_written(f"--json {args.json}:", error, "name another file") from error
     return 0
 
 

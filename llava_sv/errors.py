@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -13,11 +14,18 @@ PREEMPTED = 75
 """Exit code (EX_TEMPFAIL) of a training that was asked to leave and saved: run the same command again."""
 
 INTERRUPTED = 130
-"""Exit code of a training that Ctrl-C ended."""
+"""Exit code of a command that Ctrl-C ended."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""`OSError.errno` of a disk, or a share of one, that has no room left."""
 
 
 class UserError(ValueError):
     """Something the user can mend: says what is wrong, where, and how to mend it, in one line."""
+
+
+class NoRoom(UserError):
+    """The same, for a disk that is full: exit code `CANNOT_WRITE`."""
 
 
 class Stopped(UserError):
@@ -48,8 +56,45 @@ def exit_on_user_error(main: Callable[..., int | None], *args, **kwargs) -> int:
         return stop.code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return CANNOT_WRITE if isinstance(error, NoRoom) else 2
     except BrokenPipeError:
         # the interpreter flushes once more on its way out: let that go nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def exit_on_any_trouble(main: Callable[..., int | None], *args, **kwargs) -> int:
+    """The same for commands that keep no books of their own about how they ended, as training does.
+
+    What the system refuses (`OSError`) becomes one line with the path and exit code 2, or `CANNOT_WRITE` for a full
+    disk; Ctrl-C one line and `INTERRUPTED`.
+    """
+    try:
+        return exit_on_user_error(main, *args, **kwargs)
+    except KeyboardInterrupt:
+        line, code = "\ninterrupted", INTERRUPTED  # behind the terminal's ^C, or a bar
+    except OSError as error:
+        if error.errno is None:  # not the system's: a library's, or a bug
+            raise
+        line, code = f"error: {line_of(error)}", CANNOT_WRITE if error.errno in FULL else 2
+    print(line, file=sys.stderr, flush=True)
+    return code
+
+
+def line_of(error: OSError) -> str:
+    """`PATH: what the system said`, and what to do where the disk is full."""
+    said = os.strerror(error.errno) if error.errno else str(error)
+    named = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
+    return ": ".join([*named[-1:], said]) + ("; make room, and run it again" if error.errno in FULL else "")
+
+
+def not_written(what: str, error: OSError, mend: str) -> UserError:
+    """What to raise where `what` (`PATH:`, say) cannot be written; mend: what helps."""
+    kind = NoRoom if error.errno in FULL else UserError
+    return kind(f"{what} cannot be written ({os.strerror(error.errno) if error.errno else error}); {mend}")
+
+
+def refused(error: OSError, mend: str) -> UserError:
+    """What to raise where the system refused something that may be a path read or written; mend: what helps."""
+    kind = NoRoom if error.errno in FULL else UserError
+    return kind(f"{line_of(error)}; {mend}")

@@ -12,15 +12,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llava_sv.errors import UserError
+from llava_sv.errors import FULL, UserError, not_written
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` (same suffix); on leaving without an error it takes `path`'s place."""
+    """Yield a temporary path beside `path` (same suffix); on leaving without an error it takes `path`'s place.
+
+    What the system refuses (`OSError`) names `path`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     os.close(descriptor)
     temporary = Path(name)
     try:
@@ -29,8 +36,24 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename in (name, temporary) or (error.errno in FULL and error.filename is None):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_can_write(flag: str, path: Path) -> None:
+    """Raise `UserError` now for what `flag` names, if a file cannot be written there later."""
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: is a folder; name a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise not_written(f"{flag} {path}:", error, "name another file") from error
 
 
 def write_text(path: str | Path, text: str) -> None:

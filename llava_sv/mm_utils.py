@@ -167,12 +167,17 @@ MOST_CROPPED = 64
 """A picture so many times as long as wide keeps only its middle before a processor crops it."""
 
 
-def _pad(image: Image.Image, image_processor: Any) -> Image.Image:
+def _bounded(image: Image.Image, image_processor: Any) -> Image.Image:
+    """The picture, or a smaller one where the square around it would have more pixels than any picture may."""
     side = max(image.size)
-    if side > MOST_PADDED:  # the square would have more pixels than any picture may
-        width, height = (max(1, round(length * MOST_PADDED / side)) for length in image.size)
-        image = image.resize((width, height), Image.Resampling(image_processor.resample))
-    return expand2square(image, mean_color(image_processor))
+    if side <= MOST_PADDED:
+        return image
+    width, height = (max(1, round(length * MOST_PADDED / side)) for length in image.size)
+    return image.resize((width, height), Image.Resampling(image_processor.resample))
+
+
+def _pad(image: Image.Image, image_processor: Any) -> Image.Image:
+    return expand2square(_bounded(image, image_processor), mean_color(image_processor))
 
 
 def _square(image: Image.Image, image_processor: Any) -> Image.Image:
@@ -192,6 +197,7 @@ square; `square` leaves it to the processor, which crops its middle (CLIP's) or 
 def one_view(image: Image.Image, image_processor: Any, model_cfg: Any) -> Tensor:
     """LLaVA and CoS: the whole picture as one view, [3, H, W]."""
     if _aspect_ratio(model_cfg) == "pad":
+        image = _bounded(image, image_processor)
         pixels = fast_pixels(image, image_processor, mean_color(image_processor))
         if pixels is not None:
             return pixels

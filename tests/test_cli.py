@@ -105,3 +105,9 @@ def test_a_reader_that_stops_reading_is_no_error():
         program.stdout.close()
         assert program.wait(timeout=120) == 1
         assert program.stderr.read() == ""
+
+
+def test_the_help_of_a_command_that_is_a_group_too_is_its_own(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", "--help"])
+    assert "example: llava-sv doctor --json doctor.json" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from llava_sv.errors import UserError
+from llava_sv.errors import FULL, UserError, not_written
 
 SAID_AFTER = 20.0
 """Seconds of waiting for another process before it is said."""
@@ -49,10 +49,7 @@ def making(path: Path) -> Iterator[None]:
 
 def cannot_write(path: Path, error: OSError) -> UserError:
     """The error for a file that could not be written whole."""
-    return UserError(
-        f"{path}: cannot be written ({error.strerror or error}); make room, or name another folder with "
-        "HF_DATASETS_CACHE, then run it again"
-    )
+    return not_written(f"{path}:", error, "make room, or name another folder with HF_DATASETS_CACHE, then run it again")
 
 
 def set_aside(path: Path, size: int) -> None:
@@ -66,7 +63,7 @@ def set_aside(path: Path, size: int) -> None:
         try:
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno in (*FULL, errno.EFBIG):
                 with suppress(OSError):
                     path.unlink()
                 raise

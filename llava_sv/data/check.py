@@ -11,8 +11,8 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from llava_sv.data.records import LlavaRecord, as_json, shown
 from llava_sv.data.seen import Seen
 from llava_sv.data.shard_index import image_root
 from llava_sv.errors import UserError
-from llava_sv.files import write_json, write_text
+from llava_sv.files import check_can_write, write_json, write_text
 
 BATCH = 256
 """Records that a job is made of."""
@@ -48,6 +48,9 @@ def check_main(argv: list[str]) -> int:
     args = _arguments(argv)
     began = time.perf_counter()
     check = Check(args)
+    for flag, path in (("--json", args.json), ("--html", args.html)):
+        if path:
+            check_can_write(flag, Path(path))  # now, and not after hours of looking
     with ExitStack() as stack:
         copy = stack.enter_context(CleanCopy(Path(args.fix), check.path)) if args.fix else None
         check.run(copy)
@@ -148,8 +151,7 @@ class Check:
     def run(self, copy: CleanCopy | None) -> None:
         """Look at everything; `copy` gets what may be kept."""
         self._copy = copy
-        with Examiner(self.settings, self.args.workers) as examiner:
-            jobs = self._jobs()
+        with Examiner(self.settings, self.args.workers) as examiner, closing(self._jobs()) as jobs:
             first = next(jobs, None)
             if first is not None:
                 several = len(first[0]) == BATCH
@@ -177,7 +179,7 @@ class Check:
 
     # -- before the pictures ------------------------------------------------------------------------------------------
 
-    def _jobs(self) -> Iterator[tuple[list[Item], Job]]:
+    def _jobs(self) -> Generator[tuple[list[Item], Job], None, None]:
         values = self._values()
         while batch := list(itertools.islice(values, BATCH)):
             items = [self._item(found) for found in batch]

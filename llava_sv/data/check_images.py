@@ -18,7 +18,7 @@ from PIL import Image, ImageFile
 
 from llava_sv.data.image_refs import SEPARATOR
 from llava_sv.data.image_store import ImageStore
-from llava_sv.data.pool import cores, forked_pool
+from llava_sv.data.pool import cores, forked_pool, kill_children, unheard_ctrl_c
 from llava_sv.data.records import LlavaRecord
 from llava_sv.decoding import decode_image, open_head, open_regular, orientation_of
 from llava_sv.errors import UserError, in_words
@@ -91,7 +91,9 @@ class Examiner:
     def __enter__(self) -> Examiner:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            kill_children()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
@@ -110,13 +112,14 @@ class Examiner:
             yield self._finished(*waiting.pop(0))
 
     def _submit(self, job: Job) -> Future[Result]:
-        try:
-            if self._pool is None:
+        with unheard_ctrl_c():
+            try:
+                if self._pool is None:
+                    self._pool = _pool(self.settings, self.workers)
+                return self._pool.submit(_do, job)
+            except BrokenProcessPool:
                 self._pool = _pool(self.settings, self.workers)
-            return self._pool.submit(_do, job)
-        except BrokenProcessPool:
-            self._pool = _pool(self.settings, self.workers)
-            return self._pool.submit(_do, job)
+                return self._pool.submit(_do, job)
 
     def _finished(self, tag: Any, job: Job, future: Future[Result]) -> tuple[Any, Result]:
         try:

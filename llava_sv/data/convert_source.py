@@ -13,12 +13,12 @@ from typing import Any
 
 from llava_sv.data.converters import CONVERTERS, get_converter
 from llava_sv.data.converters.items import Inputs
-from llava_sv.data.mix_inputs import find, find_files, missing_lines, told
+from llava_sv.data.mix_inputs import find, find_files, missing_lines
 from llava_sv.data.plain_yaml import parse_yaml
 from llava_sv.data.recipes import Entry, find_source
 from llava_sv.data.records import check_record
 from llava_sv.data.sources import Source, source_of
-from llava_sv.errors import UserError
+from llava_sv.errors import UserError, refused
 from llava_sv.files import replacing
 
 ROOT = "playground/data"
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     try:
         count = _write(output, _records(inputs, problems))
     except OSError as error:
-        raise UserError(f"{told(error)}; {output} is as it was before") from error
+        raise refused(error, f"{output} is as it was before") from error
     for problem in problems.first:
         print(problem)
     if problems.count > args.max_problems:

@@ -51,8 +51,14 @@ class CleanCopy:
             kind, error = UserError, UserError(f"--fix {self.path}: no record is left that training could read")
             self._stack.__exit__(kind, error, trace)
             raise error
-        if kind is None and self.path.suffix == ".json":
-            self._out.write("\n]\n")
+        if kind is None:
+            try:
+                self._out.write("\n]\n" if self.path.suffix == ".json" else "")
+                for file in (self._out, self._log):
+                    file.flush()
+            except OSError as full:  # told before one of the two is in place
+                self._stack.__exit__(type(full), full, full.__traceback__)
+                raise
         self._stack.__exit__(kind, error, trace)
 
     def log(self, line: int, record: str, kind: str, done: str) -> None:

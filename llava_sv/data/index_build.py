@@ -24,7 +24,7 @@ from llava_sv.data.index_file import LAYOUT, head, tail
 from llava_sv.data.index_worker import Converted, WorkerEnded, in_processes, in_this_process
 from llava_sv.data.json_spans import Place, Span, spans
 from llava_sv.data.pool import cores
-from llava_sv.errors import UserError
+from llava_sv.errors import UserError, not_written
 
 STATE_BYTES = 1 << 27
 """Bytes of the data file (some 100,000 records) between two notes of how far the build is."""
@@ -98,7 +98,10 @@ class _Build:
         except OSError as error:
             if error.filename == str(self.path):
                 raise UserError(f"{self.path}: cannot be read ({error.strerror or error})") from error
-            raise UserError(f"{self.partial}: the index cannot be written ({error.strerror or error})") from error
+            if not self.state_path.exists():
+                _remove(self.partial)  # nothing says how much of it is whole
+            mend = "make room there, or have the index elsewhere: --cache-dir, or HF_DATASETS_CACHE in the environment"
+            raise not_written(f"{self.partial}: the index", error, mend) from error
         os.replace(self.partial, self.index_path)
 
     def _write(self, file: BinaryIO, state: _State, workers: int) -> None:

@@ -19,14 +19,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from llava_sv.data.mix_inputs import Found, find, missing_lines, table, told
+from llava_sv.data.mix_inputs import Found, find, missing_lines, table
 from llava_sv.data.mix_manifest import LeftOut, described, manifest, summary
 from llava_sv.data.mix_merge import choose, write_index
 from llava_sv.data.mix_parts import Part, PartJob, part_of
 from llava_sv.data.mix_workers import make_parts
 from llava_sv.data.pool import cores
 from llava_sv.data.recipes import Recipe, built_in, read_recipe
-from llava_sv.errors import UserError
+from llava_sv.errors import UserError, refused
 from llava_sv.files import replacing, write_json
 
 ROOT = "playground/data"
@@ -84,10 +84,8 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise UserError(
-            f"{told(error)}; what was made stays, so make room or mend it and run the same command again (it writes to "
-            f"{plan.output}; --output names another folder)"
-        ) from error
+        mend = "what was made stays, so mend it and run the same command again"
+        raise refused(error, f"{mend} (it writes to {plan.output}; --output names another folder)") from error
     return 0
 
 
@@ -160,7 +158,10 @@ def _run(plan: Plan, workers: int | None) -> dict[str, Any]:
     began = time.perf_counter()
     _tidy(plan)
     todo = [(job, key) for job, key, part in zip(plan.jobs, plan.keys, parts) if part is None]
-    make_parts(todo, workers or cores())
+    try:
+        make_parts(todo, workers or cores())
+    finally:
+        _tidy(plan)  # of processes that were killed with it
     whole = [_whole(job, key) for job, key in zip(plan.jobs, plan.keys)]
     made = _merge(plan, whole, began, {job.found.source.name for job, _ in todo})
     _forget_old_parts(plan)

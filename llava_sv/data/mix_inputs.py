@@ -78,10 +78,5 @@ def table(recipe: Recipe, found: Sequence[Found]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     there = sum(not each.missing for each in found)
-    return [f"{recipe.name}: {recipe.title}", *lines, f"{there} of {len(found)} sources are there"]
-
-
-def told(error: OSError) -> str:
-    """What the system refused, in a line: a full disk, a folder that cannot be written, a file that cannot be read."""
-    what = error.strerror or str(error)
-    return f"{error.filename}: {what}" if error.filename else what
+    title = f"{recipe.name}: {recipe.title}" if recipe.title else recipe.name
+    return [title, *lines, f"{there} of {len(found)} sources are there"]

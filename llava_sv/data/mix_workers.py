@@ -15,14 +15,16 @@ from typing import Any
 import pyarrow as pa
 from tqdm import tqdm
 
-from llava_sv.data.mix_inputs import told
 from llava_sv.data.mix_parts import PartJob, make_part
-from llava_sv.data.pool import end_with, forking
-from llava_sv.errors import UserError
+from llava_sv.data.pool import end_with, forking, kill_children, unheard_ctrl_c
+from llava_sv.errors import FULL, NoRoom, UserError, line_of
 
 QUIET_BYTES = 1 << 24
 LONGEST_MESSAGE = 8000
 """Characters; a pipe holds so many without anyone reading."""
+
+Failure = tuple[str, str, type[Exception]]
+"""Source, what went wrong, and what that is: `UserError`, `NoRoom`, or `RuntimeError` for a crash."""
 
 
 def make_parts(todo: list[tuple[PartJob, str]], workers: int) -> None:
@@ -30,13 +32,15 @@ def make_parts(todo: list[tuple[PartJob, str]], workers: int) -> None:
     `UserError` that names every source that cannot be read, or the crash of one."""
     sizes = {key: sum(path.stat().st_size for path in job.found.files) for job, key in todo}
     todo = sorted(todo, key=lambda pair: -sizes[pair[1]])
-    failures: list[tuple[str, str, bool]] = []
+    failures: list[Failure] = []
     total = sum(sizes.values())
     with _Bar(total) as bar:
         if workers == 1 or len(todo) == 1:
             for job, key in todo:
                 with bar.source(job, sizes[key]) as count:
                     failures += _attempt(job, key, count.add)
+                if failures and failures[-1][2] is NoRoom:
+                    break
         else:
             failures += _side_by_side(todo, sizes, workers, bar)
     _raise(failures)
@@ -98,23 +102,24 @@ class _Bar:
         self._bar.close()
 
 
-def _attempt(job: PartJob, key: str, progress: Any) -> list[tuple[str, str, bool]]:
-    """Make a part; (source, what went wrong, whether it is the user's to mend), or nothing."""
+def _attempt(job: PartJob, key: str, progress: Any) -> list[Failure]:
+    """Make a part; what went wrong, or nothing."""
+    name = job.found.source.name
     try:
         make_part(job, key, progress)
     except UserError as error:
-        return [(job.found.source.name, str(error)[:LONGEST_MESSAGE], True)]
-    except OSError as error:
-        return [(job.found.source.name, told(error), True)]
-    except Exception:
-        return [(job.found.source.name, traceback.format_exc()[-LONGEST_MESSAGE:], False)]
+        return [(name, str(error)[:LONGEST_MESSAGE], UserError)]
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            return [(name, line_of(error), NoRoom if error.errno in FULL else UserError)]
+        return [(name, traceback.format_exc()[-LONGEST_MESSAGE:], RuntimeError)]
     return []
 
 
 def _side_by_side(todo: list[tuple[PartJob, str]], sizes: dict[str, int], workers: int, bar: _Bar) -> list[Any]:
     context = forking()
     pa.array([""])  # its first array loads pandas: once here, and not again in each process
-    failures: list[tuple[str, str, bool]] = []
+    failures: list[Failure] = []
     waiting = list(todo)
     running: dict[int, Any] = {}
     try:
@@ -124,7 +129,8 @@ def _side_by_side(todo: list[tuple[PartJob, str]], sizes: dict[str, int], worker
                 shared = context.Value("q", 0, lock=False)
                 ours, theirs = context.Pipe(duplex=False)
                 process = context.Process(target=_in_process, args=(job, key, shared, theirs, os.getpid()))
-                process.start()
+                with unheard_ctrl_c():
+                    process.start()
                 theirs.close()
                 count = bar.source(job, sizes[key], shared)
                 count.__enter__()
@@ -133,16 +139,16 @@ def _side_by_side(todo: list[tuple[PartJob, str]], sizes: dict[str, int], worker
                 process, job, count, ours = running.pop(sentinel)  # type: ignore[arg-type]
                 process.join()
                 failures += _said(process, job, ours)
+                if any(failure[2] is NoRoom for failure in failures):
+                    waiting.clear()  # there is none for the others either
                 count.__exit__()
             bar.show()
     finally:
-        for process, *_ in running.values():
-            process.kill()
-            process.join()
+        kill_children()
     return failures
 
 
-def _said(process: Any, job: PartJob, ours: Any) -> list[tuple[str, str, bool]]:
+def _said(process: Any, job: PartJob, ours: Any) -> list[Failure]:
     with ours:
         if ours.poll():
             try:
@@ -150,7 +156,7 @@ def _said(process: Any, job: PartJob, ours: Any) -> list[tuple[str, str, bool]]:
             except EOFError:
                 pass
     name = job.found.source.name
-    return [(name, f"its process died (exit code {process.exitcode}); out of memory?", True)]
+    return [(name, f"its process died (exit code {process.exitcode}); out of memory?", UserError)]
 
 
 def _in_process(job: PartJob, key: str, shared: Any, theirs: Any, parent: int) -> None:
@@ -165,10 +171,13 @@ def _in_process(job: PartJob, key: str, shared: Any, theirs: Any, parent: int) -
     os._exit(0)  # nothing that the parent opened is closed a second time here
 
 
-def _raise(failures: list[tuple[str, str, bool]]) -> None:
-    crashes = [failure for failure in failures if not failure[2]]
+def _raise(failures: list[Failure]) -> None:
+    crashes = [failure for failure in failures if failure[2] is RuntimeError]
     if crashes:
         raise RuntimeError(f"source {crashes[0][0]!r}: its converter crashed\n{crashes[0][1]}")
+    full = [failure for failure in failures if failure[2] is NoRoom]
+    if full:
+        raise NoRoom(f"source {full[0][0]!r}: {full[0][1]}")
     if len(failures) == 1:
         raise UserError(f"source {failures[0][0]!r}: {failures[0][1]}")
     if failures:

@@ -4,14 +4,15 @@ command that works on data in parallel."""
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing import get_all_start_methods, get_context
 from typing import Any
 
@@ -42,7 +43,9 @@ def _begin(parent: int, begin: Callable[..., Any] | None, arguments: tuple[Any, 
 
 def end_with(parent: int) -> None:
     """From now on this process ends where its `parent` does: a pool's process would go on, then wait for ever, where
-    its parent was killed. At once on Linux, within moments elsewhere."""
+    its parent was killed. At once on Linux, within moments elsewhere. Ctrl-C, which a terminal sends to all, is left
+    to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -53,3 +56,28 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def unheard_ctrl_c() -> Iterator[None]:
+    """Ctrl-C waits: a process started here hears nothing of it before `end_with` makes it deaf, this one afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if heard and callable(before):
+        before(heard[0], None)
+
+
+def kill_children() -> None:
+    """End the processes that this one started: what they were doing is not wanted any more."""
+    children = multiprocessing.active_children()
+    for process in children:
+        process.kill()
+    for process in children:
+        process.join(5)

@@ -116,6 +116,8 @@ def _locate(name: str) -> Path:
         return known[name.replace("_", "-")]
     path = Path(name)
     if not path.is_file():
+        if path.suffix in (".yaml", ".yml"):
+            raise UserError(f"no such recipe file: {path}")
         raise UserError(f"no recipe {name!r}; known: {', '.join(known)}, or the path of a YAML file")
     return path
 

@@ -228,7 +228,10 @@ def _pack(args: argparse.Namespace) -> dict[str, Any]:
             print(f"{output} is finished: nothing to do (--verify checks it)")
             return read_manifest(output)
         starts = shard_starts(records, ImageStore(folder), args.samples_per_shard, args.shard_bytes)
-        entries = pack(records, job, starts, args.workers or min(cores(), MAX_WORKERS))
+        try:
+            entries = pack(records, job, starts, args.workers or min(cores(), MAX_WORKERS))
+        finally:
+            _remove_torn(output)
         manifest = _finish(output, identity, entries, _versions())
     _say(manifest, output, time.perf_counter() - began)
     return manifest

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from llava_sv.data.cache import cannot_write, making
 from llava_sv.data.index import Records, cache_folder
 from llava_sv.data.index_file import LAYOUT, Batcher, head, tail
-from llava_sv.data.pool import cores, forked_pool
+from llava_sv.data.pool import cores, forked_pool, kill_children, unheard_ctrl_c
 from llava_sv.data.shard_manifest import check_sizes, is_shards, read_manifest
 from llava_sv.data.webdataset import READERS, shard_records
 from llava_sv.errors import UserError
@@ -182,4 +182,10 @@ def _scanned(tasks: list[tuple[str, str, str]]) -> Iterator[tuple[int, int]]:
         yield from map(_scan, tasks)
         return
     with forked_pool(workers) as pool:
-        yield from pool.map(_scan, tasks)
+        try:
+            with unheard_ctrl_c():
+                found = pool.map(_scan, tasks)
+            yield from found
+        except KeyboardInterrupt:
+            kill_children()
+            raise

@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from llava_sv.data.image_store import ImageStore
 from llava_sv.data.index import Records
-from llava_sv.data.pool import forked_pool
+from llava_sv.data.pool import forked_pool, kill_children, unheard_ctrl_c
 from llava_sv.data.shard_formats import FORMATS, Packed
 from llava_sv.data.shard_index import image_root
 from llava_sv.data.shard_manifest import PROGRESS
-from llava_sv.errors import UserError
+from llava_sv.errors import UserError, not_written
 from llava_sv.files import read_json, replacing, sha256_of, write_json
 from llava_sv.mm_utils import ImageError, load_image
 
@@ -59,7 +59,7 @@ class _Writer:
         try:
             return self._write(path, start, end)
         except OSError as error:  # of pictures, the store makes an `ImageError`
-            raise UserError(f"{path}: cannot be written ({error.strerror or error}); then run it again") from error
+            raise not_written(f"{path}:", error, "mend that, then run it again") from error
 
     def _write(self, path: Path, start: int, end: int) -> dict[str, Any]:
         self.left_out = []
@@ -166,11 +166,15 @@ def _written(records: Records, job: Job, spans: list[tuple[int, int, int]], work
         return
     pool = forked_pool(workers, _start_worker, job)
     try:
-        futures: list[Future] = [pool.submit(_write, *span) for span in spans]
+        with unheard_ctrl_c():
+            futures: list[Future] = [pool.submit(_write, *span) for span in spans]
         for future in futures:
             yield future.result()
     except BrokenProcessPool as error:
         raise UserError("a process that packs shards was killed (out of memory?); run the command again") from error
+    except KeyboardInterrupt:
+        kill_children()  # a shard may take a minute yet
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llava_sv.data.stats import NO_SOURCE, Columns
-from llava_sv.errors import UserError
+from llava_sv.errors import not_written
 from llava_sv.files import replacing
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def draw(values: dict[str, Any], found: Columns, folder: Path) -> list[Path]:
                 figure.savefig(temporary, dpi=120, format="png")
             matplotlib.pyplot.close(figure)
     except OSError as error:
-        raise UserError(f"--plots {folder}: cannot be written ({error.strerror}); name another folder") from error
+        raise not_written(f"--plots {folder}:", error, "name another folder") from error
     return [folder / name for name in pictures]
 
 
@@ -227,7 +227,7 @@ def _lengths(values: dict[str, Any], found: Columns) -> Any:
         names = [name for name in SIDES if name in values["batches"]]
         cut = ", ".join(f"{values['batches'][name]['sequences_cut']:,} {name}" for name in names)
         axes[0].axvline(longest, color="black", lw=1.2, label=f"--model_max_length {longest:,} (cut: {cut})")
-        axes[0].legend(frameon=False, fontsize=9)
+        axes[0].legend(fontsize=9, framealpha=1, edgecolor="none")  # the line passes behind it
     axes[0].set_ylabel("records")
     axes[0].set_title(f"{Path(values['file']).name}: sequence lengths ({values['visual']['setting']})")
     return figure

@@ -29,7 +29,7 @@ from llava_sv.data.toy_questions import (
     ask_some,
 )
 from llava_sv.data.toy_scene import Scene, describe, fine_scene, random_scene, render
-from llava_sv.errors import UserError
+from llava_sv.errors import UserError, not_written
 from llava_sv.files import replacing, write_text
 
 DEFAULT_OUTPUT = "playground/data/toy"
@@ -298,7 +298,7 @@ def main(argv: list[str]) -> int:
     try:
         write_toy(output, args.seed, counts, args.image_scale)
     except OSError as error:
-        raise UserError(f"--output {output}: cannot write there ({error.strerror}): choose another folder") from error
+        raise not_written(f"--output {output}:", error, "choose another folder") from error
     print(f"{output}: {counts.train + counts.fine_train} training images, {counts.conversations} conversations, "
           f"{counts.bench + counts.fine_bench} benchmark questions")  # fmt: skip
     return 0

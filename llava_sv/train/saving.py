@@ -6,7 +6,6 @@ goes on through the collectives of the save (others wait for it there); then all
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import sys
@@ -16,15 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from llava_sv.cluster.agree import gather
-from llava_sv.errors import CANNOT_WRITE, Stopped
+from llava_sv.errors import CANNOT_WRITE, FULL, Stopped
 from llava_sv.files import write_text
 from llava_sv.train import checkpoint
 from llava_sv.train.stopping import SIGNALS, stop
 
 UNFINISHED = ".saving"
 """Folder in OUTPUT where the final model is written, before its files take their places."""
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_write_failure(error: BaseException) -> bool:

@@ -369,3 +369,25 @@ def test_an_index_is_checked_like_its_file(tmp_path, images):
     code, report = _run(target, tmp_path, "--image-folder", images)
     assert code == 2
     assert report["kinds"] == {"missing_image": 1, "empty_answer": 1}
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+@pytest.mark.parametrize("folder", [(), ("--image-folder", "elsewhere")])
+def test_shards_are_checked_with_their_own_pictures(tmp_path, images, kind, folder):
+    """Whatever folder stands beside them, as scripts always name one."""
+    path, shards = _write(tmp_path, [with_image(1, "a.png"), text_only(2)]), tmp_path / "shards"
+    argv = ["data", "shard", path, "--image-folder", images, "--output", shards, "--format", kind, "--workers", "1"]
+    assert cli.main([*map(str, argv)]) == 0
+    assert cli.main(["data", "check", str(shards), *folder, "--json", str(tmp_path / "report.json")]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["good_records"], report["image_files"], report["images_opened"]) == (2, 1, True)
+
+
+@pytest.mark.parametrize("flag", ["--json", "--html"])
+def test_a_report_that_cannot_be_written_is_told_before_anything_is_looked_at(tmp_path, images, capsys, flag):
+    path = _write(tmp_path, [with_image(1, "missing.png")])
+    for target, said in ((tmp_path, "is a folder; name a file in it"), ("/proc/no/r", "cannot be written (")):
+        assert cli.main(["data", "check", str(path), "--image-folder", str(images), flag, str(target)]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith(f"error: {flag} {target}: {said}")
+        assert captured.out == ""

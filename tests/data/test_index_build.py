@@ -16,7 +16,7 @@ import pytest
 from llava_sv.data import index_build, index_file, index_worker, json_spans
 from llava_sv.data.index import index_location, open_index
 from llava_sv.data.records import check_record
-from llava_sv.errors import UserError
+from llava_sv.errors import NoRoom, UserError
 from tests.data.samples import text_only, with_image, write_array
 
 MOMENTS = 10
@@ -224,8 +224,10 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(index_build._Build, "_note", full)
-    with pytest.raises(UserError, match=r"\.partial: the index cannot be written \(No space left on device\)$"):
+    said = r"\.partial: the index cannot be written \(No space left on device\); make room there, or have the index"
+    with pytest.raises(NoRoom, match=said):
         open_index(path, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*.partial"))
 
 
 def test_a_killed_build_leaves_no_process_behind(tmp_path):

@@ -16,7 +16,7 @@ from llava_sv.data import mix, mix_parts
 from llava_sv.data.index import open_records
 from llava_sv.data.mix_parts import digest_of
 from llava_sv.data.records import check_record, taken_apart
-from llava_sv.errors import UserError
+from llava_sv.errors import INTERRUPTED, UserError
 from tests.data.mix_samples import many, recipe, record, source
 
 
@@ -351,8 +351,7 @@ def test_ended_at_any_step_of_the_merge_it_goes_on(root, tmp_path, monkeypatch, 
 
     with monkeypatch.context() as patch:
         patch.setattr(mix, step, ends)
-        with pytest.raises(KeyboardInterrupt):
-            run(path, root, "--seed", "1")
+        run(path, root, "--seed", "1", code=INTERRUPTED)
     if (folder / "manifest.json").exists():
         sha256 = hashlib.sha256((folder / "index.arrow").read_bytes()).hexdigest()
         assert manifest(folder)["index"]["sha256"] == sha256

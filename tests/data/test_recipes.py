@@ -203,3 +203,8 @@ def test_an_unknown_name_lists_the_known_ones():
         UserError, match=r"no recipe 'sv-2m'; known: cos-pretrain, llava-558k, .*, or the path of a YAML"
     ):
         read_recipe("sv-2m")
+
+
+def test_a_recipe_file_that_is_not_there_is_said_so():
+    with pytest.raises(UserError, match=r"^no such recipe file: mine/r\.yaml$"):
+        read_recipe("mine/r.yaml")

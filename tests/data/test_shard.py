@@ -27,6 +27,7 @@ from llava_sv.data.image_store import ImageStore
 from llava_sv.data.index import open_records
 from llava_sv.data.lengths import image_sizes
 from llava_sv.data.shard import shard_main
+from llava_sv.errors import CANNOT_WRITE
 
 FORMATS = ("tar", "parquet")
 
@@ -351,8 +352,11 @@ def test_a_full_disk_is_said(data, tmp_path, capsys, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setitem(shard_formats.FORMATS, "tar", full)
-    pack(data, tmp_path / "out", "--workers", "1", code=2)
-    assert "000000.tar: cannot be written (No space left on device); then run it again" in capsys.readouterr().err
+    for workers in ("1", "2"):
+        pack(data, tmp_path / workers, "--workers", workers, "--samples-per-shard", "4", code=CANNOT_WRITE)
+        said = "000000.tar: cannot be written (No space left on device); mend that, then run it again"
+        assert said in capsys.readouterr().err
+        assert not list((tmp_path / workers).glob("*.tar")) + list((tmp_path / workers).glob(".0*"))
 
 
 def test_a_process_that_is_killed_is_said_and_the_command_goes_on(data, tmp_path, capsys, monkeypatch):
