@@ -27,13 +27,7 @@ PIECES = [
 ]
 SPEAKERS = ["user", "Assistant", "GPT:", "system", "", None, 3, ["human"], "human", "gpt"]
 IMAGES = ["", None, [], [""], ["", None, "a.png"], "a.png", ["a.png", "b.png"], "../x", "a\0", 5, [None], "a\ud800"]
-TURNS = [
-    {"from": "gpt", "value": "z"},
-    {"from": "human", "value": "<image>z"},
-    {"from": "human", "value": ""},
-    {},
-    None,
-]
+TURNS = [{"from": "gpt", "value": "z"}, {"from": "human", "value": "<image>z"}, {"from": "human", "value": ""}, {}]
 
 
 def _record(rng):
