@@ -151,18 +151,16 @@ def test_a_group_that_could_swell_and_does_not_is_read(tmp_path, monkeypatch, ne
     values = [bytes([number % 7]) * 100 for number in range(90)]
     cells = [{"bytes": value, "path": None} for value in values] if nested else values
     store = _parquet(tmp_path / "b.parquet", cells, row_group_size=40)
-    read = []
-    monkeypatch.setattr(containers.Parquet, "_read_bounded", _told(containers.Parquet._read_bounded, read))
+    bounded = {}
+    may_swell = containers.Parquet._may_swell
+
+    def told(file, group, column):
+        bounded[group] = may_swell(file, group, column)
+        return bounded[group]
+
+    monkeypatch.setattr(containers.Parquet, "_may_swell", told)
     assert [store.bytes(f"b.parquet::image/{row}") for row in range(90)] == values
-    assert [group for _, group, _ in read] == [0, 1]
-
-
-def _told(method, calls):
-    def call(*arguments):
-        calls.append(arguments)
-        return method(*arguments)
-
-    return call
+    assert bounded == {0: True, 1: True, 2: False}
 
 
 @pytest.mark.parametrize(("path", "said"), [("../up.png", "climbs"), ("/etc/up.png", "absolute"), ("~/up.png", "abs")])
