@@ -21,6 +21,13 @@ SAID_AFTER = 20.0
 """Seconds of waiting for another process before it is said."""
 
 
+def cache_folder() -> Path:
+    """`llava_sv` in the `datasets` library's cache."""
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE) / "llava_sv"
+
+
 @contextmanager
 def making(path: Path) -> Iterator[None]:
     """Hold the lock of `path`, in whose folder something is about to be made; others wait.

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from llava_sv.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_sv.conversation import Template
-from llava_sv.data.cache import cannot_write, making, set_aside
+from llava_sv.data.cache import cache_folder, cannot_write, making, set_aside
 from llava_sv.data.image_store import ImageStore
-from llava_sv.data.index import Records, cache_folder
+from llava_sv.data.index import Records
 from llava_sv.data.pool import cores
 from llava_sv.data.preprocess import preprocess
 from llava_sv.data.split import SomeRecords

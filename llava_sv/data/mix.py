@@ -8,11 +8,9 @@ What is left in the output folder: `index.arrow` and `manifest.json`, which are 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from llava_sv.data.mix_inputs import Found, find, missing_lines, table
-from llava_sv.data.mix_manifest import LeftOut, described, manifest, summary
+from llava_sv.data.mix_manifest import LeftOut, Plan, described, manifest, summary
 from llava_sv.data.mix_merge import choose, write_index
 from llava_sv.data.mix_parts import Part, PartJob, part_of
 from llava_sv.data.mix_workers import make_parts
@@ -36,28 +34,6 @@ EXAMPLES = """examples:
   llava-sv data mix sv-1m --list
   llava-sv data mix sv-1m --root playground/data --workers 8
   llava-sv data mix my_recipe.yaml --output playground/data/mixtures/mine --seed 1"""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run is to make, and where. left_out: sources it does without, and why."""
-
-    recipe: Recipe
-    root: Path
-    output: Path
-    seed: int
-    jobs: tuple[PartJob, ...]
-    keys: tuple[str, ...]
-    left_out: tuple[LeftOut, ...]
-    limit: int | None
-    pictures: bool
-
-    def state(self) -> str:
-        """What the mixture depends on: a finished run of the same state needs no work."""
-        wanted = [(job.found.source.name, job.found.entry.wanted, key) for job, key in zip(self.jobs, self.keys)]
-        entries = [repr(job.found.entry) for job in self.jobs]
-        parts = (self.recipe.sha256, self.recipe.name, self.seed, wanted, entries, [repr(x) for x in self.left_out])
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def main(argv: list[str]) -> int:

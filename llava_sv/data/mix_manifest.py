@@ -1,23 +1,22 @@
-"""What a mixture is made of, in numbers that add up, without a word about the machine or the time. Called by
-`data.mix`."""
+"""What a mixture is to be made of, and what it was made of in numbers that add up, without a word about the machine or
+the time. Called by `data.mix`."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
 from llava_sv.data.index_file import LAYOUT
 from llava_sv.data.mix_merge import Chosen
-from llava_sv.data.mix_parts import Part
-from llava_sv.data.recipes import Entry
+from llava_sv.data.mix_parts import Part, PartJob
+from llava_sv.data.recipes import Entry, Recipe
 from llava_sv.files import sha256_of
-
-if TYPE_CHECKING:
-    from llava_sv.data.mix import Plan
 
 PROBLEMS_SHOWN = 5
 """Of each source, in the manifest; `problems.jsonl` has more of them."""
@@ -38,6 +37,28 @@ class LeftOut:
         if self.why == "missing":
             return f"no {', '.join(self.missing)}; {self.entry.source.home}"
         return f"stands close to {', '.join(self.entry.source.contaminates)}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is to make, and where. left_out: sources it does without, and why."""
+
+    recipe: Recipe
+    root: Path
+    output: Path
+    seed: int
+    jobs: tuple[PartJob, ...]
+    keys: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
+    limit: int | None
+    pictures: bool
+
+    def state(self) -> str:
+        """What the mixture depends on: a finished run of the same state needs no work."""
+        wanted = [(job.found.source.name, job.found.entry.wanted, key) for job, key in zip(self.jobs, self.keys)]
+        entries = [repr(job.found.entry) for job in self.jobs]
+        parts = (self.recipe.sha256, self.recipe.name, self.seed, wanted, entries, [repr(x) for x in self.left_out])
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def manifest(plan: Plan, parts: Sequence[Part], chosen: Sequence[Chosen], index: Path) -> dict[str, Any]:

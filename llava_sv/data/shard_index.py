@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from llava_sv.data.cache import cannot_write, making
-from llava_sv.data.index import Records, cache_folder
+from llava_sv.data.cache import cache_folder, cannot_write, making
 from llava_sv.data.index_file import LAYOUT, Batcher, head, tail
+from llava_sv.data.mapped import Records
 from llava_sv.data.pool import cores, forked_pool, kill_children, unheard_ctrl_c
 from llava_sv.data.shard_manifest import check_sizes, is_shards, read_manifest
 from llava_sv.data.webdataset import READERS, shard_records

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from llava_sv import cli
 from tests.data.samples import exchange
 
 
@@ -41,3 +42,16 @@ def source(root: Path, name: str, records: list[Any], pictures: tuple[str, ...] 
 def recipe(path: Path, *sources: dict[str, Any], **fields: Any) -> Path:
     path.write_text(yaml.safe_dump({"name": path.stem, **fields, "sources": list(sources)}), encoding="utf-8")
     return path
+
+
+def run(path, root, *flags, code=0):
+    assert cli.main(["data", "mix", str(path), "--root", str(root), "--workers", "1", *flags]) == code
+    return root / "mixtures" / path.stem
+
+
+def manifest(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def by_source(folder):
+    return {each["source"]: each for each in manifest(folder)["sources"]}
