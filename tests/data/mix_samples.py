@@ -55,3 +55,13 @@ def manifest(folder):
 
 def by_source(folder):
     return {each["source"]: each for each in manifest(folder)["sources"]}
+
+
+def check_sums(made):
+    """What the manifest says of itself."""
+    for each in [*made["sources"], made["totals"]]:
+        assert each["annotations"] == each["problems"] + each["converted"]
+        assert each["converted"] == sum(each[n] for n in ("missing_pictures", "duplicates", "not_sampled", "taken"))
+    for name, total in made["totals"].items():
+        assert total == sum(each[name] for each in made["sources"])
+    assert made["records"] == made["totals"]["taken"]

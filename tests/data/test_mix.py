@@ -12,23 +12,13 @@ from llava_sv.data import mix, mix_parts
 from llava_sv.data.index import open_records
 from llava_sv.data.mix_parts import digest_of
 from llava_sv.data.records import check_record, taken_apart
-from tests.data.mix_samples import by_source, manifest, many, recipe, record, run, source
+from tests.data.mix_samples import by_source, check_sums, manifest, many, recipe, record, run, source
 
 
 @pytest.fixture
 def root(tmp_path):
     (tmp_path / "root").mkdir()
     return tmp_path / "root"
-
-
-def check_sums(made):
-    """What the manifest says of itself."""
-    for each in [*made["sources"], made["totals"]]:
-        assert each["annotations"] == each["problems"] + each["converted"]
-        assert each["converted"] == sum(each[n] for n in ("missing_pictures", "duplicates", "not_sampled", "taken"))
-    for name, total in made["totals"].items():
-        assert total == sum(each[name] for each in made["sources"])
-    assert made["records"] == made["totals"]["taken"]
 
 
 def test_sources_become_one_index_in_their_order(root, tmp_path):

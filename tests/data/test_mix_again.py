@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from llava_sv.data import mix, mix_parts
 from llava_sv.errors import INTERRUPTED, UserError
-from tests.data.mix_samples import manifest, many, recipe, record, run, source
+from tests.data.mix_samples import check_sums, manifest, many, recipe, record, run, source
 
 
 @pytest.fixture
