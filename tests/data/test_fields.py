@@ -171,7 +171,8 @@ def test_wrong_entries(tmp_path, entry, says):
         ([], "holds no turns"),
         ("Who?", "holds no turns"),
         ([3], "unknown form"),
-        ([{"from": "gpt", "value": "x"}], "out of turn"),
+        ([{"from": "gpt", "value": "x"}], "no question with an answer"),
+        ([{"from": "gpt", "value": "x"}, {"from": "gpt", "value": "y"}], "out of turn"),
         ([{"from": "human", "value": "x"}], "no question with an answer"),
         ([{"role": "system", "content": "x"}], "no question with an answer"),
         ([{"from": "human", "value": "x"}, {"from": "human", "value": "y"}], "out of turn"),
@@ -205,7 +206,8 @@ def test_forms_of_turns():
     speech = [("system", "s"), ("user", "Who?"), ("assistant", "x"), ("user", "Why?"), ("assistant", "y")]
     assert pairs_of([{"role": role, "content": text} for role, text in speech]) == pairs
     names = {"user": "human", "assistant": "GPT"}
-    assert pairs_of([{"from": names[role], "value": text} for role, text in speech[1:]]) == pairs
+    turns = [{"from": names[role], "value": text} for role, text in speech[1:]]
+    assert pairs_of(turns) == pairs_of([{"from": "gpt", "value": "Hello!"}, *turns]) == pairs
 
 
 def test_text_without_picture(tmp_path):

@@ -137,6 +137,8 @@ def pairs_of(turns: Sequence[Any]) -> list[Exchange]:
 
 def _alternating(said: Sequence[tuple[str, Any]]) -> list[Exchange]:
     said = [turn for turn in said if turn[0] != "system"]
+    if said and _ROLES.get(said[0][0]) == 1:
+        said = said[1:]  # an answer before the first question: LLaVA drops it, too
     for index, (speaker, _) in enumerate(said):
         if _ROLES.get(speaker) != index % 2:
             raise EntryError(f"turn {index} is spoken by {speaker!r}, out of turn")
