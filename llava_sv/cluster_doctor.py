@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from llava_sv.cluster import agree, roll_call
+from llava_sv.cluster.ending import in_order
 from llava_sv.constants import GIB, MIB
-from llava_sv.errors import UserError
+from llava_sv.errors import UserError, exit_on_any_trouble
 from llava_sv.files import write_json
 from llava_sv.train import preflight
 
@@ -31,7 +32,12 @@ _SHARED_WITHIN = 10.0
 
 
 def main(argv: list[str]) -> int:
-    """`llava-sv doctor --cluster [--json FILE] [--training SCRIPT FLAGS...]`; every rank runs it."""
+    """`llava-sv doctor --cluster [--json FILE] [--training SCRIPT FLAGS...]`; every rank runs it, and leaves with its
+    exit code."""
+    return in_order(lambda: exit_on_any_trouble(_compare, argv))
+
+
+def _compare(argv: list[str]) -> int:
     own, training = argv, []
     if "--training" in argv:
         at = argv.index("--training")

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from llava_sv.bench.memory_cases import Case
 from llava_sv.bench.memory_measure import STEPS, peak_of_tensors
 from llava_sv.bench.memory_trace import enable_checkpointing, forward, make_inputs
+from llava_sv.cluster.ending import in_order
 from llava_sv.files import write_json
 from llava_sv.model.language_model.decoders import model_class
 
@@ -104,4 +105,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(in_order(lambda: main(sys.argv[1:])))

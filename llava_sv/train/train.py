@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_sv.cluster.agree import leave
+from llava_sv.cluster.ending import in_order
 from llava_sv.errors import UserError, exit_on_user_error
-from llava_sv.train.ending import in_order
 from llava_sv.train.stopping import SIGNALS
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from llava_sv.cluster.ending import in_order
 from llava_sv.errors import exit_on_user_error
-from llava_sv.train.ending import in_order
 from llava_sv.train.train import train
 
 

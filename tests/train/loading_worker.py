@@ -78,7 +78,7 @@ def _dtypes(named: dict[str, torch.Tensor]) -> list[str]:
     return sorted({str(value.dtype) for value in named.values()})
 
 
-def main(path: str) -> None:
+def main(path: str) -> int:
     import deepspeed
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
@@ -97,7 +97,10 @@ def main(path: str) -> None:
     (Path(plan["folder"]) / f"{rank}.json").write_text(json.dumps(results))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    from llava_sv.cluster.ending import in_order
+
+    sys.exit(in_order(lambda: main(sys.argv[1])))

@@ -96,7 +96,7 @@ def run_job(argv: list[str], begun: Path | None = None) -> dict[str, Any]:
     return {"code": code, "seen": seen}
 
 
-def main(plan_path: str) -> None:
+def main(plan_path: str) -> int:
     torch.set_num_threads(1)
     plan = json.loads(Path(plan_path).read_text())
     rank = int(os.environ["RANK"])
@@ -109,7 +109,10 @@ def main(plan_path: str) -> None:
 
     dist.barrier()
     dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    from llava_sv.cluster.ending import in_order
+
+    sys.exit(in_order(lambda: main(sys.argv[1])))

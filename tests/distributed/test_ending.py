@@ -12,7 +12,7 @@ import atexit, ctypes, sys, threading, time
 sys.argv[0] = "llava-sv"  # a program of the package's own: it imports no torch
 from concurrent.futures import ThreadPoolExecutor
 from llava_sv.errors import Stopped, UserError, exit_on_user_error
-from llava_sv.train import ending
+from llava_sv.cluster import ending
 
 ending.PATIENCE = {patience}  # seconds: without need, nobody waits so long
 libc = ctypes.CDLL(None)

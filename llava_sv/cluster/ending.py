@@ -1,6 +1,7 @@
 """How a process of a run of several ends: with its exit code, whatever libraries have left running.
 
-Training's entries (`train.main`, `train_mem.main`) wrap their work in `in_order`. Threads of the process group's
+Programs of several processes (training's entries, `doctor --cluster`, `bench memory --ranks`) wrap their work in
+`in_order`. Threads of the process group's
 backend may outlive the group; one that wants to release a Python object while the interpreter is being taken down
 aborts the process (SIGABRT, "terminate called without an active exception"), after all work has been done and saved.
 So what Python does at its end is done here, by hand, and the process leaves without taking anything down.
