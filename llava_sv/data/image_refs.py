@@ -44,11 +44,6 @@ def tar_ref(path: str, member: str, offset: int, size: int) -> str:
     return f"{path}{SEPARATOR}{member}@{offset}+{size}"
 
 
-def zip_ref(path: str, member: str) -> str:
-    """The reference to a zip's member."""
-    return f"{path}{SEPARATOR}{member}"
-
-
 def row_ref(path: str, column: str, row: int, item: int | None = None) -> str:
     """The reference to a picture in a parquet or Arrow file: row `row` (of the whole file) of `column`."""
     return f"{path}{SEPARATOR}{column}/{row}" + ("" if item is None else f"/{item}")

@@ -1,6 +1,6 @@
 """Parts to the mixture: duplicates left out, numbers sampled, the rest written as one index. Called by `data.mix`.
 
-Memory: 16 bytes a record for finding duplicates, whatever the records' size; the records themselves are copied from
+Memory: 24 bytes a record for finding duplicates, whatever the records' size; the records themselves are copied from
 part to index a batch at a time.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llava_sv.data.image_refs import ImageRef, parse_ref, row_ref, tar_ref, zip_ref
+from llava_sv.data.image_refs import ImageRef, parse_ref, row_ref, tar_ref
 from llava_sv.errors import UserError
 
 
@@ -16,7 +16,7 @@ from llava_sv.errors import UserError
         (row_ref("b.arrow", "images", 3, 1), ImageRef("b.arrow", "images/3/1", column="images", row=3, item=1)),
         (tar_ref("s/0.tar", "d/7.jpg", 1536, 99), ImageRef("s/0.tar", "d/7.jpg", offset=1536, size=99)),
         ("s/0.tar::7@2.jpg", ImageRef("s/0.tar", "7@2.jpg")),
-        (zip_ref("i.zip", "t/1.jpg"), ImageRef("i.zip", "t/1.jpg")),
+        ("i.zip::t/1.jpg", ImageRef("i.zip", "t/1.jpg")),
     ],
 )
 def test_parts(text, ref):

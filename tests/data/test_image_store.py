@@ -20,7 +20,7 @@ from PIL import Image
 
 from llava_sv.data import containers, image_store
 from llava_sv.data.containers import Kept, tar_members
-from llava_sv.data.image_refs import row_ref, tar_ref, zip_ref
+from llava_sv.data.image_refs import row_ref, tar_ref
 from llava_sv.data.image_store import ImageStore
 from llava_sv.data.index import open_records
 from llava_sv.errors import UserError
@@ -86,7 +86,7 @@ def references(root: Path, index: int) -> list[str]:
         f"sub/{index}.jpg",
         f"t.tar::{member}",
         tar_ref("t.tar", member, span.offset, span.size),
-        zip_ref("z.zip", f"sub/{index}.jpg"),
+        f"z.zip::sub/{index}.jpg",
     ]
     for file in ("p.parquet", "f.arrow", "s.arrow"):
         refs += [row_ref(file, name, index) for name in ("binary", "struct", "one", "path", "text")]
