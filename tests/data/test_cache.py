@@ -1,11 +1,14 @@
 """Indexes and counts that cannot be kept, read or made whole: one line each, no traceback, no killed process."""
 
 import errno
+import io
 import json
 import os
 import re
 import signal
+import sys
 import threading
+import time
 
 import pytest
 from filelock import FileLock
@@ -58,21 +61,24 @@ def test_storage_that_knows_no_locks(data, tmp_path, monkeypatch):
         open_index(data, tmp_path / "cache")
 
 
-def test_who_waits_says_so_and_finds_what_the_other_made(data, tmp_path, capsys, monkeypatch):
+def test_who_waits_says_so_and_finds_what_the_other_made(data, tmp_path, monkeypatch):
     made = open_index(data, tmp_path / "cache").index_path
     aside = made.rename(tmp_path / "aside")
     monkeypatch.setattr(cache, "SAID_AFTER", 0.05)
+    # Not `capsys`: reading it empties it, and what the thread writes at that moment is lost.
+    said = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", said)
     lock = FileLock(f"{made}.lock")
     lock.acquire()
     found = []
     other = threading.Thread(target=lambda: found.append(len(open_index(data, tmp_path / "cache"))))
     other.start()
-    while other.is_alive() and "waiting" not in (said := capsys.readouterr().err):
-        pass
+    while other.is_alive() and "\n" not in said.getvalue():
+        time.sleep(0.01)
     aside.rename(made)
     lock.release()
     other.join()
-    assert said == f"waiting for another process, which makes {made} ({made.name}.lock)\n"
+    assert said.getvalue() == f"waiting for another process, which makes {made} ({made.name}.lock)\n"
     assert found == [5]
 
 
