@@ -162,14 +162,15 @@ def draw(table: Table, title: str) -> Any:
         for index, (group, measured) in enumerate(table.items()):
             colour = GROUP_COLOURS.get(group, SCALE_COLOURS[index % len(SCALE_COLOURS)])
             density = smoothed(measured[name].density())
-            axis.plot(middles, density, color=colour, label=f"{group} (mean {measured[name].mean:.2f})")
+            axis.plot(middles, density, color=colour, label=f"{group} (mean of pairs {measured[name].mean:.2f})")
             axis.fill_between(middles, density, color=colour, alpha=0.15, linewidth=0)
             axis.axvline(measured[name].mean, color=colour, linestyle=":", linewidth=1)
         axis.set_xlabel(words)
         axis.set_xlim(max(lowest - 0.05, -1), 1)
         axis.set_ylim(bottom=0)
-        axis.legend(frameon=False, fontsize=8, loc="upper left")
     axes[0][0].set_ylabel("density")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    made.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False, fontsize=9)
     made.suptitle(title, fontsize=11)
     return made
 
