@@ -44,8 +44,8 @@ COMMANDS: dict[str, Command] = {
     "bench data": Command("llava_sv.bench.data:main", "index millions of records, open them, read them, load pictures"),
     "bench memory": Command("llava_sv.bench.memory:main", "plan the memory of small runs, measure it, compare"),
     "analyze ffn-impact": Command("llava_sv.analysis.ffn_impact:main", "how much the FFN changes each kind of token"),
-    "analyze flops-share": Command("llava_sv.analysis.flops_share:main", "visual tokens' share of FLOPs by their number"),
-    "analyze similarity": Command("llava_sv.analysis.similarity:main", "how alike visual tokens are, by group or scale"),
+    "analyze flops-share": Command("llava_sv.analysis.flops_share:main", "the FLOPs of visual tokens by their number"),
+    "analyze similarity": Command("llava_sv.analysis.similarity:main", "how alike the visual tokens of a scale are"),
     "analyze tradeoff": Command("llava_sv.analysis.tradeoff:main", "accuracy against FLOPs at several budgets"),
 }
 

@@ -47,7 +47,7 @@ EDGES: dict[str, np.ndarray] = {
 TITLES = {
     "update": "FFN's output over its input\n||FFN(h)|| / ||h||",
     "growth": "length after over before\n||h + FFN(h)|| / ||h||",
-    "turn": "change of direction\n1 − cos(h, h + FFN(h))",
+    "turn": "change of direction\n1 - cos(h, h + FFN(h))",
 }
 
 Table = dict[str, dict[str, list[Running]]]
@@ -94,7 +94,9 @@ def watching(layers: Any, see: Callable[[int, Tensor, Tensor], None]) -> Iterato
 def collect(job: Job) -> Table:
     """Every picture's tokens, added up picture by picture."""
     model, layers = job.model, job.model.get_model().layers
-    table: Table = {name: {group: [Running(edges) for _ in layers] for group in GROUPS} for name, edges in EDGES.items()}
+    table: Table = {
+        name: {group: [Running(edges) for _ in layers] for group in GROUPS} for name, edges in EDGES.items()
+    }
     for sample in job.samples("FFN impact"):
         batch = job.splice(sample)
         roles = batch.token_roles[0].cpu()

@@ -1,5 +1,5 @@
-"""`llava-sv analyze flops-share` (the paper's Figure 2): what share of a prefill's FLOPs the FFN spends on visual tokens,
-by their number; and what is left of it where they skip.
+"""`llava-sv analyze flops-share` (the paper's Figure 2): what share of a prefill's FLOPs the FFN spends on visual
+tokens, by their number; and what is left of it where they skip.
 
 Arithmetic only, with `bench.exact`'s count of the language model and its head: no weights are read. Attention is split
 by whose query it is: a visual token's share is its row of the T x T square.
@@ -199,7 +199,8 @@ def main(argv: list[str]) -> int:
     table = np.array([shares(llm, counts, number) for number in text])
     arrays = {"visual_tokens": counts, "text_tokens": np.array(text), "parts": np.array(list(PARTS)), "shares": table}
     numbers = {"llm": asdict(llm), "source": name, "text_tokens": text, "settings": marks}
-    results.save(arrays, numbers, lambda: draw(llm, counts, text, [m for m in marks if m["dense_tokens"] <= last], name))
+    shown = [mark for mark in marks if mark["dense_tokens"] <= last]
+    results.save(arrays, numbers, lambda: draw(llm, counts, text, shown, name))
     print(render(marks, text[0]))
     return 0
 
@@ -207,7 +208,10 @@ def main(argv: list[str]) -> int:
 def render(marks: list[dict[str, Any]], text: int) -> str:
     """A line a setting for a terminal."""
     lines = [f"{text} text tokens; share of a prefill's FLOPs (language model and its head)"]
-    lines.append(f"{'setting':<20}{'dense tokens':>13}{'visual FFN':>12}{'skipping':>12}{'visual FFN':>12}{'of dense':>10}")
+    heads = ("visual FFN", "skipping", "visual FFN")
+    lines.append(
+        f"{'setting':<20}{'dense tokens':>13}" + "".join(f"{head:>12}" for head in heads) + f"{'of dense':>10}"
+    )
     for mark in marks:
         line = f"{mark['name']:<20}{mark['dense_tokens']:>13}{mark['visual_ffn_share_dense']:>12.1%}"
         if mark["skip"] is not None:

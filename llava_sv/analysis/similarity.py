@@ -6,8 +6,8 @@ of each group leave, over all pictures:
 - `pairs`: the cosine of each pair of distinct tokens of one picture;
 - `average`: of each token, the mean cosine to the group's others, itself left out. By it, merging chooses who stays.
 
-Groups: CoS, each scale; LLaVA-HD, the overview and all tiles together; LLaVA, the retained tokens and the others (a dense
-checkpoint: all). Where the checkpoint merges, also `merged`: what its skipped tokens are after merging.
+Groups: CoS, each scale; LLaVA-HD, the overview and all tiles together; LLaVA, the retained tokens and the others,
+before merging (a dense checkpoint: all). Where the checkpoint merges, also `merged`: its skipped tokens after it.
 n tokens of a group, C language model width.
 """
 

@@ -193,7 +193,8 @@ def line_of(row: dict[str, Any]) -> str:
     """A row for a terminal."""
     shares = ", ".join(f"{name} {group['accuracy']:.1%}" for name, group in row["groups"].items())
     flops = "" if row["flops_ratio"] is None else f" ({row['flops_ratio']:.1%} of dense)"
-    return f"{row['budget']}: {shares}; {row['prefill_flops'] / 1e9:,.3g} GFLOPs{flops}, KV {row['kv_bytes']:,.0f} bytes"
+    costs = f"{row['prefill_flops'] / 1e9:,.3g} GFLOPs{flops}, KV {row['kv_bytes']:,.0f} bytes"
+    return f"{row['budget']}: {shares}; {costs}"
 
 
 def arrays_of(report: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -209,45 +210,55 @@ def arrays_of(report: dict[str, Any]) -> dict[str, np.ndarray]:
 
 LOOKS = {"all": COLOURS["dense"], OTHERS: COLOURS["text"], FINE_DETAIL: COLOURS["skipped"]}
 
+AXES = {
+    "flops": ("prefill_flops", "FLOPs of a prefill"),
+    "kv": ("kv_bytes", "KV bytes while decoding"),
+}
+"""Cost -> (field of a row in plain units, name in the figure)."""
+
 
 def draw(report: dict[str, Any]) -> Any:
-    """Accuracy against FLOPs, and against KV bytes: one line a group, bars of one standard error; a star: trained so."""
+    """Accuracy against FLOPs, and against KV bytes, with bars of one standard error; a star: trained so."""
     from matplotlib.ticker import PercentFormatter
 
     made, axes = figure(columns=2, width=11.0, height=4.8, sharey=True)
-    for axis, cost, words in zip(axes[0], ("flops", "kv"), ("FLOPs of a prefill", "KV bytes while decoding")):
-        whole = all(row[f"{cost}_ratio"] is not None for row in report["rows"])
-        key = f"{cost}_ratio" if whole else {"flops": "prefill_flops", "kv": "kv_bytes"}[cost]
-        rows = sorted(report["rows"], key=lambda row: row[key])
-        for group in rows[0]["groups"]:
-            x = [row[key] for row in rows]
-            y = [row["groups"][group]["accuracy"] for row in rows]
-            error = [row["groups"][group]["standard_error"] for row in rows]
-            label = group.replace("_", " ")
-            axis.errorbar(x, y, error, color=LOOKS[group], marker="o", markersize=4, capsize=2, linewidth=1.2, label=label)
-            own = [i for i, row in enumerate(rows) if row["trained_so"]]
-            axis.plot([x[i] for i in own], [y[i] for i in own], "*", color=LOOKS[group], markersize=13)
-        label_budgets(axis, rows, key)
-        axis.set_xlabel(f"{words}, share of dense" if whole else words)
-        if whole:
+    for axis, (cost, (plain_key, words)) in zip(axes[0], AXES.items()):
+        as_ratio = all(row[f"{cost}_ratio"] is not None for row in report["rows"])
+        key = f"{cost}_ratio" if as_ratio else plain_key
+        _draw_cost(axis, sorted(report["rows"], key=lambda row: row[key]), key)
+        axis.set_xlabel(f"{words}, share of dense" if as_ratio else words)
+        if as_ratio:
             axis.xaxis.set_major_formatter(PercentFormatter(1.0))
         axis.set_ylim(0, 1.05)
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axis.grid(axis="y", alpha=0.3)
     axes[0][0].set_ylabel("accuracy")
     handles, labels = axes[0][0].get_legend_handles_labels()
     made.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    made.suptitle("One checkpoint at several budgets (retained/skipped), no training between; star: trained so", fontsize=11)
+    title = "One checkpoint at several budgets (retained/skipped), no training between; star: trained so"
+    made.suptitle(title, fontsize=11)
     return made
 
 
-def label_budgets(axis: Any, rows: list[dict[str, Any]], key: str) -> None:
-    """Each budget's name upright under the top of the frame, moved aside where two would overlap."""
+def _draw_cost(axis: Any, rows: list[dict[str, Any]], key: str) -> None:
+    """One panel. Budgets that cost the same are joined by no line: there is no order among them."""
     x = [row[key] for row in rows]
-    gap, last = 0.035 * ((max(x) - min(x)) or 1), -float("inf")
+    line = "-" if len(set(x)) == len(x) else "none"
+    look = {"marker": "o", "markersize": 4, "capsize": 2, "linewidth": 1.2, "linestyle": line}
+    own = [i for i, row in enumerate(rows) if row["trained_so"]]
+    for group in rows[0]["groups"]:
+        y = [row["groups"][group]["accuracy"] for row in rows]
+        error = [row["groups"][group]["standard_error"] for row in rows]
+        axis.errorbar(x, y, error, color=LOOKS[group], label=group.replace("_", " "), elinewidth=1.0, **look)
+        axis.plot([x[i] for i in own], [y[i] for i in own], "*", color=LOOKS[group], markersize=13)
+    axis.grid(axis="y", alpha=0.3)
+    axis.margins(x=0.06)
+    names: dict[float, list[str]] = {}
     for place, row in zip(x, rows):
+        names.setdefault(place, []).append(row["budget"])
+    gap, last = 0.035 * ((max(x) - min(x)) or 1), -float("inf")
+    for place, found in names.items():  # upright at the foot, moved aside where two would overlap
         last = max(place, last + gap)
-        axis.text(last, 0.02, row["budget"], rotation=90, fontsize=8, ha="center", va="bottom", color="#444444")
+        axis.text(last, 0.02, ", ".join(found), rotation=90, fontsize=8, ha="center", va="bottom", color="#444444")
 
 
 def build_parser() -> argparse.ArgumentParser:
