@@ -34,6 +34,10 @@ COSTS: dict[str, tuple[str, float]] = {
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#d62728")
 
 
+LEAST_SPAN = 20
+"""Points of accuracy that the figure spans at least, so that small differences look small."""
+
+
 @dataclass(frozen=True)
 class Point:
     """One model, or one budget of one."""
@@ -167,6 +171,10 @@ def draw(reports: dict[str, list[Point]], costs: list[str]) -> Any:
         axis.set_xlabel(words)
         axis.grid(axis="y", alpha=0.3)
         axis.margins(x=0.18, y=0.15)
+        axis.set_xlim(left=0)
+    low, high = axes[0][0].get_ylim()
+    apart = max(0.0, LEAST_SPAN - (high - low)) / 2
+    axes[0][0].set_ylim(low - apart, high + apart)
     for row in axes:
         row[0].set_ylabel("accuracy, %")
     found = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
