@@ -228,7 +228,7 @@ def draw(report: dict[str, Any]) -> Any:
         _draw_cost(axis, sorted(report["rows"], key=lambda row: row[key]), key)
         axis.set_xlabel(f"{words}, share of dense" if as_ratio else words)
         if as_ratio:
-            axis.xaxis.set_major_formatter(PercentFormatter(1.0))
+            axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axis.set_ylim(0, 1.05)
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes[0][0].set_ylabel("accuracy")

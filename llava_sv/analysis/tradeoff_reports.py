@@ -171,7 +171,7 @@ def draw(reports: dict[str, list[Point]], costs: list[str]) -> Any:
         axis.set_xlabel(words)
         axis.grid(axis="y", alpha=0.3)
         axis.margins(x=0.18, y=0.15)
-        axis.set_xlim(left=0)
+        axis.set_xlim(0, 1.15 * max(axis.dataLim.x1, 1e-12))
     low, high = axes[0][0].get_ylim()
     apart = max(0.0, LEAST_SPAN - (high - low)) / 2
     axes[0][0].set_ylim(low - apart, high + apart)
@@ -213,6 +213,10 @@ PLACES = (
 """Offsets of a name from its mark, in points, the best first."""
 
 
+MARK_RADIUS = 3.0
+"""Pixels that a name stays away from the middle of a mark."""
+
+
 def _write_names(made: Any, names: list[tuple[Any, float, float, str]]) -> None:
     """Each name at the first of `PLACES` where it covers no other name and no mark."""
     made.draw_without_rendering()  # the layout must stand before extents are known
@@ -227,7 +231,8 @@ def _write_names(made: Any, names: list[tuple[Any, float, float, str]]) -> None:
                                  ha={0: "center", 6: "left", -6: "right"}[dx], va="bottom")  # fmt: skip
             box = text.get_window_extent(renderer)
             free = not any(box.overlaps(other) for other in taken.get(axis, []))
-            if free and not any(box.contains(*mark) for mark in marks[axis]):
+            wide = box.padded(MARK_RADIUS)
+            if free and not any(wide.contains(*mark) for mark in marks[axis]):
                 break
             if (dx, dy) != PLACES[-1]:
                 text.remove()
