@@ -5,7 +5,6 @@ A `Tally` or the pictures' canvases come in, matplotlib figures go out.
 
 from __future__ import annotations
 
-import textwrap
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +17,8 @@ COLOUR_OF = {**{name: COLOURS[name] for name in COLOURS}, "generated": COLOURS["
 NAMES = {"generated": "the answer so far"}
 CELL_INCHES = 1.75
 """Side of one map."""
+MOST_LETTERS = 34
+"""Of a name or an answer over a map."""
 
 
 class Mapped(Protocol):
@@ -36,7 +37,7 @@ def draw_shares(tally: Tally, level: str) -> Any:
     share = tally.share()
     layers = np.arange(len(share))
     _stack(by_layer, layers, share, groups)
-    by_layer.plot(layers, tally.first_token(), "k.", ms=5, label="of it, the first token alone")
+    by_layer.plot(layers, tally.first_token(), "k.", ms=5, label="first token of the sequence alone")
     by_layer.set(xlabel="layer", ylabel="share of attention", title="by layer", ylim=(0, 1))
     _whole_ticks(by_layer, len(layers), 0)
 
@@ -89,9 +90,8 @@ def draw_maps(pictures: list[Any], layers: list[int]) -> Any:
     """A sheet: a row for each grid of each picture; the picture, the mean of all layers, then the layers chosen."""
     rows = [(picture, canvas) for picture in pictures for canvas in picture.canvases]
     columns = 2 + len(layers)
-    made, axes = figure(
-        columns=columns, rows=len(rows), width=CELL_INCHES * columns + 0.3, height=(CELL_INCHES + 0.35) * len(rows) + 0.7
-    )  # fmt: skip
+    width, height = CELL_INCHES * columns + 0.3, (CELL_INCHES + 0.4) * len(rows) + 0.35
+    made, axes = figure(columns=columns, rows=len(rows), width=width, height=height)
     for row, (picture, canvas) in enumerate(rows):
         _picture(axes[row, 0], picture, canvas)
         maps = [("all layers", canvas.mass.mean(axis=0)), *((f"layer {i}", canvas.mass[i]) for i in layers)]
@@ -112,13 +112,21 @@ def _picture(axes: Any, picture: Mapped, canvas: Canvas) -> None:
 
     axes.imshow(canvas.pixels)
     grid = "" if canvas.name == "picture" else f" ({canvas.name})"
-    axes.set_title(textwrap.shorten(f"{picture.name}{grid}", 34, placeholder="..."), fontsize=7)
+    # a dollar sign would begin a formula
+    lines = [_short(f"{picture.name}{grid}"), _short(f"\u201c{picture.answer}\u201d")]
+    axes.set_title("\n".join(lines).replace("$", r"\$"), fontsize=7)
     if canvas.retained.all() or not canvas.retained.any():
         return
     height, width = (s / n for s, n in zip(canvas.pixels.shape[:2], canvas.retained.shape))
     for row, column in np.argwhere(canvas.retained):
         corner = (column * width - 0.5, row * height - 0.5)
         axes.add_patch(Rectangle(corner, width, height, fill=False, lw=0.8, ec=COLOURS["retained"]))
+
+
+def _short(text: str) -> str:
+    """The first characters of a name or an answer, in one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= MOST_LETTERS else f"{line[: MOST_LETTERS - 3]}..."
 
 
 def _heat(axes: Any, canvas: Canvas, mass: np.ndarray) -> None:
