@@ -27,7 +27,7 @@ from llava_sv.model.token_groups import KV_LEVELS, TokenRole, is_visual
 
 EXAMPLE = (
     "llava-sv analyze attention --model-path checkpoints/tiny-skip --image-folder playground/data/toy/images "
-    "--prompt 'Describe this image.' --max-new-tokens 32 --maps 4"
+    "--prompt 'What word is written in the image?' --maps 3 --map-token 1"
 )
 MOST_MAPS = 64
 """Rows of one sheet that still make a picture."""
@@ -58,6 +58,10 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--maps", type=int, default=4, metavar="N", help="pictures with heat maps (default 4; 0: none)")
     parser.add_argument(
+        "--map-token", type=int, metavar="N", help="maps of the answer's Nth token alone, counted from 1, of pictures "
+        "whose answer is as long (default: the mean of all)",
+    )  # fmt: skip
+    parser.add_argument(
         "--layers", metavar="LIST", help=f"layers with a heat map, such as 0,15,31 (default: {MAPPED_LAYERS} of them, "
         "first to last)",
     )  # fmt: skip
@@ -75,7 +79,9 @@ def main(argv: list[str] | None = None) -> int:
     arrays = {**tally.arrays(), **_map_arrays(pictures)}
     results.save(arrays, numbers, lambda: draw_shares(tally, args.skip_kv))
     if pictures:
-        results.save_figure("attention_maps", lambda: draw_maps(pictures, layers))
+        results.save_figure("attention_maps", lambda: draw_maps(pictures, layers, args.map_token))
+    elif args.maps:
+        print(f"no maps: no answer has {args.map_token} tokens")
     print(tally.in_words())
     if args.skip_kv != "none":
         print(note_of(args.skip_kv))
@@ -88,6 +94,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: must be 1 or more")
     if not 0 <= args.maps <= MOST_MAPS:
         raise UserError(f"--maps {args.maps}: must be 0 (none) to {MOST_MAPS}")
+    if args.map_token is not None and not 1 <= args.map_token <= args.max_new_tokens:
+        raise UserError(f"--map-token {args.map_token}: must be 1 to --max-new-tokens, {args.max_new_tokens}")
     if args.skip_kv not in KV_LEVELS:
         raise UserError(f"--skip-kv {args.skip_kv}: unknown level; known: {', '.join(KV_LEVELS)}")
 
@@ -120,17 +128,17 @@ def run(job: Job, tally: Tally, args: argparse.Namespace) -> list[Picture]:
     with Places(job.assistant) as places:
         for sample in job.samples("attention"):
             wanted = len(pictures) < args.maps
-            with watch(job.model, args.skip_kv, keep_rows=wanted) as recorder:
+            with watch(job.model, args.skip_kv, keep_rows=wanted, only=args.map_token) as recorder:
                 tokens = generate(
                     job.assistant, sample.batch, args.skip_kv,
                     max_new_tokens=args.max_new_tokens, do_sample=False, num_beams=1,
                 )  # fmt: skip
             assert recorder.roles is not None
             tally.add(sample.name, recorder.shares(), recorder.seen())
-            if wanted:
-                answer = decode(job.assistant, tokens)[0]
-                canvases = canvases_of(places, sample, recorder.roles, recorder.rows())
-                pictures.append(Picture(sample.name, answer, canvases))
+            rows = recorder.rows()
+            if rows is not None:
+                canvases = canvases_of(places, sample, recorder.roles, rows)
+                pictures.append(Picture(sample.name, decode(job.assistant, tokens)[0], canvases))
     return pictures
 
 
@@ -143,7 +151,7 @@ def canvases_of(places: Places, sample: Sample, roles: Tensor, rows: Tensor) -> 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What was asked for, with what it means for the shares."""
-    said = {"skip_kv": args.skip_kv, "max_new_tokens": args.max_new_tokens}
+    said = {"skip_kv": args.skip_kv, "max_new_tokens": args.max_new_tokens, "map_token": args.map_token}
     return said if args.skip_kv == "none" else {**said, "note": note_of(args.skip_kv)}
 
 

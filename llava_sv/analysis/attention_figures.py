@@ -86,8 +86,11 @@ def _plain_log_ticks(axes: Any) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def draw_maps(pictures: list[Any], layers: list[int]) -> Any:
-    """A sheet: a row for each grid of each picture; the picture, the mean of all layers, then the layers chosen."""
+def draw_maps(pictures: list[Any], layers: list[int], token: int | None = None) -> Any:
+    """A sheet: a row for each grid of each picture; the picture, the mean of all layers, then the layers chosen.
+
+    token: the generated token whose maps they are, None for the mean of all.
+    """
     rows = [(picture, canvas) for picture in pictures for canvas in picture.canvases]
     columns = 2 + len(layers)
     width, height = CELL_INCHES * columns + 0.3, (CELL_INCHES + 0.4) * len(rows) + 0.35
@@ -100,9 +103,9 @@ def draw_maps(pictures: list[Any], layers: list[int]) -> Any:
             cell.set_title(f"{name}: {100 * mass.sum():.1f}%", fontsize=8)
         for cell in axes[row]:
             cell.set_axis_off()
+    whose = "the answer's tokens" if token is None else f"generated token {token}"
     made.suptitle(
-        "Attention of the answer's tokens on patches: bright is each map's own maximum, percent is of all attention",
-        fontsize=8.5,
+        f"Attention of {whose} on patches: bright is each map's own maximum, percent is of all attention", fontsize=8.5
     )
     return made
 

@@ -43,11 +43,12 @@ _WATCHING: ContextVar[Recorder | None] = ContextVar("watching", default=None)
 class Recorder:
     """Rows of one generation of one conversation.
 
-    level: of the skip KV-cache, as `generate` is told; keep_rows: also keep the mean row over heads and tokens.
+    level: of the skip KV-cache, as `generate` is told; keep_rows: also keep the mean row over heads and tokens, or over
+    heads of the generated token `only` (counted from 1).
     """
 
-    def __init__(self, num_layers: int, level: str = "none", keep_rows: bool = False) -> None:
-        self.num_layers, self.level, self.keep_rows = num_layers, level, keep_rows
+    def __init__(self, num_layers: int, level: str = "none", keep_rows: bool = False, only: int | None = None) -> None:
+        self.num_layers, self.level, self.keep_rows, self.only = num_layers, level, keep_rows, only
         self.roles: Tensor | None = None
         """[T] of the prompt as spliced."""
         self._kept: Tensor | None = None
@@ -87,7 +88,7 @@ class Recorder:
         onehot = self._onehot_on(weights.device, weights.dtype)[width - count :]
         self._shares[-1].append(weights @ onehot)
         self._seen[-1].append(visible.to(weights.dtype) @ onehot)
-        if self.keep_rows:
+        if self.keep_rows and self.only in (None, len(self._shares)):
             self._keep(layer, weights.mean(0), self._columns[width - count :])
 
     def _keep(self, layer: int, row: Tensor, columns: Tensor) -> None:
@@ -125,16 +126,19 @@ class Recorder:
         """[S, L, groups + 1]: how many positions of each group the row could see."""
         return torch.stack([torch.stack([one.cpu() for one in step]) for step in self._seen])
 
-    def rows(self) -> Tensor:
-        """[L, T]: attention to each position of the prompt, mean over heads and generated tokens (`keep_rows`)."""
-        return torch.stack([row.cpu() for row in self._rows]) / len(self._shares)
+    def rows(self) -> Tensor | None:
+        """[L, T]: attention to each position of the prompt, mean over heads and generated tokens (`keep_rows`); None
+        where the answer ended before the token that `only` names."""
+        if not self._rows:
+            return None
+        return torch.stack([row.cpu() for row in self._rows]) / (1 if self.only else len(self._shares))
 
 
 @contextmanager
-def watch(model: Any, level: str = "none", keep_rows: bool = False) -> Iterator[Recorder]:
+def watch(model: Any, level: str = "none", keep_rows: bool = False, only: int | None = None) -> Iterator[Recorder]:
     """A `Recorder` of what `model` generates meanwhile, on torch's sdpa kernels whatever it was loaded with."""
     config = model.config
-    recorder = Recorder(config.num_hidden_layers, level, keep_rows)
+    recorder = Recorder(config.num_hidden_layers, level, keep_rows, only)
     before = config._attn_implementation
     hook = model.register_forward_pre_hook(
         lambda module, args, kwargs: recorder.start_forward(kwargs.get("token_roles")), with_kwargs=True

@@ -120,6 +120,27 @@ def test_a_level_is_said_to_empty_what_it_drops(skip_checkpoint, pictures, tmp_p
     np.testing.assert_allclose(np.load(tmp_path / "attention.npz")["share"].sum(-1), 1.0, atol=1e-5)
 
 
+def test_maps_of_one_token(skip_checkpoint, pictures, tmp_path):
+    more = ("--max-new-tokens", "4", "--maps", "1", "--num-images", "2")
+    for token in (1, 2, 3, 4):
+        assert run(skip_checkpoint, pictures, tmp_path / str(token), *more, "--map-token", str(token)) == 0
+    assert run(skip_checkpoint, pictures, tmp_path / "all", *more) == 0
+    maps = [np.load(tmp_path / str(token) / "attention.npz")["map_0_picture"] for token in (1, 2, 3, 4)]
+    assert np.abs(maps[0] - maps[1]).max() > 1e-4
+    np.testing.assert_allclose(sum(maps) / 4, np.load(tmp_path / "all" / "attention.npz")["map_0_picture"], atol=1e-6)
+
+
+def test_no_answer_is_as_long_as_the_token_asked_for(skip_checkpoint, pictures, tmp_path, capsys, monkeypatch):
+    from llava_sv.analysis import attention
+
+    one = attention.generate
+    monkeypatch.setattr(attention, "generate", lambda *args, **kwargs: one(*args, **{**kwargs, "max_new_tokens": 1}))
+    more = ("--max-new-tokens", "4", "--map-token", "2", "--num-images", "1")
+    assert run(skip_checkpoint, pictures, tmp_path, *more) == 0
+    assert "no maps: no answer has 2 tokens" in capsys.readouterr().out
+    assert not (tmp_path / "attention_maps.png").exists()
+
+
 def test_a_dense_checkpoint(dense_checkpoint, pictures, tmp_path, capsys):
     assert run(dense_checkpoint, pictures, tmp_path, "--max-new-tokens", "1", "--num-images", "1", "--layers", "1") == 0
     numbers = json.loads((tmp_path / "attention.json").read_text())
@@ -138,6 +159,8 @@ def test_a_dense_checkpoint(dense_checkpoint, pictures, tmp_path, capsys):
         (("--max-new-tokens", "0"), "--max-new-tokens 0: must be 1 or more"),
         (("--maps", "-1"), "--maps -1: must be 0 (none) to 64"),
         (("--maps", "65"), "--maps 65: must be 0 (none) to 64"),
+        (("--map-token", "0"), "--map-token 0: must be 1 to --max-new-tokens, 32"),
+        (("--map-token", "9", "--max-new-tokens", "8"), "--map-token 9: must be 1 to --max-new-tokens, 8"),
         (("--skip-kv", "all"), "--skip-kv all: unknown level; known: none, skipped, fine+skipped"),
         (("--layers", "0,x"), "--layers 0,x: cannot read it; write numbers with commas, such as 0,15,31"),
         (("--layers", "0,2"), "--layers 0,2: this model has layers 0 to 1"),

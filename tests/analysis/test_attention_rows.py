@@ -124,6 +124,21 @@ def test_what_leaves_the_cache_gets_nothing_from_the_second_token_on():
         assert (seen[1:] == 0).all()
 
 
+def test_the_row_of_one_token_alone():
+    model, images = family_model("llava"), tiny_images(1)
+    every = []
+    for only in range(1, STEPS + 1):
+        with watch(model, keep_rows=True, only=only) as recorder:
+            model.generate(PROMPT, images=images, skip_kv="none", max_new_tokens=STEPS, do_sample=False)
+        every.append(recorder.rows())
+        text = recorder.roles == TokenRole.TEXT
+        torch.testing.assert_close(every[-1][:, text].sum(1), recorder.shares()[only - 1].mean(1)[:, 0])
+    torch.testing.assert_close(torch.stack(every).mean(0), answer(model, images)[0].rows())
+    with watch(model, keep_rows=True, only=STEPS + 1) as recorder:
+        model.generate(PROMPT, images=images, skip_kv="none", max_new_tokens=STEPS, do_sample=False)
+    assert recorder.rows() is None
+
+
 def test_watching_changes_no_answer_and_is_over_afterwards():
     model, images = family_model("llava"), tiny_images(1)
     options = dict(skip_kv="skipped", max_new_tokens=STEPS, do_sample=False)
