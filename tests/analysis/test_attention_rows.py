@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from llava_sv.analysis.attention_rows import FIRST, GROUPS, Recorder, watch
+from llava_sv.analysis.attention_rows import FIRST, GROUPS, Recorder, last_row, watch
 from llava_sv.constants import IMAGE_TOKEN_INDEX
 from llava_sv.errors import UserError
 from llava_sv.model.language_model.decoders import DECODERS
@@ -174,3 +175,28 @@ def test_a_cache_that_holds_something_else_is_no_silent_shift():
     recorder.add(0, row, torch.ones(3, dtype=torch.bool), windowed=True)
     with pytest.raises(RuntimeError, match="1 of 2 layers told their attention"):
         recorder.start_forward(None)
+
+
+def test_no_map_of_the_whole_prompt_is_made():
+    """Taking a row down makes no tensor beyond a copy of the keys: of 300 positions, no 300 x 300 scores."""
+    heads, shared, length, width = 8, 2, 300, 16
+    query, key = torch.randn(1, heads, length, width).bfloat16(), torch.randn(1, shared, length, width).bfloat16()
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    largest = Largest()
+    with largest:
+        weights, visible = last_row(query, key, mask, None)
+    assert largest.made == shared * length * width < heads * length * length
+    assert weights.dtype == torch.float32
+    assert visible.all()
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that an operation made memory for, views apart."""
+
+    made = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not out._is_view() and not func.is_view:
+            self.made = max(self.made, out.numel())
+        return out
