@@ -131,7 +131,7 @@ def run(job: Job, tally: Tally, args: argparse.Namespace) -> list[Picture]:
             with watch(job.model, args.skip_kv, keep_rows=wanted, only=args.map_token) as recorder:
                 tokens = generate(
                     job.assistant, sample.batch, args.skip_kv,
-                    max_new_tokens=args.max_new_tokens, do_sample=False, num_beams=1,
+                    max_new_tokens=args.max_new_tokens, do_sample=False, num_beams=1, use_cache=True,
                 )  # fmt: skip
             assert recorder.roles is not None
             tally.add(sample.name, recorder.shares(), recorder.seen())

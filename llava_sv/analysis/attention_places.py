@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,7 @@ class Places:
         """
         retained = (roles == int(TokenRole.RETAINED)) | (roles == int(TokenRole.FINE))
         placed = torch.cat([mass.float(), retained[None].float()]) * (roles != int(TokenRole.SUMMARY))
-        maps = self._maps(self.spread(placed), size)
+        maps = GRIDS[self.config.mm_family](self.config, self.spread(placed), size)
         views = pixels if pixels.dim() == 4 else pixels[None]
         pictures = {"picture": views[0], "overview": views[0]}
         if "tiles" in maps:
@@ -104,30 +104,47 @@ class Places:
             parts.append(back[..., : len(chunk)].permute(2, 0, 1).cpu())
         return torch.cat(parts).float()
 
-    def _maps(self, spread: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
-        """[K, V, N] -> name of a grid -> [K, rows, columns]."""
-        side = grid_side(self.config)
-        if self.config.mm_family == "cos":
-            return {"picture": self._windows(spread[:, 0], side)}
-        patches = spread[:, :, -side * side :].unflatten(2, (side, side))  # a CLS token, where there is one, leads
-        if self.config.mm_family != "llava_hd":
-            return {"picture": patches[:, 0]}
-        maps = {"overview": patches[:, 0]}
-        if patches.shape[1] > 1:
-            columns, rows = hd_grid(self.config, size)
-            tiles = patches[:, 1:].unflatten(1, (rows, columns)).transpose(2, 3)
-            maps["tiles"] = tiles.reshape(len(spread), rows * side, columns * side)
-        return maps
 
-    def _windows(self, queries: Tensor, side: int) -> Tensor:
-        """CoS: [K, n] of all scales' queries -> [K, side, side]: each window's share on all of its cells alike."""
-        total = torch.zeros(len(queries), side, side)
-        scales = scales_of(self.config, side)
-        for scale, part in zip(scales, queries.split([scale.queries for scale in scales], dim=1), strict=True):
-            per_side, own = scale.windows_per_side, math.isqrt(scale.queries) // scale.windows_per_side
-            windows = part.reshape(-1, per_side, own, per_side, own).sum(dim=(2, 4)) / scale.window**2
-            total += windows.repeat_interleave(scale.window, dim=1).repeat_interleave(scale.window, dim=2)
-        return total
+def llava_grids(config: Any, spread: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+    """LLaVA: the one view's patches."""
+    return {"picture": _views(config, spread)[:, 0]}
+
+
+def hd_grids(config: Any, spread: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+    """LLaVA-HD: the overview's patches, and those of all tiles at their places, where the image has any."""
+    views = _views(config, spread)
+    grids = {"overview": views[:, 0]}
+    if views.shape[1] > 1:
+        columns, rows = hd_grid(config, size)
+        tiles = views[:, 1:].unflatten(1, (rows, columns)).transpose(2, 3)
+        grids["tiles"] = tiles.reshape(len(spread), rows * views.shape[-2], columns * views.shape[-1])
+    return grids
+
+
+def cos_grids(config: Any, spread: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+    """CoS, whose N are queries of all scales: each window's share lies on all of its cells alike."""
+    side, queries = grid_side(config), spread[:, 0]
+    total = torch.zeros(len(queries), side, side)
+    scales = scales_of(config, side)
+    for scale, part in zip(scales, queries.split([scale.queries for scale in scales], dim=1), strict=True):
+        per_side, own = scale.windows_per_side, scale.queries_per_side
+        windows = part.reshape(-1, per_side, own, per_side, own).sum(dim=(2, 4)) / scale.window**2
+        total += windows.repeat_interleave(scale.window, dim=1).repeat_interleave(scale.window, dim=2)
+    return {"picture": total}
+
+
+def _views(config: Any, spread: Tensor) -> Tensor:
+    """[K, V, N] -> [K, V, side, side]; a CLS token, where there is one, leads and has no place."""
+    side = grid_side(config)
+    return spread[:, :, -side * side :].unflatten(2, (side, side))
+
+
+GRIDS: dict[str, Callable[[Any, Tensor, tuple[int, int]], dict[str, Tensor]]] = {
+    "llava": llava_grids,
+    "llava_hd": hd_grids,
+    "cos": cos_grids,
+}
+"""Family -> (config, [K, V, N] on what the projector made, the picture's size) -> grid's name -> [K, rows, columns]."""
 
 
 class _Precise:

@@ -8,15 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from llava_sv.analysis.attention_places import Places
+from llava_sv.analysis.attention_places import GRIDS, Places
 from llava_sv.eval.patches import patch_plan
 from llava_sv.generation import load_for_inference, make_batch, user_turn
 from llava_sv.mm_utils import load_image
+from llava_sv.model.builders import BUILDERS
 from llava_sv.model.token_groups import TokenRole
 from tests.parity.tiny import FAMILIES, SIDE, family_images, family_model
 
 GRID = 4
 """Patches a side of one view, in the tiny models."""
+
+
+def test_every_family_is_here():
+    assert list(GRIDS) == list(BUILDERS)
 
 
 def assistant_of(model):
