@@ -17,7 +17,14 @@ from llava_sv import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
-MADE_BY_RUNNING = ("checkpoints/", "playground/data", "playground/quickstart", "playground/families", ".venv")
+MADE_BY_RUNNING = (
+    "checkpoints/",
+    "playground/analysis",
+    "playground/data",
+    "playground/quickstart",
+    "playground/families",
+    ".venv",
+)
 TRAINING_SCRIPT = re.compile(r"scripts/(v1_5|v1_5_hd|cos)/\w+\.sh")
 
 

@@ -7,6 +7,7 @@ that they tell leaves. Nothing is measured here. `READERS` is the list of what c
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,16 +129,25 @@ READERS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], list[Point]
 """Kind -> (fields that tell it, how it is read)."""
 
 
-def read(path: Path) -> list[Point]:
-    """The points of one report. `UserError` for a file that is none of `READERS`, or lacks a field of its kind."""
+def read(path: Path) -> tuple[list[Point], Any]:
+    """The points of one report, and what it says of its questions: number and chance.
+
+    Raises `UserError` for a file that is none of `READERS`, or lacks a field of its kind.
+    """
     values = read_json(path, "the command that reports")
     for kind, (telling, reader) in READERS.items():
         if isinstance(values, dict) and all(name in values for name in telling):
             try:
-                return reader(values)
+                return reader(values), {"questions": values.get("questions"), "chance": chance_of(values)}
             except (KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"--reports {path}: {kind} without what is needed ({error}); make it anew") from error
     raise UserError(f"--reports {path}: not a report that this knows; it reads {', '.join(READERS)}")
+
+
+def chance_of(report: dict[str, Any]) -> float | None:
+    """What guessing gets of the report's questions."""
+    chance = report.get("chance")
+    return chance.get("accuracy") if isinstance(chance, dict) else chance
 
 
 def label_of(path: Path, paths: list[Path]) -> str:
@@ -243,13 +253,16 @@ def run(args: argparse.Namespace) -> int:
     """Read, draw and write; a line a point for a terminal."""
     paths = [Path(name) for name in args.reports]
     results = Results(args.output, "tradeoff", args.overwrite)
-    reports = {label_of(path, paths): read(path) for path in paths}
-    if len(reports) < len(paths):
+    found = {label_of(path, paths): read(path) for path in paths}
+    if len(found) < len(paths):
         raise UserError("--reports: one file is there twice; drop one")
+    reports, asked = {label: points for label, (points, _) in found.items()}, [about for _, about in found.values()]
+    if any(about != asked[0] for about in asked):
+        print("note: the reports are of different questions; accuracies compare within a report only", file=sys.stderr)
     costs = drawn_costs(reports)
     if not costs:
         raise UserError("--reports: no cost that two of their models tell and that differs; add a report")
-    points = [(report, point) for report, found in reports.items() for point in found]
+    points = [(report, point) for report, told in reports.items() for point in told]
     arrays = {
         "report": np.array([report for report, _ in points]),
         "name": np.array([point.name for _, point in points]),
@@ -258,8 +271,8 @@ def run(args: argparse.Namespace) -> int:
         **{cost: np.array([point.costs.get(cost, np.nan) for _, point in points]) for cost in COSTS},
     }
     numbers = {
-        "reports": {label: {"file": str(path), "points": [vars(point) for point in reports[label]]}
-                    for path, label in ((path, label_of(path, paths)) for path in paths)},
+        "reports": {label: {"file": str(path), **about, "points": [vars(point) for point in reports[label]]}
+                    for path, (label, (_, about)) in zip(paths, found.items())},
     }  # fmt: skip
     results.save(arrays, numbers, lambda: draw(reports, costs))
     for report, point in points:

@@ -38,7 +38,12 @@ def test_llama_3_8b_by_hand(tmp_path):
             ]
             assert arrays["shares"][line, at] == pytest.approx(np.array(parts) / sum(parts))
     first = report["settings"][0]
-    assert (first["name"], first["dense_tokens"], first["retained"], first["skipped"]) == ("llava 100_156", 576, 100, 156)
+    assert (first["name"], first["dense_tokens"], first["retained"], first["skipped"]) == (
+        "llava 100_156",
+        576,
+        100,
+        156,
+    )
     assert first["skip"]["visual_ffn"] == layers * (100 + 2) * 6 * width * ffn
     assert first["skip"]["visual_projections"] == layers * (256 + 2) * a_row
     assert first["visual_ffn_share_dense"] == pytest.approx(first["dense"]["visual_ffn"] / sum(first["dense"].values()))

@@ -36,7 +36,7 @@ def test_values_beyond_the_bins_are_counted_at_the_ends():
 def test_nothing_and_one_value():
     running = Running(np.array([0.0, 1.0, 2.0]))
     running.add(np.array([]))
-    assert math.isnan(running.mean) and math.isnan(running.deviation) and math.isnan(running.quantile(0.5))
+    assert all(map(math.isnan, (running.mean, running.deviation, running.quantile(0.5))))
     assert running.density().tolist() == [0.0, 0.0]
     running.add(np.array([[1.5]]))
     assert (running.mean, running.quantile(0.05), running.quantile(0.95)) == (1.5, 1.5, 1.5)

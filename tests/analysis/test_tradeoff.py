@@ -1,5 +1,5 @@
-"""`analyze tradeoff` on one checkpoint: each budget against a copy of the checkpoint whose config.json says that budget,
-asked by `llava-sv eval` and counted by `llava-sv flops`."""
+"""`analyze tradeoff` on one checkpoint: each budget against a copy of the checkpoint whose config.json says it, asked by
+`llava-sv eval` and counted by `llava-sv flops`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def texts_of(path):
 
 
 def edited(checkpoint, folder, budget):
-    """A copy whose config.json says `budget`; from a dense one to a skipping one, summary weights of zero come along."""
+    """A copy whose config.json says `budget`; where a dense one is to skip, summary weights of zero come along."""
     shutil.copytree(checkpoint, folder)
     values = json.loads((folder / "config.json").read_text())
     if budget == "dense":
@@ -152,7 +152,9 @@ def test_a_stopped_run_goes_on_and_other_questions_are_asked_anew(skip_checkpoin
 
 
 def test_fine_detail_apart():
-    questions = [Question(str(i), (), "?", category, "yes") for i, category in enumerate(["colour"] * 3 + ["fine_detail"])]
+    questions = [
+        Question(str(i), (), "?", category, "yes") for i, category in enumerate(["colour"] * 3 + ["fine_detail"])
+    ]
     task = get_task("toy")
     groups = tradeoff.grouped(task, questions, {"0": "Yes.", "1": "no", "2": "yes", "3": "no"})["groups"]
     assert {name: (one["accuracy"], one["questions"]) for name, one in groups.items()} == {
@@ -175,7 +177,10 @@ def test_fine_detail_apart():
         ({"--budgets": None}, "--budgets is missing: RETAINED/SKIPPED,..., such as 8/8,16/20,dense"),
         ({"--model-path": None}, "give either --model-path with --budgets, or --reports"),
         ({"--reports": "x.json"}, "give either --model-path with --budgets, or --reports"),
-        ({"--reports": "x.json", "--model-path": None}, "--budgets goes with --model-path; leave it out beside --reports"),
+        (
+            {"--reports": "x.json", "--model-path": None},
+            "--budgets goes with --model-path; leave it out beside --reports",
+        ),
         ({"--task": "exam"}, "--task: unknown"),
         ({"--data-path": "absent"}, "no such file: absent/bench.jsonl"),
         ({"--limit": "0"}, "--limit 0: must be 1 or more"),

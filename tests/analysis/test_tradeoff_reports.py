@@ -16,6 +16,8 @@ QUICKSTART = {
     "dense": MODEL,
     "skip": {**MODEL, "accuracy": 0.75, "train_seconds": 60.0, "timing": {**TIMING, "kv_bytes": 1024}},
     "exact_flops_ratio": 0.7,
+    "questions": 40,
+    "chance": {"accuracy": 0.25},
     "visual_tokens": {"dense": 64, "retained": 16, "skipped": 20, "summaries": 2},
 }
 FAMILY = {"accuracy": 0.6, "per_category": SHARES, "train_seconds": 30.0, "visual_tokens": {"total": 64}}
@@ -73,9 +75,11 @@ def test_every_kind_of_report(tmp_path, capsys):
     assert arrays["kv_bytes"][:2].tolist() == [2048, 1024]
     assert np.isnan(arrays["kv_bytes"][2])
     assert (tmp_path / "out" / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
-    assert "quick skip: 75.0%; FLOPs of a prefill, % of the same family dense 70, training, minutes 1" in (
-        capsys.readouterr().out
-    )
+    assert [told[name]["questions"] for name in ("quick", "one")] == [40, None]
+    assert told["quick"]["chance"] == 0.25
+    captured = capsys.readouterr()
+    assert "note: the reports are of different questions" in captured.err
+    assert "quick skip: 75.0%; FLOPs of a prefill, % of the same family dense 70, training, minutes 1" in (captured.out)
 
 
 @pytest.mark.parametrize(
