@@ -117,7 +117,7 @@ def grouped(task: Task, questions: list[Question], answers: dict[str, str]) -> d
 def measure(args: argparse.Namespace, task: Task, questions: list[Question], answers: Path) -> dict[str, Any]:
     """Ask every budget in turn; the JSON report. answers: folder of the answers' files."""
     budgets = parse_budgets(args.budgets)
-    if not args.model_base:  # the checkpoint's own config says all, before weights are loaded
+    if Path(args.model_path).is_dir() and not args.model_base:  # its config says all, before weights are loaded
         check_budgets(described_config(args.model_path), budgets, args.skip_kv)
     assistant = load_for_inference(args.model_path, args.model_base, args.conv_template, args.device)
     if not assistant.has_vision:

@@ -1,5 +1,5 @@
-"""`analyze tradeoff` on one checkpoint: each budget against a copy of the checkpoint whose config.json says it, asked by
-`llava-sv eval` and counted by `llava-sv flops`."""
+"""`analyze tradeoff` on one checkpoint: each budget against a copy of the checkpoint whose config.json says it, asked
+by `llava-sv eval` and counted by `llava-sv flops`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llava_sv.data import toy
 from llava_sv.eval import answer_loop
 from llava_sv.eval.tasks import get_task
 from llava_sv.eval.tasks.base import Question
-from llava_sv.generation import load_for_inference, make_batch, user_turn
+from llava_sv.generation import Assistant, load_for_inference, make_batch, user_turn
 from llava_sv.mm_utils import load_image
 from tests.analysis.families import save_family
 
@@ -186,7 +186,6 @@ def test_fine_detail_apart():
         ({"--limit": "0"}, "--limit 0: must be 1 or more"),
         ({"--batch-size": "0"}, "--batch-size 0: must be 1 or more"),
         ({"--skip-kv": "fine+skipped"}, "skip_kv 'fine+skipped' drops a middle scale, and family 'llava' has none"),
-        ({"--model-path": "absent"}, "checkpoint absent: no such folder"),
     ],
 )
 def test_what_is_wrong_is_one_line_before_weights_are_loaded(
@@ -200,6 +199,14 @@ def test_what_is_wrong_is_one_line_before_weights_are_loaded(
     assert line.startswith(f"error: {said}"), line
     assert line.count("\n") == 1
     assert not (tmp_path / "out" / "tradeoff.json").exists()
+
+
+def test_an_absent_checkpoint_and_one_without_an_encoder(skip_checkpoint, tmp_path, bench, capsys, monkeypatch):
+    assert cli.main(flags_of("absent", bench, tmp_path / "out", ["4/5"])) == 2
+    assert capsys.readouterr().err.startswith("error: no such checkpoint folder: absent; train one, or give")
+    monkeypatch.setattr(Assistant, "has_vision", property(lambda self: False))
+    assert cli.main(flags_of(skip_checkpoint, bench, tmp_path / "out", ["4/5"])) == 2
+    assert "this checkpoint has no vision encoder; name one that has" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_does_not_merge_takes_no_budget(tmp_path, bench, capsys):
