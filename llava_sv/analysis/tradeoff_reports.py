@@ -253,6 +253,8 @@ def run(args: argparse.Namespace) -> int:
     """Read, draw and write; a line a point for a terminal."""
     paths = [Path(name) for name in args.reports]
     results = Results(args.output, "tradeoff", args.overwrite)
+    if any(path.resolve() == results.paths["json"].resolve() for path in paths):
+        raise UserError(f"--output {args.output}: would replace a report that is read; name another folder")
     found = {label_of(path, paths): read(path) for path in paths}
     if len(found) < len(paths):
         raise UserError("--reports: one file is there twice; drop one")

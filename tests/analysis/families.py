@@ -20,13 +20,16 @@ BUDGETS: dict[str, dict[str, int]] = {
 SETTINGS: dict[str, dict[str, Any]] = {"llava": {}, "llava_hd": {}, "cos": {"mm_projector_type": "cos_80"}}
 
 
-def save_family(folder: Path, family: str, skip: bool = True, **switches: Any) -> Path:
-    """`switches` over the family's budget."""
+def save_family(
+    folder: Path, family: str, skip: bool = True, settings: dict[str, Any] | None = None, **switches: Any
+) -> Path:
+    """`switches` over the family's budget; `settings` of the config."""
     llm, clip = make_bases(folder.parent / f"{folder.name}-bases")
     torch.manual_seed(0)
     block = {**BUDGETS[family], **switches} if skip else None
+    options = {**SETTINGS[family], **(settings or {}), "conv_template": "llama_3"}
     tokenizer, model, processor = build_model(
-        family, llm=str(llm), vision_tower=str(clip), skip_vision=block, conv_template="llama_3", **SETTINGS[family]
+        family, llm=str(llm), vision_tower=str(clip), skip_vision=block, **options
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():

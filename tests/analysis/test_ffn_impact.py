@@ -12,9 +12,12 @@ import torch.nn.functional as F
 from llava_sv import cli
 from llava_sv.analysis import ffn_impact
 from llava_sv.analysis.common import make_parser, open_job
+from llava_sv.model.language_model.decoders import DECODERS
+from llava_sv.model.language_model.skip_ffn import rows_through_ffn
 from llava_sv.model.token_groups import TokenRole
 from tests.analysis.families import save_family
 from tests.parity.oracle import attention
+from tests.parity.tiny import ragged_batch, tiny_images, tiny_model
 
 CASES = {
     "llava": ("llava", {}),
@@ -107,6 +110,28 @@ def test_the_forward_goes_on_as_without_it(skip_checkpoint, pictures):
     assert torch.equal(plain, watched)
     job.model(**given)
     assert len(layers) == 2  # nothing is left behind in the model
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@torch.no_grad()
+def test_what_is_computed_on_the_side_is_what_every_decoder_computes(decoder):
+    model = tiny_model(decoder=decoder)
+    ids, mask, _, images = ragged_batch(((3, 1, 5),))
+    batch = model.prepare_inputs_labels_for_multimodal(ids, mask, images=tiny_images(images))
+    seen = []
+    with ffn_impact.watching(model.model.layers, lambda layer, h, f: seen.append((h, f))):
+        out = model.model(
+            inputs_embeds=batch.inputs_embeds,
+            position_ids=batch.position_ids,
+            ffn_rows=rows_through_ffn(batch.token_roles),
+            output_hidden_states=True,
+        )
+    passes = (batch.token_roles[0] != TokenRole.SKIPPED).unsqueeze(-1)
+    assert not bool(passes.all())
+    after = [h + f * passes for h, f in seen]
+    after[-1] = model.model.norm(after[-1])
+    for given, computed in zip(out.hidden_states[1:], after, strict=True):
+        torch.testing.assert_close(given[0][passes[:, 0]], computed[passes[:, 0]], rtol=1e-9, atol=1e-10)
 
 
 def test_outputs_are_kept_before_anything_is_loaded(tmp_path, capsys):

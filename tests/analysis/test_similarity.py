@@ -87,6 +87,18 @@ def test_every_group_by_loops(family, skip, last, tmp_path, pictures, monkeypatc
     assert (tmp_path / "out" / "similarity.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("skip", [True, False])
+def test_anyres_tiles_come_without_their_padding(skip, tmp_path, pictures):
+    settings = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]}
+    checkpoint = save_family(tmp_path / "model", "llava_hd", skip, settings)
+    flags = ["--model-path", str(checkpoint), "--image-folder", str(pictures), "--device", "cpu"]
+    assert cli.main(["analyze", "similarity", *flags, "--output", str(tmp_path / "out")]) == 0
+    groups = json.loads((tmp_path / "out" / "similarity.json").read_text())["groups"]
+    # pictures of 64 x 48 on 2 x 2 tiles of 4 x 4 patches: 8 columns, of 8 rows the 6 that hold something
+    assert [groups[name]["tokens_per_image"] for name in ("overview", "tiles")] == [16, 48]
+    assert ("merged" in groups) == skip
+
+
 def test_twins_opposites_and_a_token_alone():
     a = torch.tensor([[1.0, 0.0], [2.0, 0.0], [-3.0, 0.0], [0.0, 5.0]])
     ((pairs, average),) = similarity.similarities(a)

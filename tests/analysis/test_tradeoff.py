@@ -209,6 +209,19 @@ def test_an_absent_checkpoint_and_one_without_an_encoder(skip_checkpoint, tmp_pa
     assert "this checkpoint has no vision encoder; name one that has" in capsys.readouterr().err
 
 
+def test_anyres_skipping_checkpoints_have_no_dense_side(tmp_path, bench, capsys):
+    settings = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]}
+    checkpoint = save_family(tmp_path / "model", "llava_hd", settings=settings)
+    output = tmp_path / "out"
+    assert cli.main(flags_of(checkpoint, bench, output, ["16/7", "dense"])) == 2
+    assert "--budgets dense: this checkpoint skips with anyres tiles, and has no newline" in capsys.readouterr().err
+    assert cli.main(flags_of(checkpoint, bench, output, ["16/7", "8/4"], "--limit", "2")) == 0
+    rows = json.loads((output / "tradeoff.json").read_text())["rows"]
+    assert [(row["flops_ratio"], row["kv_ratio"]) for row in rows] == [(None, None)] * 2
+    assert rows[0]["prefill_flops"] > rows[1]["prefill_flops"] > 0
+    assert cli.main(["analyze", "tradeoff", "--reports", str(output / "tradeoff.json"), "--output", str(tmp_path)]) == 0
+
+
 def test_a_checkpoint_that_does_not_merge_takes_no_budget(tmp_path, bench, capsys):
     checkpoint = save_family(tmp_path / "model", "llava", merge=False)
     assert cli.main(flags_of(checkpoint, bench, tmp_path / "out", ["4/5"])) == 2

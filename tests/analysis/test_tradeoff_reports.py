@@ -109,3 +109,12 @@ def test_absent_and_doubled_reports(tmp_path, capsys):
     file.write_text(json.dumps(QUICKSTART))
     assert cli.main(["analyze", "tradeoff", "--reports", str(file), str(file), *output]) == 2
     assert "error: --reports: one file is there twice; drop one" in capsys.readouterr().err
+
+
+def test_a_report_is_not_replaced_by_what_is_drawn_of_it(tmp_path, capsys):
+    file = tmp_path / "tradeoff.json"
+    file.write_text(json.dumps(TRADEOFF))
+    argv = ["analyze", "tradeoff", "--reports", str(file), "--output", str(tmp_path), "--overwrite"]
+    assert cli.main(argv) == 2
+    assert "would replace a report that is read; name another folder" in capsys.readouterr().err
+    assert json.loads(file.read_text()) == TRADEOFF
