@@ -137,15 +137,8 @@ def measure(args: argparse.Namespace, task: Task, questions: list[Question], ans
     for number, (budget, made) in enumerate(configs.items(), start=1):
         put_in(assistant.model, made.skip_vision)
         level = args.skip_kv if made.skip_vision else None
-        settings = AnswerSettings(batch_size=args.batch_size, skip_kv=level)
-        made_by = {
-            **fingerprint(args.model_path, args.task, settings),
-            "model_base": args.model_base,
-            "budget": made.skip_vision and made.skip_vision.to_dict(),
-            "questions": digest(task, questions),
-        }
         path = answers / f"{budget.name.replace('/', '-')}.answers.jsonl"
-        texts, _ = answer_questions(assistant, task, questions, path, settings, made_by)
+        texts = ask(args, assistant, task, questions, path, level)
         flops, held = mean_flops(made, shapes), kv_bytes(assistant, prompts, level)
         rows.append({
             "budget": budget.name,
@@ -174,6 +167,22 @@ def measure(args: argparse.Namespace, task: Task, questions: list[Question], ans
         "training": "none: one checkpoint's weights at every budget",
         "rows": rows,
     }
+
+
+def ask(
+    args: argparse.Namespace, assistant: Assistant, task: Task, questions: list[Question], path: Path, level: str | None
+) -> dict[str, str]:
+    """Question id -> answer of the model as it is now; those that `path` holds already are not asked again."""
+    settings, skip = AnswerSettings(batch_size=args.batch_size, skip_kv=level), assistant.model.config.skip_vision
+    made_by = {
+        **fingerprint(args.model_path, args.task, settings),
+        "model_base": args.model_base,
+        "conv_template": args.conv_template,
+        "skip_vision": skip and skip.to_dict(),
+        "questions": digest(task, questions),
+    }
+    texts, _ = answer_questions(assistant, task, questions, path, settings, made_by)
+    return texts
 
 
 def is_own(skip: Any, budget: Asked) -> bool:
