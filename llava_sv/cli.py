@@ -43,6 +43,8 @@ COMMANDS: dict[str, Command] = {
     "bench infer": Command("llava_sv.bench.infer:main", "time prefill and decode, and read the KV cache's bytes"),
     "bench data": Command("llava_sv.bench.data:main", "index millions of records, open them, read them, load pictures"),
     "bench memory": Command("llava_sv.bench.memory:main", "plan the memory of small runs, measure it, compare"),
+    "analyze error-bound": Command("llava_sv.analysis.error_bound:main", "the error of skipping against its bounds"),
+    "analyze layer-plan": Command("llava_sv.analysis.layer_plan:main", "which layers to skip for an error budget"),
 }
 
 
