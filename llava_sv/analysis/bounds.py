@@ -120,7 +120,7 @@ def checks_of(measured: Arrays, bounds: Arrays) -> dict[str, Check]:
     """Every inequality of one sequence, by the name of its bound."""
     error, kept = log(measured["error"]), log(measured["error_kept"])
     kl, gaussian = log(measured["kl"]), bounds["kl_gaussian"]
-    softmax = "softmax KL, proved in docs/Theory.md"
+    softmax = "softmax KL"
     checks = {
         "kl_logits": Check(kl, bounds["kl_logits"], True, f"{softmax}: min(r, r^2/8), r the measured logits' range"),
         "kl_gaussian": Check(kl, gaussian, False, "softmax KL against that of (12)'s Gaussians: no theorem"),

@@ -85,22 +85,27 @@ def tally(checks: list[dict[str, Check]]) -> dict[str, dict[str, Any]]:
     return table
 
 
-def statement(table: dict[str, dict[str, Any]]) -> list[str]:
-    """Where the bounds hold and how loose they are, in sentences."""
-    proved = {name: row for name, row in table.items() if row["proved"]}
-    broken = [name for name, row in proved.items() if row["holds"] < row["of"]]
+def statement(table: dict[str, dict[str, Any]]) -> str:
+    """Whether all that is proved holds, and what else does not."""
+    broken, failing = ([name for name, row in table.items() if row["proved"] is sure and row["holds"] < row["of"]]
+                       for sure in (True, False))  # fmt: skip
     pictures = next(iter(table.values()))["of"]
-    lines = [
-        f"All {len(proved)} proved bounds hold on all {pictures} pictures."
-        if not broken
-        else f"PROVED BOUNDS FAIL, which is an error of this code: {', '.join(broken)}."
-    ]
+    if broken:
+        return f"PROVED BOUNDS FAIL, which is an error of this code: {', '.join(broken)}."
+    proved = sum(row["proved"] for row in table.values())
+    others = f"not on all: {', '.join(failing)}" if failing else "all of them hold here too"
+    return f"All {proved} proved bounds hold on all {pictures} pictures. Of the {len(table) - proved} not proved: {others}."
+
+
+def as_table(table: dict[str, dict[str, Any]]) -> str:
+    """The inequalities for a screen: where each holds, and how loose it is."""
+    lines = [f"{'bound':<24}{'proved':<8}{'holds on':<12}{'bound/measured':<16}what"]
     for name, row in table.items():
         middle = row["log10_bound_over_measured"]["median"]
-        times = "nothing to compare" if middle is None else f"bound / measured 10^{middle:.2f}"
-        sure = "proved" if row["proved"] else "not proved"
-        lines.append(f"{name} ({sure}; {row['is']}): holds on {row['holds']} of {row['of']}, {times}")
-    return lines
+        loose = "-" if middle is None else f"10^{middle:.2f}"
+        sure = "yes" if row["proved"] else "no"
+        lines.append(f"{name:<24}{sure:<8}{row['holds']} of {row['of']:<7}{loose:<16}{row['is']}")
+    return "\n".join(lines)
 
 
 def summarise(measured: Arrays, bounds: Arrays, gains: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -193,5 +198,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry of the command."""
-    print("\n".join(run(make_arguments().parse_args(argv))["statement"]))
+    numbers = run(make_arguments().parse_args(argv))
+    print(as_table(numbers["checks"]), numbers["statement"], sep="\n\n")
     return 0

@@ -22,7 +22,7 @@ STYLES = {
 
 def draw(measured: Arrays, bounds: Arrays, gains: Arrays) -> Any:
     """Three panels. measured, bounds and gains: arrays [n, ...], see `divergence.measure` and `bounds.bounds_of`."""
-    made, axes = figure(columns=3, width=14.5, height=4.6)
+    made, axes = figure(columns=3, width=11.8, height=4.6)
     draw_gains(axes[0, 0], gains)
     draw_errors(axes[0, 1], measured, bounds)
     draw_kl(axes[0, 2], measured, bounds)
@@ -43,11 +43,12 @@ def draw_gains(axis: Any, gains: Arrays) -> None:
         label, colour, line = STYLES[kind]
         axis.plot(np.arange(value.shape[1]), ten(value), line, color=colour, marker="o", markersize=4, label=label)
     axis.axhline(0.0, color="black", linewidth=0.8)
-    axis.annotate("gamma = 1", (1, 0), (-2, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
-                  ha="right", fontsize=8)  # fmt: skip
+    axis.annotate("gamma = 1", (0, 0), (4, -11), xycoords=("axes fraction", "data"), textcoords="offset points",
+                  fontsize=8)  # fmt: skip
+    axis.margins(y=0.12)
     axis.set(title="Gain of a layer", xlabel="layer", ylabel="log10 of gamma")
     integer_axis(axis)
-    above(axis)
+    below(axis)
 
 
 def draw_errors(axis: Any, measured: Arrays, bounds: Arrays) -> None:
@@ -65,7 +66,7 @@ def draw_errors(axis: Any, measured: Arrays, bounds: Arrays) -> None:
                       label=f"{'bound' if PROVED[kind] else 'no bound'}: {name}")  # fmt: skip
     axis.set(title="Error after so many layers, and (10)", xlabel="layers passed", ylabel="log10 of the length")
     integer_axis(axis)
-    above(axis)
+    below(axis)
 
 
 def floor(*logarithms: np.ndarray) -> float:
@@ -85,7 +86,7 @@ def draw_kl(axis: Any, measured: Arrays, bounds: Arrays) -> None:
         (kl, "kl_softmax/secant", "softmax KL: secant recursion (proved)", COLOURS["fine"], "^"),
         (gaussian, "kl12/secant", "Gaussian KL: (12), secant recursion (proved)", COLOURS["bound"], "o"),
         (gaussian, "kl13/secant", "Gaussian KL: (13), secant recursion (proved)", COLOURS["skipped"], "^"),
-        (kl, "kl_gaussian", "softmax KL against Gaussian KL (no theorem)", COLOURS["text"], "x"),
+        (kl, "kl_gaussian", "softmax KL: (12)'s Gaussian KL (no theorem)", COLOURS["text"], "x"),
     ]
     ends = []
     for across, name, label, colour, marker in points:
@@ -96,9 +97,9 @@ def draw_kl(axis: Any, measured: Arrays, bounds: Arrays) -> None:
     together = np.concatenate(ends)
     if len(together):
         axis.axline((float(together.min()), float(together.min())), slope=1, color="black", linewidth=0.8)
-    axis.set(title="KL of the next token: points above the line hold", xlabel="log10 of the measured KL",
-             ylabel="log10 of the bound")  # fmt: skip
-    above(axis)
+    axis.set(title="KL of the next token", xlabel="log10 of the measured KL",
+             ylabel="log10 of the bound (holds above the line)")  # fmt: skip
+    below(axis, 1)
 
 
 def integer_axis(axis: Any) -> None:
@@ -108,6 +109,6 @@ def integer_axis(axis: Any) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def above(axis: Any) -> None:
+def below(axis: Any, columns: int = 2) -> None:
     """The legend under the panel, off the data."""
-    axis.legend(fontsize=7.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
+    axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=columns)

@@ -118,7 +118,7 @@ def mean_tokens(counts: list[Tokens]) -> Tokens:
 
 def tokens_of(roles: Any) -> Tokens:
     """Counts of one sequence by role."""
-    count = {role: int((roles == role).sum()) for role in TokenRole}
+    count = {role: int((roles == int(role)).sum()) for role in TokenRole}
     retained = count[TokenRole.RETAINED] + count[TokenRole.FINE]
     return Tokens(count[TokenRole.TEXT], retained, count[TokenRole.SKIPPED], count[TokenRole.SUMMARY])
 
