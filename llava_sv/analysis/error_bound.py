@@ -1,5 +1,5 @@
-"""`llava-sv analyze error-bound`: the error of skipping the FFN, layer by layer, against the bounds of section 5, on any
-checkpoint and pictures; docs/Theory.md says what each number means and which bounds are proved."""
+"""`llava-sv analyze error-bound`: the error of skipping the FFN, layer by layer, against the bounds of section 5, on
+any checkpoint and pictures; docs/Theory.md says what each number means and which bounds are proved."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ def statement(table: dict[str, dict[str, Any]]) -> str:
         return f"PROVED BOUNDS FAIL, which is an error of this code: {', '.join(broken)}."
     proved = sum(row["proved"] for row in table.values())
     others = f"not on all: {', '.join(failing)}" if failing else "all of them hold here too"
-    return f"All {proved} proved bounds hold on all {pictures} pictures. Of the {len(table) - proved} not proved: {others}."
+    unproved = f"Of the {len(table) - proved} not proved: {others}."
+    return f"All {proved} proved bounds hold on all {pictures} pictures. {unproved}"
 
 
 def as_table(table: dict[str, dict[str, Any]]) -> str:
@@ -161,7 +162,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     plan = Plan(frozenset(layers), norms, args.power_iterations if "jvp" in gains_asked else 0, args.sigma)
     head_dim = job.model.get_model().layers[0].self_attn.head_dim
 
-    measured, bounds, checks, gains, names, without = [], [], [], [], [], []
+    rows, names, without = [], [], []
     for sample in job.samples("error-bound"):
         walk = walk_of(job, sample)
         if not bool(walk.skipped.any()):
@@ -169,30 +170,29 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             continue
         found = measure(walk, plan) | similarity_error(job, sample, walk)
         gain = gains_of(found, norms, head_dim)
-        bound = bounds_of(found, gain, head)
-        measured.append(found), bounds.append(bound), gains.append(gain), names.append(sample.name)
-        checks.append(checks_of(found, bound))
+        rows.append((found, bounds_of(found, gain, head), gain))
+        names.append(sample.name)
     if not names:
         raise UserError(f"--image-folder {args.image_folder}: in none of these pictures is a token skipped")
 
-    table = tally(checks)
-    all_measured, all_bounds, all_gains = stack(measured), stack(bounds), stack(gains)
+    table = tally([checks_of(found, bound) for found, bound, _ in rows])
+    measured, bounds, gains = (stack([row[part] for row in rows]) for part in range(3))
     numbers = {
         **job.facts(),
         "layers_that_skip": layers,
         "pictures": names,
         "nothing_skipped_in": without,
-        "gains": {kind: {"is": MEANING[kind], "holds_on": DOMAIN[kind], "proved": PROVED[kind]} for kind in all_gains},
+        "gains": {kind: {"is": MEANING[kind], "holds_on": DOMAIN[kind], "proved": PROVED[kind]} for kind in gains},
         "sigma": "given" if args.sigma is not None else "standard deviation of the full logits over the vocabulary",
         "statement": statement(table),
         "checks": table,
         "spectral_norms": None if norms is None else matrix_norms(norms, head_dim),
         "head_norms": {"spectral": head.spectral, "range": head.range},
-        **summarise(all_measured, all_bounds, all_gains),
+        **summarise(measured, bounds, gains),
     }
-    arrays = all_measured | {f"log_bound/{name}": value for name, value in all_bounds.items()}
+    arrays = measured | {f"log_bound/{name}": value for name, value in bounds.items()}
     arrays["pictures"] = np.array(names)
-    results.save(arrays, numbers, lambda: draw(all_measured, all_bounds, all_gains))
+    results.save(arrays, numbers, lambda: draw(measured, bounds, gains))
     return numbers
 
 

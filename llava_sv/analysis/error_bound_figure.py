@@ -1,5 +1,5 @@
-"""The figure of `error-bound`: gains, errors and their bounds by layer, KL against its bounds. Axes count powers of ten,
-since bounds overflow floats. n pictures, L layers."""
+"""The figure of `error-bound`: gains, errors and their bounds by layer, KL against its bounds. Axes count powers of
+ten, since bounds overflow floats. n pictures, L layers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STYLES = {
 
 def draw(measured: Arrays, bounds: Arrays, gains: Arrays) -> Any:
     """Three panels. measured, bounds and gains: arrays [n, ...], see `divergence.measure` and `bounds.bounds_of`."""
-    made, axes = figure(columns=3, width=11.8, height=4.6)
+    made, axes = figure(columns=3, width=11.5, height=4.6)
     draw_gains(axes[0, 0], gains)
     draw_errors(axes[0, 1], measured, bounds)
     draw_kl(axes[0, 2], measured, bounds)

@@ -125,9 +125,7 @@ def tokens_of(roles: Any) -> Tokens:
 
 def flops_saved(config: Any, tokens: Tokens, skipping_layers: int) -> float:
     """Share of the decoder's FLOPs of a prompt that so many skipping layers save, against none on the same tokens."""
-    with_none, with_some = (
-        sum(llm_flops(llm_of(config), tokens, 1, count).values()) for count in (0, skipping_layers)
-    )
+    with_none, with_some = (sum(llm_flops(llm_of(config), tokens, 1, count).values()) for count in (0, skipping_layers))
     return 1 - with_some / with_none
 
 

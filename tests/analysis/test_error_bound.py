@@ -1,4 +1,4 @@
-"""`analyze error-bound`: measured numbers against plain loops, and bounds that hold on every model and picture tried."""
+"""`analyze error-bound`: measured numbers against plain loops, and bounds that hold on every model tried."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def test_both_walks_are_the_models_own(decoder):
 def test_skip_error_and_gain_by_hand():
     walk = tiny_walk(seed=2)
     found = measure(walk, Plan(frozenset({0, 2}), None, 0))
-    assert found["skip_error"][1] == 0 and np.isnan(found["gain_secant"][0]) and found["error"][0] == 0
+    assert found["skip_error"][1] == 0
+    assert np.isnan(found["gain_secant"][0])
+    assert found["error"][0] == 0
     first = walk.layers[0]
     attended = walk.attend(0, walk.embeds)
     total = tokens = 0.0
@@ -77,7 +79,7 @@ def test_what_is_proved_holds_on_every_model(decoder, family, std):
     for seed in range(3):
         walk = tiny_walk(decoder, family, seed, std)
         for skips in ((0, 1, 2), (1,), (0, 2)):
-            found, gains, bounds, checks = checked(walk, skips, iterations=0)
+            _found, gains, _bounds, checks = checked(walk, skips, iterations=0)
             failing = [name for name, check in checks.items() if check.proved and not check.holds]
             assert not failing, (seed, skips, failing)
             known = np.isfinite(gains["secant"])
@@ -115,9 +117,10 @@ def test_the_norms_constant_is_reached_by_turning_a_token():
 
 def test_the_papers_own_products_are_no_bound():
     """Small weights: L_attn + L_ffn is far below 1, yet the residual carries every error on."""
-    found, gains, bounds, checks = checked(tiny_walk(std=0.1, seed=1), skips=(0,))
+    _found, gains, _bounds, checks = checked(tiny_walk(std=0.1, seed=1), skips=(0,))
     assert (gains["theorem"] < 0).all()
-    assert not PROVED["theorem"] and not checks["error/theorem"].holds
+    assert not PROVED["theorem"]
+    assert not checks["error/theorem"].holds
     assert all(check.holds for check in checks.values() if check.proved)
 
 
@@ -146,13 +149,16 @@ def test_the_command_leaves_three_files(skip_checkpoint, pictures, tmp_path, cap
     assert "proved bounds hold on all 4 pictures" in capsys.readouterr().out
     text = (tmp_path / "error-bound.json").read_text()
     numbers = json.loads(text)
-    assert "NaN" not in text and "Infinity" not in text
+    assert "NaN" not in text
+    assert "Infinity" not in text
     assert {row["holds"] for row in numbers["checks"].values() if row["proved"]} == {4}
-    assert numbers["gains"]["secant"]["proved"] and not numbers["gains"]["jvp"]["proved"]
+    assert numbers["gains"]["secant"]["proved"]
+    assert not numbers["gains"]["jvp"]["proved"]
     assert numbers["environment"]["dtype"].endswith("float32")
     assert 0 < numbers["measured"]["theta"] < 1
     arrays = np.load(tmp_path / "error-bound.npz")
-    assert arrays["skip_error"].shape == (4, 2) and arrays["log_bound/error/secant"].shape == (4, 3)
+    assert arrays["skip_error"].shape == (4, 2)
+    assert arrays["log_bound/error/secant"].shape == (4, 3)
     assert (np.log(arrays["error"][:, 1:]) <= arrays["log_bound/error/operator"][:, 1:]).all()
 
 
@@ -160,7 +166,8 @@ def test_a_dense_checkpoint_with_the_tokens_that_would_skip(dense_checkpoint, pi
     budget = ("--num-retained", "6", "--num-skipped", "3", "--gains", "secant", "--sigma", "2")
     assert cli.main(flags(dense_checkpoint, pictures, tmp_path, *budget)) == 0
     numbers = json.loads((tmp_path / "error-bound.json").read_text())
-    assert numbers["skip_vision"]["num_skipped"] == 3 and list(numbers["gains"]) == ["secant"]
+    assert numbers["skip_vision"]["num_skipped"] == 3
+    assert list(numbers["gains"]) == ["secant"]
     assert numbers["measured"]["sigma"] == 2
 
 
@@ -178,4 +185,5 @@ def test_a_dense_checkpoint_with_the_tokens_that_would_skip(dense_checkpoint, pi
 def test_bad_input(more, line, skip_checkpoint, pictures, tmp_path, capsys):
     assert cli.main(flags(skip_checkpoint, pictures, tmp_path, *more)) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("error: ") and line in said
+    assert said.startswith("error: ")
+    assert line in said

@@ -1,4 +1,4 @@
-"""`analyze layer-plan`: joint errors against single walks, the plan against a search of all sets, the config it leaves."""
+"""`analyze layer-plan`: joint errors against single walks, the plan against all sets, the config it leaves."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def test_the_plan_beside_all_sets(search, seed):
 def test_the_last_layer_costs_the_answer_nothing():
     walk = tiny_walk(layers=4)
     last = outcomes(walk, [frozenset({3})])[0]
-    assert last.error == 0.0 and last.kl == 0.0
+    assert last.error == 0.0
+    assert last.kl == 0.0
 
 
 def test_a_path_that_falls_again_is_used_to_its_end():
@@ -111,14 +112,17 @@ def test_the_command_and_the_config_it_leaves(more, skip_checkpoint, pictures, t
     given = ("--budget", "0.0001", "--write-config", str(target), *more)
     assert cli.main(flags(skip_checkpoint, pictures, tmp_path, *given)) == 0
     numbers = json.loads((tmp_path / "layer-plan.json").read_text())
-    assert numbers["skip_layers"] == "1" and numbers["measured_mean"] <= 0.0001
+    assert numbers["skip_layers"] == "1"
+    assert numbers["measured_mean"] <= 0.0001
     assert 'skip_layers: "1"  (1 of 2 layers; to train with it: --sv_skip_layers 1)' in capsys.readouterr().out
     old, new = json.loads(before), json.loads((target / "config.json").read_text())
-    assert new["skip_vision"].pop("skip_layers") == "1" and old["skip_vision"].pop("skip_layers") == "all"
+    assert new["skip_vision"].pop("skip_layers") == "1"
+    assert old["skip_vision"].pop("skip_layers") == "all"
     assert new == old
     assert (skip_checkpoint / "config.json").read_bytes() == before
     arrays = np.load(tmp_path / "layer-plan.npz")
-    assert arrays["together"].shape == (4, 2) and arrays["added"].tolist() == [1, 0]
+    assert arrays["together"].shape == (4, 2)
+    assert arrays["added"].tolist() == [1, 0]
 
 
 def test_a_budget_that_nothing_fits(skip_checkpoint, pictures, tmp_path, capsys):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llava_sv.analysis.trajectory import Walk
+from llava_sv.analysis.trajectory import Walk, walk_of
 from llava_sv.model.language_model.decoders import DECODERS
 from llava_sv.model.token_groups import TokenRole
 
@@ -29,14 +29,12 @@ def tiny_walk(decoder: str = "llama", family: str = "llava", seed: int = 0, std:
         num_key_value_heads=2, head_dim=8, max_position_embeddings=64, **more,
     )  # fmt: skip
     model = one.model(config).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         parameter.normal_(std=std) if parameter.dim() > 1 else parameter.uniform_(0.5, 1.5)
     model.set_attn_implementation("sdpa")
     retained, fine, skipped = ROLES[family]
     roles = [1, 1, *[3] * retained, *[4] * fine, 2, *[5] * skipped, 2, 1, 1, 1]
     embeds = torch.randn(1, len(roles), 16)
-    from llava_sv.analysis.trajectory import walk_of
-
     spliced = SimpleNamespace(
         inputs_embeds=embeds,
         position_ids=torch.arange(len(roles)).unsqueeze(0),
