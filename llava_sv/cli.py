@@ -45,6 +45,7 @@ COMMANDS: dict[str, Command] = {
     "bench memory": Command("llava_sv.bench.memory:main", "plan the memory of small runs, measure it, compare"),
     "analyze error-bound": Command("llava_sv.analysis.error_bound:main", "the error of skipping against its bounds"),
     "analyze layer-plan": Command("llava_sv.analysis.layer_plan:main", "which layers to skip for an error budget"),
+    "analyze attention": Command("llava_sv.analysis.attention:main", "what generated tokens attend to, and where"),
 }
 
 

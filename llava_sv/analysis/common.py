@@ -178,6 +178,27 @@ class Results:
             raise UserError(f"--output {folder}: {', '.join(there)} exists; name another folder, or --overwrite")
         check_can_write("--output", self.paths["json"])
 
+    def add_figure(self, name: str, overwrite: bool = False) -> None:
+        """One more figure, `name`.png beside the others; raises `UserError` where it exists, as they do."""
+        path = self.paths["json"].with_name(f"{name}.png")
+        if path.exists() and not overwrite:
+            raise UserError(f"--output {path.parent}: {path} exists; name another folder, or --overwrite")
+
+    def save_figure(self, name: str, draw: Callable[[], Any]) -> None:
+        """Write `name`.png of `add_figure`, whole or not at all. draw: makes a matplotlib figure, closed here."""
+        from matplotlib import pyplot
+
+        path = self.paths["json"].with_name(f"{name}.png")
+        figure = draw()
+        try:
+            with replacing(path) as temporary:
+                figure.savefig(temporary, dpi=130, format="png")
+        except OSError as error:
+            raise not_written(f"--output {path.parent}:", error, "name another folder") from error
+        finally:
+            pyplot.close(figure)
+        print(f"wrote {path}")
+
     def save(self, arrays: dict[str, np.ndarray], numbers: dict[str, Any], draw: Callable[[], Any]) -> None:
         """Write all three, each whole or not at all, and say where. draw: makes a matplotlib figure, closed here."""
         from matplotlib import pyplot

@@ -63,13 +63,14 @@ def test_the_softmax_inequality(scale, move):
 
 
 def test_the_softmax_inequality_is_tight_and_the_gaussian_one_is_no_theorem():
-    """Two equal logits, one moves a little: KL -> d^2 / 8, which is (12) at sigma^2 = 4, and above it for larger."""
+    """Two equal logits move apart by a little: KL -> a^2 / 2, which is (12) at sigma^2 = 2, and above it for larger."""
     move = 1e-3
-    p, q = np.array([move, 0.0]), np.array([0.0, 0.0])
+    p, q = np.array([move, -move]), np.array([0.0, 0.0])
     p, q = p - np.logaddexp.reduce(p), q - np.logaddexp.reduce(q)
     kl = float((np.exp(p) * (p - q)).sum())
-    assert kl == pytest.approx(move**2 / 8, rel=1e-3)
-    assert kl > math.exp(gaussian_kl(math.log(move), 3.0))
+    assert kl == pytest.approx(math.exp(softmax_kl(math.log(2 * move))), rel=1e-3)
+    assert kl == pytest.approx(math.exp(gaussian_kl(math.log(move * 2**0.5), 2**0.5)), rel=1e-3)
+    assert kl > math.exp(gaussian_kl(math.log(move * 2**0.5), 2.1**0.5))
 
 
 def test_what_holds():
