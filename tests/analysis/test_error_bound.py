@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ import torch
 from llava_sv import cli
 from llava_sv.analysis.bounds import PROVED, Head, bounds_of, checks_of, gains_of
 from llava_sv.analysis.divergence import Plan, measure
-from llava_sv.analysis.error_bound import statement, tally
+from llava_sv.analysis.error_bound import layers_of, statement, tally
 from llava_sv.analysis.lipschitz import head_norms, layer_constant, norm_constant, norms_of
+from llava_sv.errors import UserError
+from llava_sv.model.config import SkipVisionConfig
 from tests.analysis.walks import ROLES, skipping_forward, tiny_walk
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
@@ -160,6 +163,32 @@ def test_the_command_leaves_three_files(skip_checkpoint, pictures, tmp_path, cap
     assert arrays["skip_error"].shape == (4, 2)
     assert arrays["log_bound/error/secant"].shape == (4, 3)
     assert (np.log(arrays["error"][:, 1:]) <= arrays["log_bound/error/operator"][:, 1:]).all()
+
+
+def test_pictures_in_which_nothing_is_skipped(skip_checkpoint, pictures, tmp_path, capsys, monkeypatch):
+    """As LLaVA-HD has them: a picture without tiles."""
+    from llava_sv.analysis.trajectory import Walk
+
+    monkeypatch.setattr(Walk, "skipped", property(lambda self: self.roles == 99))
+    assert cli.main(flags(skip_checkpoint, pictures, tmp_path, "--gains", "secant")) == 2
+    assert ": in none of these pictures is a token skipped" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_checkpoint_without_skip_ffn_needs_layers():
+    job = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(
+        num_hidden_layers=4, skip_vision=SkipVisionConfig(skip_ffn=False))))  # fmt: skip
+    args = SimpleNamespace(model_path="there", skip_layers=None)
+    with pytest.raises(UserError, match="there: no layer of this checkpoint skips; say which, --skip-layers"):
+        layers_of(job, args)
+    args.skip_layers = "1-2"
+    assert layers_of(job, args) == [1, 2]
+
+
+def test_adapters_and_packed_weights_have_no_plain_norms():
+    layer = tiny_walk().layers[0]
+    layer.mlp.up_proj.lora_A = torch.nn.Identity()
+    with pytest.raises(UserError, match="--gains spectral: up_proj is a Linear, not one plain matrix; merge adapters"):
+        norms_of(layer, 1)
 
 
 def test_a_dense_checkpoint_with_the_tokens_that_would_skip(dense_checkpoint, pictures, tmp_path):
