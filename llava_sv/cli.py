@@ -47,6 +47,8 @@ COMMANDS: dict[str, Command] = {
     "analyze flops-share": Command("llava_sv.analysis.flops_share:main", "the FLOPs of visual tokens by their number"),
     "analyze similarity": Command("llava_sv.analysis.similarity:main", "how alike the visual tokens of a scale are"),
     "analyze tradeoff": Command("llava_sv.analysis.tradeoff:main", "accuracy against FLOPs at several budgets"),
+    "analyze error-bound": Command("llava_sv.analysis.error_bound:main", "the error of skipping against its bounds"),
+    "analyze layer-plan": Command("llava_sv.analysis.layer_plan:main", "which layers to skip for an error budget"),
     "analyze attention": Command("llava_sv.analysis.attention:main", "what generated tokens attend to, and where"),
 }
 
