@@ -25,19 +25,19 @@ class MergePlan:
 
 
 @torch.no_grad()
-def plan_merge(tokens: Tensor, num_kept: int, mask: Tensor | None = None) -> MergePlan:
+def plan_merge(tokens: Tensor, num_kept: int, mask: Tensor | None = None, each: Tensor | None = None) -> MergePlan:
     """Decide who stays and who joins whom, in float32 and without gradient.
 
     The `num_kept` tokens with the lowest average cosine similarity to the others stay; each other token joins
     the kept token most similar to it. Ties go to the earlier token. A group with fewer real tokens keeps them all.
-    tokens: [G, n, C]; mask: bool [G, n], False for padding.
+    tokens: [G, n, C]; mask: bool [G, n], False for padding; each: [G], how many each group keeps, `num_kept` at most.
     """
     groups, count, _ = tokens.shape
     num_kept = min(num_kept, count)
     unit = F.normalize(tokens.float(), dim=-1)
     if mask is not None:
         unit = unit.masked_fill(~mask.unsqueeze(-1), 0.0)
-    kept, kept_mask = _most_distinct(unit, num_kept, mask)
+    kept, kept_mask = _most_distinct(unit, num_kept, mask, each)
 
     slot = torch.arange(num_kept, device=tokens.device).expand(groups, -1)
     # a kept token joins itself, whatever rounding says of a twin; the extra column swallows padding
@@ -47,14 +47,14 @@ def plan_merge(tokens: Tensor, num_kept: int, mask: Tensor | None = None) -> Mer
     # similarities to the kept tokens alone: those between the others decide nothing any more
     with torch.autocast(tokens.device.type, enabled=False):
         to_kept = unit @ gather_tokens(unit, kept).transpose(1, 2)
-    if mask is not None:
+    if mask is not None or each is not None:
         to_kept = to_kept.masked_fill(~kept_mask.unsqueeze(1), -torch.inf)
     target = torch.where(own_slot >= 0, own_slot, to_kept.argmax(dim=2))  # the first of equals: the earlier token
     return MergePlan(kept, kept_mask, target if mask is None else target.masked_fill(~mask, num_kept))
 
 
-def _most_distinct(unit: Tensor, num_kept: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The tokens with the lowest average cosine to the others, in raster order: indices [G, k] (n where a group has
+def _most_distinct(unit: Tensor, num_kept: int, mask: Tensor | None, each: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The tokens with the lowest average cosine to the others, in raster order: indices [G, k] (n where a group keeps
     fewer) and bool [G, k]. unit: [G, n, C] of length one, zero where `mask` is False.
 
     A token's cosines to all add up to its product with the sum of all: no map of pairs is made. Its cosine to itself
@@ -67,10 +67,11 @@ def _most_distinct(unit: Tensor, num_kept: int, mask: Tensor | None) -> tuple[Te
     if mask is not None:
         to_others = to_others.masked_fill(~mask, torch.inf)
     kept = to_others.sort(dim=1, stable=True).indices[:, :num_kept]
-    if mask is None:
-        return kept.sort(dim=1).values, torch.ones_like(kept, dtype=torch.bool)
+    kept_mask = torch.ones_like(kept, dtype=torch.bool) if mask is None else mask.gather(1, kept)
+    if each is not None:
+        kept_mask = kept_mask & (torch.arange(num_kept, device=kept.device) < each.unsqueeze(1))
     # padding sorts last, real tokens by raster position
-    kept = kept.masked_fill(~mask.gather(1, kept), count).sort(dim=1).values
+    kept = kept.masked_fill(~kept_mask, count).sort(dim=1).values
     return kept, kept < count
 
 
@@ -91,9 +92,11 @@ def apply_merge(tokens: Tensor, plan: MergePlan) -> Tensor:
     return means.to(tokens.dtype)
 
 
-def merge_tokens(tokens: Tensor, num_kept: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Merge [G, n, C] down to [G, k, C]; also returns bool [G, k], False where a group had fewer tokens."""
-    plan = plan_merge(tokens, num_kept, mask)
+def merge_tokens(
+    tokens: Tensor, num_kept: int, mask: Tensor | None = None, each: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Merge [G, n, C] down to [G, k, C]; also returns bool [G, k], False where a group has fewer."""
+    plan = plan_merge(tokens, num_kept, mask, each)
     return apply_merge(tokens, plan), plan.kept_mask
 
 
