@@ -44,8 +44,8 @@ def group_llava(
     if skip is None:
         return as_groups([(TokenRole.RETAINED, tokens)])
     keep_index, rest_index = split_by_score(get_selector(skip.selection)(features), skip.num_retained)
-    ordered = gather_tokens(tokens, torch.cat([keep_index, rest_index], dim=1))
-    retained, skipped = ordered.tensor_split([keep_index.shape[1]], dim=1)
+    retained = gather_tokens(tokens, keep_index)
+    skipped = gather_tokens(tokens, rest_index)
     if skip.merge:
         skipped, _ = merge_tokens(skipped, skip.skipped_of(tokens.shape[1]))
     return as_groups(in_order([(TokenRole.RETAINED, retained)], skipped, owner))
