@@ -88,8 +88,8 @@ def test_hardware_flops_are_what_torch_counts(world, family, stage):
             flops = counter.flops(counts)
             scores = compression_flops(Tokens(0, 0, pooled=1), model.config.hidden_size)["summaries"] / 2
             unseen = counts["pooled_run"] * scores * counter.factors["summaries"]
-            # without tiles, LLaVA-HD's latter summary pools one row of zeros, so that its weight has a gradient; that row
-            # is merged with itself first: one product with the sum of all, and one with what stays
+            # without tiles, LLaVA-HD's latter summary pools one row of zeros, so that its weight has a gradient; it
+            # is merged with itself before: one product with the sum of all, and one with what stays
             idle = (0, 4 * model.config.hidden_size) if family == "llava_hd" and name == "texts" else (0,)
             found -= of_angles(model, int(counts["positions"] / counts["samples"]))
             assert found - (flops["hardware"] - unseen) in idle, (name, recompute)
