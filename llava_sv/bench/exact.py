@@ -70,8 +70,9 @@ def resampler_flops(
 
 
 def compression_flops(tokens: Tokens, llm_width: int) -> dict[str, float]:
-    """Pairwise similarities of the merge, and scores and pooling of the summaries."""
-    return {"merge": 2 * tokens.merged_from**2 * llm_width, "summaries": 4 * tokens.pooled * llm_width}
+    """Similarities of tokens that merge, to their sum and to those that stay; scores and pooling of the summaries."""
+    merge = 2 * tokens.merged_from * (tokens.skipped + 1) * llm_width
+    return {"merge": merge, "summaries": 4 * tokens.pooled * llm_width}
 
 
 def llm_flops(llm: LlmSize, tokens: Tokens, head_tokens: int, skipping_layers: int | None = None) -> dict[str, float]:

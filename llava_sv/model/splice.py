@@ -65,14 +65,15 @@ def splice(
     positions restart, and no sample has to foretell the next one's first token.
     """
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    marks = (input_ids == IMAGE_TOKEN_INDEX) & real
-    per_sample = [ids[mask].tolist() for ids, mask in zip(marks.cpu(), real.cpu())]
+    # read by the host in one go: every look at a GPU's tensor waits for all that was asked of it before
+    marks_here, real_here = torch.stack([(input_ids == IMAGE_TOKEN_INDEX) & real, real]).cpu()
+    per_sample = [ids[mask].tolist() for ids, mask in zip(marks_here, real_here)]
     count_marks = sum(sum(sample) for sample in per_sample)
     if count_marks != len(groups):
         raise ValueError(f"the prompts hold {count_marks} <image> mark(s), but {len(groups)} image(s) were given")
 
-    is_text = real & ~marks
-    text = embed_tokens(input_ids[is_text])
+    text_places = (real_here & ~marks_here).flatten().nonzero().flatten().to(input_ids.device)
+    text = embed_tokens(input_ids.flatten()[text_places])
     labels = None if labels is None else labels.to(text.device)
     whole = _segments(per_sample, [len(group) for group in groups], first_visual_row=text.shape[0])
     samples = [list(_rows(_cut(sample, max_length))) for sample in whole]
@@ -88,19 +89,20 @@ def splice(
     spliced_labels = None
     if labels is not None:
         flat_labels = labels.new_full((flat.shape[0],), IGNORE_INDEX)
-        flat_labels[: text.shape[0]] = labels[is_text.to(labels.device)]
+        flat_labels[: text.shape[0]] = labels.flatten()[text_places.to(labels.device)]
         if any(len(kept) < sum(s.length for s in sample) for kept, sample in zip(samples, whole)):
             before = labels.masked_fill(~real.to(labels.device), IGNORE_INDEX)
             _say_lost_answers(before, [flat_labels[kept] for kept in samples], max_length)
         if packs is not None:
             flat_labels[[kept[0] for kept in samples if kept]] = IGNORE_INDEX
         spliced_labels = flat_labels[index]
+    embeds = flat.index_select(0, index.flatten()).view(*index.shape, flat.shape[-1])
     if packs is None:
         position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        return SplicedBatch(flat[index], mask, position_ids, roles, spliced_labels)
+        return SplicedBatch(embeds, mask, position_ids, roles, spliced_labels)
     left = iter(samples)
     lengths = [[len(next(left)) for _ in range(count)] for count in packs]
-    return SplicedBatch(flat[index], mask, _restarting(lengths, width).to(index.device), roles, spliced_labels, lengths)
+    return SplicedBatch(embeds, mask, _restarting(lengths, width).to(index.device), roles, spliced_labels, lengths)
 
 
 def _joined(samples: list[list[int]], packs: list[int], padding_side: str) -> list[list[int]]:

@@ -45,8 +45,8 @@ ON_HOST = (
     "images_run",
     "views",
     "views_run",
-    "merged_squares",
-    "merged_squares_run",
+    "merged_pairs",
+    "merged_pairs_run",
     "pooled",
     "pooled_run",
     "dense_tokens",
@@ -55,7 +55,7 @@ ON_HOST = (
 """Counted from the batch as it was loaded; `shown`: forwards with an image; `_run` and `padded` include what fills a
 batch up."""
 
-FILLED = ("shown", "images", "views", "merged_squares", "pooled")
+FILLED = ("shown", "images", "views", "merged_pairs", "pooled")
 """Counts that the black image of a batch without images adds to, as `_run`."""
 
 
@@ -115,11 +115,11 @@ class Counter:
         owners = [sample for sample, images in enumerate(marks) for _ in range(images)]
         counts["shown"] = float(bool(owners))
         for owner, pixels, size in zip(owners, batch["images"], batch["image_sizes"]):
-            dense, merged, pooled = self._image(tuple(size))
+            dense, pairs, pooled = self._image(tuple(size))
             lengths[owner] += dense
             counts["views"] += pixels.shape[0] if pixels.dim() == 4 else 1
             counts["images"] += 1
-            counts["merged_squares"] += merged * merged
+            counts["merged_pairs"] += pairs
             counts["pooled"] += pooled
         filler = self._filler() if self.has_vision and not owners else {}
         counts |= {f"{name}_run": counts[name] + filler.get(name, 0) for name in FILLED}
@@ -130,16 +130,16 @@ class Counter:
         if self.config.mm_family == "llava_hd":
             skip = self.config.skip_vision  # without tiles, the whole overview is retained and nothing merged
             return one | {"pooled": self.config.num_patches if skip is not None and skip.former_summary else 0}
-        _, merged, pooled = self._image((1, 1))
-        return one | {"merged_squares": merged * merged, "pooled": pooled}
+        _, pairs, pooled = self._image((1, 1))
+        return one | {"merged_pairs": pairs, "pooled": pooled}
 
     def _image_counts(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """(dense tokens, tokens merged, tokens pooled) of one image of `size`."""
+        """(dense tokens, similarities of the merge, tokens pooled) of one image of `size`."""
         dense = self.config.dense_tokens_per_image(size)
         if self.config.skip_vision is None:
             return dense, 0, 0
         budget = budget_of(self.config, size)
-        return dense, budget.merged_from, budget.pooled
+        return dense, budget.merged_from * (budget.skipped + 1), budget.pooled
 
     def flops(self, counts: dict[str, float]) -> dict[str, float]:
         """`model`, `hardware` and `dense` FLOPs, forward and backward, of counts summed over forwards and ranks."""
@@ -163,11 +163,11 @@ class Counter:
         """Encoder, projector and compression, forward; run: `_run` for what was run."""
         if not self.has_vision:
             return {}
-        shown, images, views, merged, pooled = (counts[name + run] for name in FILLED)
+        shown, images, views, pairs, pooled = (counts[name + run] for name in FILLED)
         width, setting = self.config.hidden_size, self._setting
         one = compression_flops(Tokens(0, 0, merged_from=1, pooled=1), width)
         parts = {name: views * value for name, value in encoder_flops(setting.encoder).items()}
-        parts |= {"merge": merged * one["merge"], "summaries": pooled * one["summaries"]}
+        parts |= {"merge": pairs * one["merge"], "summaries": pooled * one["summaries"]}
         if not setting.windows:
             rows = setting.encoder.patches + int(setting.projects_cls)
             each = mlp_projector_flops(rows, setting.encoder.hidden_size, width, setting.projector_depth)

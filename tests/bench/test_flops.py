@@ -285,7 +285,7 @@ def test_an_hd_checkpoint_counts_the_image_s_own_tiles(size, views, dense, retai
     assert (report["views"], report["dense_tokens"]) == (views, dense)
     assert (report["num_retained"], report["num_skipped"]) == (retained, skipped)
     assert report["skip"]["visual_tokens"] == retained + skipped + summaries
-    assert report["skip"]["prefill"]["merge"] == 2 * (dense - 576) ** 2 * 4096
+    assert report["skip"]["prefill"]["merge"] == 2 * (dense - 576) * (skipped + 1) * 4096
     assert report["skip"]["prefill"]["summaries"] == 4 * (retained + skipped) * 4096
     assert report["paper_ratio"] == paper_ratio(retained, skipped, dense)
 
@@ -293,7 +293,7 @@ def test_an_hd_checkpoint_counts_the_image_s_own_tiles(size, views, dense, retai
 def test_an_hd_checkpoint_that_keeps_part_of_the_overview_merges_its_rest(tmp_path):
     budget = {"num_retained": 100, "num_skipped": 156}
     report = counted(written(tmp_path, 336, mm_family="llava_hd", skip_vision=budget), tmp_path)
-    assert report["skip"]["prefill"]["merge"] == 2 * (476 + 4 * 576) ** 2 * 4096
+    assert report["skip"]["prefill"]["merge"] == 2 * (476 + 4 * 576) * (156 + 1) * 4096
     whole = counted([*written(tmp_path, 336, mm_family="llava_hd", skip_vision={**budget, "merge": False})], tmp_path)
     assert (whole["num_skipped"], whole["skip"]["prefill"]["merge"]) == (476 + 4 * 576, 0)
 
@@ -303,10 +303,10 @@ def test_an_anyres_checkpoint_counts_newlines_and_no_padding(tmp_path):
     argv = written(tmp_path, 336, **{**HD, "image_aspect_ratio": "anyres"})
     report = counted([*argv, "--image-size", "1000x500"], tmp_path)
     assert (report["views"], report["dense_tokens"]) == (3, 576 + 48 * 24 + 24)
-    assert report["skip"]["prefill"]["merge"] == 2 * (48 * 24) ** 2 * 4096
+    assert report["skip"]["prefill"]["merge"] == 2 * (48 * 24) * (576 + 1) * 4096
     report = counted([*argv, "--image-size", "1000x400"], tmp_path)
     assert (report["views"], report["dense_tokens"]) == (4, 576 + 60 * 24 + 24)
-    assert report["skip"]["prefill"]["merge"] == 2 * (60 * 24) ** 2 * 4096
+    assert report["skip"]["prefill"]["merge"] == 2 * (60 * 24) * (576 + 1) * 4096
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava_sv.model.compression.merge import apply_merge, merge_tokens, plan_merge
@@ -35,6 +36,48 @@ def test_merge_of_ragged_groups_equals_loops_on_each():
         expected = merge_by_loops(tokens[group][mask[group]], 4)
         torch.testing.assert_close(merged[group][kept_mask[group]], expected, rtol=1e-12, atol=1e-12)
         assert not merged[group][~kept_mask[group]].any()
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_merge_of_an_image_s_worth_decides_as_all_pairs_do(ragged):
+    """476 tokens in float32 against the whole map of similarities in float64: who stays, and who joins whom."""
+    generator = torch.Generator().manual_seed(7)
+    tokens = torch.randn(2, 476, 64, generator=generator) + torch.randn(2, 1, 64, generator=generator)
+    mask = torch.ones(2, 476, dtype=torch.bool)
+    if ragged:
+        mask[0, 400:] = mask[1, ::5] = False
+    plan = plan_merge(tokens, 156, mask if ragged else None)
+    for group in range(2):
+        real = mask[group].nonzero().flatten()
+        unit = torch.nn.functional.normalize(tokens[group, real].double(), dim=-1)
+        similarity = unit @ unit.T
+        stay = ((similarity.sum(1) - 1).argsort()[:156]).sort().values
+        assert torch.equal(plan.kept[group], real[stay])
+        joins = similarity[:, stay].argmax(1)
+        joins[stay] = torch.arange(156)
+        assert torch.equal(plan.target[group, real], joins)
+        assert (plan.target[group, ~mask[group]] == 156).all()
+
+
+def test_each_group_keeps_as_many_as_it_is_told():
+    tokens = torch.randn(3, 12, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    mask = torch.ones(3, 12, dtype=torch.bool)
+    mask[2, 6:] = False
+    for given in (None, mask):
+        merged, kept_mask = merge_tokens(tokens, 7, given, torch.tensor([7, 4, 5]))
+        assert kept_mask.sum(1).tolist() == [7, 4, 5]
+        for group, kept in enumerate((7, 4, 5)):
+            real = slice(None) if given is None else given[group]
+            expected = merge_by_loops(tokens[group][real], kept)
+            torch.testing.assert_close(merged[group, :kept], expected, rtol=1e-12, atol=1e-12)
+            assert not merged[group, kept:].any()
+
+
+def test_merge_makes_no_map_of_all_pairs():
+    """Its cost is that of n x k similarities, and none of n x n."""
+    with FlopCounterMode(display=False) as counter:
+        merge_tokens(torch.randn(2, 96, 32), 24)
+    assert counter.get_total_flops() == 2 * 2 * 96 * (24 + 1) * 32
 
 
 def test_merge_conserves_every_token_once():

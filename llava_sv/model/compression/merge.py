@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llava_sv.model.compression.select import flat_rows, gather_tokens
+
 
 @dataclass
 class MergePlan:
@@ -23,41 +25,54 @@ class MergePlan:
 
 
 @torch.no_grad()
-def plan_merge(tokens: Tensor, num_kept: int, mask: Tensor | None = None) -> MergePlan:
+def plan_merge(tokens: Tensor, num_kept: int, mask: Tensor | None = None, each: Tensor | None = None) -> MergePlan:
     """Decide who stays and who joins whom, in float32 and without gradient.
 
     The `num_kept` tokens with the lowest average cosine similarity to the others stay; each other token joins
     the kept token most similar to it. Ties go to the earlier token. A group with fewer real tokens keeps them all.
-    tokens: [G, n, C]; mask: bool [G, n], False for padding.
+    tokens: [G, n, C]; mask: bool [G, n], False for padding; each: [G], how many each group keeps, `num_kept` at most.
     """
     groups, count, _ = tokens.shape
-    if mask is None:
-        mask = torch.ones(groups, count, dtype=torch.bool, device=tokens.device)
-    unit = F.normalize(tokens.float(), dim=-1).masked_fill(~mask.unsqueeze(-1), 0.0)
-    with torch.autocast(tokens.device.type, enabled=False):
-        similarity = unit @ unit.transpose(1, 2)
-    # a token's similarity to itself leaves the sum; the divisor is the same for a whole group and keeps it an average
-    own = similarity.diagonal(dim1=1, dim2=2)
-    others = (mask.sum(1, keepdim=True) - 1).clamp(min=1)
-    average = ((similarity.sum(-1) - own) / others).masked_fill(~mask, torch.inf)
-
     num_kept = min(num_kept, count)
-    kept = average.sort(dim=1, stable=True).indices[:, :num_kept]
-    kept_mask = mask.gather(1, kept)
-    # padding sorts last, real tokens by raster position
-    kept = kept.masked_fill(~kept_mask, count).sort(dim=1).values
-    kept_mask = kept < count
+    unit = F.normalize(tokens.float(), dim=-1)
+    if mask is not None:
+        unit = unit.masked_fill(~mask.unsqueeze(-1), 0.0)
+    kept, kept_mask = _most_distinct(unit, num_kept, mask, each)
+
     slot = torch.arange(num_kept, device=tokens.device).expand(groups, -1)
     # a kept token joins itself, whatever rounding says of a twin; the extra column swallows padding
     own_slot = kept.new_full((groups, count + 1), -1).scatter(1, kept, slot)[:, :count]
     kept = kept.clamp(max=count - 1)
 
-    to_kept = similarity.gather(2, kept.unsqueeze(1).expand(-1, count, -1))
-    to_kept = to_kept.masked_fill(~kept_mask.unsqueeze(1), -torch.inf)
-    # argmax promises no order among ties: the first slot that reaches the maximum is the earlier token
-    nearest = (to_kept == to_kept.amax(dim=2, keepdim=True)).to(torch.int8).argmax(dim=2)
-    target = torch.where(own_slot >= 0, own_slot, nearest)
-    return MergePlan(kept, kept_mask, target.masked_fill(~mask, num_kept))
+    # similarities to the kept tokens alone: those between the others decide nothing any more
+    with torch.autocast(tokens.device.type, enabled=False):
+        to_kept = unit @ gather_tokens(unit, kept).transpose(1, 2)
+    if mask is not None or each is not None:
+        to_kept = to_kept.masked_fill(~kept_mask.unsqueeze(1), -torch.inf)
+    target = torch.where(own_slot >= 0, own_slot, to_kept.argmax(dim=2))  # the first of equals: the earlier token
+    return MergePlan(kept, kept_mask, target if mask is None else target.masked_fill(~mask, num_kept))
+
+
+def _most_distinct(unit: Tensor, num_kept: int, mask: Tensor | None, each: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The tokens with the lowest average cosine to the others, in raster order: indices [G, k] (n where a group keeps
+    fewer) and bool [G, k]. unit: [G, n, C] of length one, zero where `mask` is False.
+
+    A token's cosines to all add up to its product with the sum of all: no map of pairs is made. Its cosine to itself
+    leaves that sum. The divisor would be the same for a whole group: sums are in the order of averages.
+    """
+    count = unit.shape[1]
+    with torch.autocast(unit.device.type, enabled=False):
+        to_all = (unit @ unit.sum(dim=1).unsqueeze(-1)).squeeze(-1)
+    to_others = to_all - unit.square().sum(dim=-1)
+    if mask is not None:
+        to_others = to_others.masked_fill(~mask, torch.inf)
+    kept = to_others.sort(dim=1, stable=True).indices[:, :num_kept]
+    kept_mask = torch.ones_like(kept, dtype=torch.bool) if mask is None else mask.gather(1, kept)
+    if each is not None:
+        kept_mask = kept_mask & (torch.arange(num_kept, device=kept.device) < each.unsqueeze(1))
+    # padding sorts last, real tokens by raster position
+    kept = kept.masked_fill(~kept_mask, count).sort(dim=1).values
+    return kept, kept < count
 
 
 def apply_merge(tokens: Tensor, plan: MergePlan) -> Tensor:
@@ -67,18 +82,21 @@ def apply_merge(tokens: Tensor, plan: MergePlan) -> Tensor:
     """
     groups, _, width = tokens.shape
     slots = plan.kept.shape[1] + 1
+    # whole rows, of all groups laid end to end: a row at a time is moved, not an element
+    rows = flat_rows(plan.target, slots)
     # float32 sums: a bf16 running sum over hundreds of tokens loses what it adds
-    sums = tokens.new_zeros(groups, slots, width, dtype=_accumulator(tokens.dtype))
-    sums = sums.scatter_add(1, plan.target.unsqueeze(-1).expand(-1, -1, width), tokens.to(sums.dtype))
-    counts = torch.zeros(groups, slots, dtype=sums.dtype, device=tokens.device)
-    counts = counts.scatter_add(1, plan.target, torch.ones_like(plan.target, dtype=sums.dtype))
+    wide = tokens.to(_accumulator(tokens.dtype)).flatten(0, 1)
+    sums = wide.new_zeros(groups * slots, width).index_add(0, rows, wide).view(groups, slots, width)
+    counts = wide.new_zeros(groups * slots).index_add(0, rows, wide.new_ones(len(rows))).view(groups, slots)
     means = sums[:, :-1] / counts[:, :-1].clamp(min=1).unsqueeze(-1)
     return means.to(tokens.dtype)
 
 
-def merge_tokens(tokens: Tensor, num_kept: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Merge [G, n, C] down to [G, k, C]; also returns bool [G, k], False where a group had fewer tokens."""
-    plan = plan_merge(tokens, num_kept, mask)
+def merge_tokens(
+    tokens: Tensor, num_kept: int, mask: Tensor | None = None, each: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Merge [G, n, C] down to [G, k, C]; also returns bool [G, k], False where a group has fewer."""
+    plan = plan_merge(tokens, num_kept, mask, each)
     return apply_merge(tokens, plan), plan.kept_mask
 
 

@@ -115,4 +115,11 @@ def split_by_score(scores: Tensor, num_retained: int) -> tuple[Tensor, Tensor]:
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     """tokens [V, N, C], index [V, n] -> [V, n, C]."""
-    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+    rows = tokens.flatten(0, 1).index_select(0, flat_rows(index, tokens.shape[1]))
+    return rows.view(*index.shape, tokens.shape[-1])
+
+
+def flat_rows(index: Tensor, length: int) -> Tensor:
+    """index [V, n] into `length` rows of each view -> [V * n] into the rows of all views laid end to end."""
+    first = torch.arange(index.shape[0], device=index.device) * length
+    return (index + first.unsqueeze(1)).flatten()

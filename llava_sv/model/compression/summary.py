@@ -24,11 +24,12 @@ class SummaryToken(nn.Module):
         """
         wide = torch.promote_types(tokens.dtype, torch.float32)
         with torch.autocast(tokens.device.type, enabled=False):
-            scored = tokens if self.norm is None else self.norm(tokens.to(self.weight.dtype))
-            scores = scored.to(wide) @ self.weight.to(wide)
+            values = tokens.to(wide)
+            scored = values if self.norm is None else self.norm(tokens.to(self.weight.dtype)).to(wide)
+            scores = scored @ self.weight.to(wide)
             if mask is not None:
                 scores = scores.masked_fill(~mask, -torch.inf)
-            return torch.einsum("gn,gnc->gc", scores.softmax(dim=-1), tokens.to(wide)).to(tokens.dtype)
+            return torch.einsum("gn,gnc->gc", scores.softmax(dim=-1), values).to(tokens.dtype)
 
 
 class SummaryTokens(nn.Module):

@@ -73,9 +73,13 @@ def shrink_cache(cache: Any, keep: Tensor) -> Tensor:
     length = int(counts.max())
     # a stable sort puts dropped positions first and keeps the order of the others: the last columns are the kept ones
     index = keep.to(torch.int8).sort(dim=1, stable=True).indices[:, keep.shape[1] - length :]
+    rows: dict[Any, Tensor] = {}  # once a forward, not once a layer; layers may be spread over devices
     for layer in cache.layers:
-        layer.keys = _gather_positions(layer.keys, index)
-        layer.values = _gather_positions(layer.values, index)
+        shape = layer.keys.shape[:3], layer.keys.device
+        if shape not in rows:
+            rows[shape] = _rows_of(index.to(layer.keys.device), *layer.keys.shape[1:3])
+        layer.keys = _take(layer.keys, rows[shape], length)
+        layer.values = _take(layer.values, rows[shape], length)
     column = torch.arange(length, device=keep.device)
     return column.unsqueeze(0) >= (length - counts).unsqueeze(1)
 
@@ -90,10 +94,16 @@ def check_can_shrink(cache: Any) -> None:
             )
 
 
-def _gather_positions(states_BHTD: Tensor, index_BT: Tensor) -> Tensor:
+def _rows_of(index_BT: Tensor, heads: int, length: int) -> Tensor:
+    """Positions [B, T'] of each sample -> rows [B * H * T'] of a cache [B, H, T, D] seen as [B * H * T, D]."""
+    first = torch.arange(index_BT.shape[0] * heads, device=index_BT.device).view(-1, heads, 1) * length
+    return (index_BT.unsqueeze(1) + first).flatten()
+
+
+def _take(states_BHTD: Tensor, rows: Tensor, length: int) -> Tensor:
+    """[B, H, T', D], in memory of its own."""
     batch, heads, _, width = states_BHTD.shape
-    index = index_BT.to(states_BHTD.device)[:, None, :, None].expand(batch, heads, -1, width)
-    return states_BHTD.gather(2, index)
+    return states_BHTD.flatten(0, 2).index_select(0, rows).view(batch, heads, length, width)
 
 
 def cache_bytes(cache: Any) -> int:

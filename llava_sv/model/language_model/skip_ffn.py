@@ -24,13 +24,11 @@ class SkipFFNMixin:
         if ffn_rows is None or not self.skips:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)  # type: ignore[attr-defined]
-        return self._add_ffn(hidden_states + attended, ffn_rows)
-
-    def _add_ffn(self, hidden_BTC: Tensor, ffn_rows: Tensor) -> Tensor:
-        flat = hidden_BTC.flatten(0, 1)
+        # all positions laid end to end; no view of another tensor, and nothing else keeps it: the FFN is added in place
+        flat = hidden_states.flatten(0, 1) + attended.flatten(0, 1)
         ffn = self.mlp(self.post_attention_layernorm(flat.index_select(0, ffn_rows)))  # type: ignore[attr-defined]
-        # under autocast the FFN's output is narrower than the residual stream, and `index_add` does not promote
-        return flat.index_add(0, ffn_rows, ffn.to(flat.dtype)).view_as(hidden_BTC)
+        # under autocast the FFN's output is narrower than the residual stream, and `index_add_` does not promote
+        return flat.index_add_(0, ffn_rows, ffn.to(flat.dtype)).view_as(hidden_states)
 
 
 def enable_skip_ffn(layers: Iterable[nn.Module], kind: type[nn.Module], skip_layers: Iterable[int]) -> None:
