@@ -185,6 +185,10 @@ def last_line(environment: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in environment.items())
 
 
+class OutOfMemory(UserError):
+    """Memory ran out while it was measured."""
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether torch or Python ran out of memory."""
     said = str(error)
@@ -200,6 +204,6 @@ def within_memory(job: Job, what: str, run: Callable[[], dict[str, Any]]) -> dic
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-    raise UserError(
+    raise OutOfMemory(
         f"{job.label}: bench {what} ran out of memory; take fewer --layers, a smaller --batch, or --no-peers"
     )

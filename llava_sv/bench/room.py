@@ -47,7 +47,7 @@ class Estimate:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {_gib(size)}" for name, size in self.parts.items() if size)
-        return f"{_gib(self.total)} GiB ({parts})"
+        return f"{_gib(self.total)} GiB ({parts}; a tenth more for what allocators hold)"
 
 
 def _gib(size: float) -> str:
