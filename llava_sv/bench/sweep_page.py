@@ -122,7 +122,7 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     points = [point for row in rows for point in points_of(row)]
     panels = [(kind, varied(points, kind)[0]) for kind in CURVES if varied(points, kind)]
     figure, axes = pyplot.subplots(
-        1, 1 + len(panels), figsize=(5.4 * (1 + len(panels)), 4.6), layout="constrained", squeeze=False
+        1, 1 + len(panels), figsize=(5.4 * (1 + len(panels)), 5.2), layout="constrained", squeeze=False
     )
     _scatter(axes[0][0], points)
     for (kind, axis), one in zip(panels, axes[0][1:]):
@@ -139,6 +139,11 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
         pyplot.close(figure)
 
 
+def _legend(axes: Any) -> None:
+    """Below the panel, where no point can lie."""
+    axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncol=2)
+
+
 def _scatter(axes: Any, points: list[dict[str, Any]]) -> None:
     for kind, colour in KINDS.items():
         for family, marker in MARKERS.items():
@@ -151,7 +156,7 @@ def _scatter(axes: Any, points: list[dict[str, Any]]) -> None:
     axes.plot([0, most], [0, most], color="0.4", linewidth=1, linestyle="--", label="all of it becomes time")
     axes.axhline(0, color="0.4", linewidth=0.8)
     axes.set(title="Time saved against FLOPs saved", xlabel="FLOPs saved, %", ylabel="time saved, %")
-    axes.legend(fontsize=8, frameon=False, loc="upper left")
+    _legend(axes)
 
 
 def _curves(axes: Any, points: list[dict[str, Any]], kind: str, axis: str) -> None:
@@ -159,7 +164,9 @@ def _curves(axes: Any, points: list[dict[str, Any]], kind: str, axis: str) -> No
     from matplotlib.ticker import ScalarFormatter
 
     curves = {key: curve for key, curve in curves_of(points, kind, axis).items() if len(curve) > 1}
-    changing = {name for key in curves for name, value in key[1:] if len({dict(k[1:])[name] for k in curves}) > 1}
+    changing = {
+        name for key in curves for name, _ in key[1:] if len({dict(k[1:])[name] for k in curves if k[0] == key[0]}) > 1
+    }
     for index, (key, curve) in enumerate(curves.items()):
         named = [f"{AXES.get(name, name)} {value}" for name, value in key[1:] if name in changing]
         label = ", ".join([key[0], *named]) if len(curves) <= MOST_NAMED else None
@@ -175,4 +182,4 @@ def _curves(axes: Any, points: list[dict[str, Any]], kind: str, axis: str) -> No
     axes.minorticks_off()
     axes.set(title=CURVES[kind], xlabel=AXES[axis], ylabel="time saved, %  (below 0: dense is faster)")
     if 0 < len(curves) <= MOST_NAMED:
-        axes.legend(fontsize=8, frameon=False)
+        _legend(axes)
