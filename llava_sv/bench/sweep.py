@@ -91,11 +91,14 @@ def grid(args: argparse.Namespace) -> list[Point]:
     return points
 
 
-def fitting(points: list[Point]) -> list[Point]:
-    """The points that fit into memory; the others are said. `UserError` where none does."""
+def fitting(points: list[Point], rows: Rows) -> list[Point]:
+    """The points that are measured already or fit into memory; the others are said. `UserError` where none does."""
     kept: list[Point] = []
     refused: list[UserError] = []
     for what, job in points:
+        if rows.find(what, job, clock.environment(job.device, job.dtype)) is not None:
+            kept.append((what, job))
+            continue
         longest = max(job.new_tokens, default=0)
         peers = job.with_peers
         of = room.of_infer(job.size, job.dtype, longest) if longest else room.of_train(job.size, job.dtype, peers)
@@ -157,7 +160,7 @@ def main(argv: list[str]) -> int:
     rows = Rows(args.json, anew=args.overwrite)
     if not rows.rows:  # else its drawings are redrawn
         check_outputs(args, "--markdown", "--png")
-    found = run(fitting(points), rows)
+    found = run(fitting(points, rows), rows)
     page = sweep_page.render(found)
     print(page)
     if args.markdown:
