@@ -47,7 +47,7 @@ for size in $sizes; do
         for what in train infer; do
             echo "== bench $what, $size, $family =="
             result="$out/$what-$size-$family"
-            "$python" -m "llava_sv.bench.$what" --size "$size" --family "$family" --device "$device" --dtype bf16 \
+            "$python" -m "llava_sv.bench.$what" --size "$size" --family "$family" --device "$device" --dtype bf16 --overwrite \
                 ${REPEATS:+--repeats "$REPEATS"} --json "$result.json" 2>"$result.err" || { tail -n 5 "$result.err"; failed=1; }
         done
     done

@@ -1,4 +1,7 @@
-"""Reports of `bench train` and `bench infer` in; rows of docs/Benchmarks.md out. `scripts/bench_gpu.sh` calls it."""
+"""Reports of `bench train` and `bench infer` in; rows of docs/Benchmarks.md out.
+
+`scripts/bench_cpu.sh` and `scripts/bench_gpu.sh` call it.
+"""
 
 from __future__ import annotations
 

@@ -233,9 +233,9 @@ def test_cuda_where_there_is_none(capsys):
     assert "no CUDA GPU is usable here" in capsys.readouterr().err
 
 
-def run_script(**environment: str) -> subprocess.CompletedProcess:
+def run_script(script: str = "bench_gpu.sh", **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        ["bash", "scripts/bench_gpu.sh"],
+        ["bash", f"scripts/{script}"],
         cwd=ROOT,
         env={**os.environ, "PYTHON": sys.executable, **environment},
         capture_output=True,
@@ -261,6 +261,21 @@ def test_gpu_script_runs_both_benchmarks_and_ends_with_the_tables(tmp_path):
     table = (tmp_path / "table.md").read_text()
     # regions 2, split 2, regions 3, lengths 1
     assert [table.count(f"| {label} |") for label in ("tiny", "tiny, llava_hd", "tiny, cos")] == [8, 8, 8]
+
+
+@pytest.mark.slow
+def test_cpu_script_fills_the_tables_and_can_be_run_again(tmp_path):
+    for families, rest in (("llava llava_hd", "1"), ("llava", "0")):
+        done = run_script("bench_cpu.sh", OUT=str(tmp_path), SIZE="tiny", REPEATS="1", FAMILIES=families, LONG=rest)
+        assert done.returncode == 0, done.stderr
+    assert "0 measured, 8 were there already" in done.stderr
+    table = (tmp_path / "table.md").read_text()
+    # training 2 + 2, an answer 3 + 3 lengths; the long runs are one of each
+    assert [table.count(f"| {label} |") for label in ("tiny", "tiny, llava_hd")] == [10 + 4, 10 + 4]
+    assert "| tiny | 1 | 4096 | 8 + 12 | decode |" in table
+    assert "| tiny, llava_hd | 8 | 16 | 64 + 64 | decode |" in table
+    assert (tmp_path / "sweep.md").read_text().count("| training step |") == 4
+    assert (tmp_path / "sweep.png").is_file()
 
 
 @pytest.mark.gpu
