@@ -1,4 +1,4 @@
-"""Reports of `bench train` and `bench infer` in; rows of docs/Benchmarks.md out. `scripts/bench_gpu.sh` calls it."""
+"""Reports of `bench train` and `bench infer` in; rows of docs/Benchmarks.md out. `scripts/gpu_check.sh` shows them."""
 
 from __future__ import annotations
 
