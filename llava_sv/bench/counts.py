@@ -99,7 +99,7 @@ class Question:
         last = int(budget.last_visual_ffn)  # the last skipped token passes the FFN as a retained one does
         retained, skipped = budget.retained + last, budget.skipped - last
         skip = Tokens(
-            self.text_tokens, retained, skipped, budget.summaries, budget.merged_from, budget.pooled, budget.fine
+            self.text_tokens, retained, skipped, budget.summaries, budget.merged_from, budget.pooled, budget.fine, last
         )
         return {"dense": Tokens(self.text_tokens, self.setting.dense_tokens), "skip": skip}
 

@@ -27,6 +27,13 @@ class Tokens:
     """Tokens that the summaries pool."""
     fine: int = 0
     """Of the retained: those that the KV level `fine+skipped` removes."""
+    last: int = 0
+    """1 where the last skipped token passes the FFN: it counts among `retained`, and was merged with the skipped."""
+
+    @property
+    def merged_to(self) -> int:
+        """Tokens that merging leaves."""
+        return self.skipped + self.last
 
     @property
     def sequence(self) -> int:

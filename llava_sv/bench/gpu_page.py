@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_sv.bench.flops_page import markdown, percent
-from llava_sv.bench.table import render as render_tables
 
 GIB = 2**30
-FIGURES = ("prefill", "decode", "end_to_end")
 
 
 def render(report: dict[str, Any], folder: Path) -> str:
@@ -72,8 +70,8 @@ def _saved(report: dict[str, Any]) -> list[list[str]]:
     for region, figures in report["regions"].items():
         time_saved, flops_saved = figures["time_saved"], figures["flops_saved"]
         ratio = time_saved / flops_saved if flops_saved else None
-        sides = [figures.get(side, report[side]) if "dense" in figures else report[side] for side in ("dense", "skip")]
-        peaks = [side.get("peak_bytes") for side in sides]
+        sides = figures if "dense" in figures else report
+        peaks = [sides[side].get("peak_bytes") for side in ("dense", "skip")]
         cells = ["-" if peak is None else f"{peak / GIB:.2f}" for peak in peaks]
         lines.append([f"{name}, {region}", percent(time_saved), percent(flops_saved), percent(ratio), *cells])
     return lines
@@ -81,6 +79,8 @@ def _saved(report: dict[str, Any]) -> list[list[str]]:
 
 def _tables(reports: list[dict[str, Any]]) -> str:
     """The benchmarks' own tables; a report of another shape must not lose the page."""
+    from llava_sv.bench.table import render as render_tables
+
     try:
         return render_tables(reports)
     except (KeyError, TypeError, ValueError) as error:

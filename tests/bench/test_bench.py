@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +18,6 @@ from llava_sv.model.loading import check_config
 SIZE = SIZES["tiny"]["llava"]
 DENSE_TOKENS = 64
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def report_of(command: str, tmp_path_factory, *more: str, family: str = "llava") -> dict:
@@ -215,35 +210,6 @@ def test_mistakes_are_one_line_and_exit_code_2(command, argv, message, capsys):
 def test_cuda_where_there_is_none(capsys):
     assert cli.main(["bench", "train", "--device", "cuda"]) == 2
     assert "no CUDA GPU is usable here" in capsys.readouterr().err
-
-
-def run_script(**environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        ["bash", "scripts/bench_gpu.sh"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHON": sys.executable, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
-def test_gpu_script_says_that_there_is_no_gpu(tmp_path):
-    done = run_script(OUT=str(tmp_path))
-    assert done.returncode == 1
-    assert done.stderr.strip() == "error: no CUDA GPU is usable here"
-
-
-@pytest.mark.slow
-def test_gpu_script_runs_both_benchmarks_and_ends_with_the_tables(tmp_path):
-    done = run_script(OUT=str(tmp_path), DEVICE="cpu", SIZES="tiny", TESTS="0", REPEATS="1", MEMORY_EVERY="40")
-    assert all(abs(row["ratio"] - 1) < 0.15 for row in json.loads((tmp_path / "memory/cpu.json").read_text())["rows"])
-    assert done.returncode == 0, done.stderr
-    names = {f"{what}-tiny-{family}.json" for what in ("train", "infer") for family in ("llava", "llava_hd", "cos")}
-    assert {path.name for path in tmp_path.glob("*.json")} == names
-    table = (tmp_path / "table.md").read_text()
-    assert [table.count(f"| {label} |") for label in ("tiny", "tiny, llava_hd", "tiny, cos")] == [5, 5, 5]
 
 
 @pytest.mark.gpu
