@@ -17,5 +17,5 @@ def test_what_exists_is_kept_unless_it_may_be_replaced(tmp_path):
     with pytest.raises(UserError) as error:
         keep_existing(str(path), overwrite=False)
     assert str(error.value) == f"--json {path}: exists; give another name, or --overwrite"
-    with pytest.raises(UserError, match="^--markdown "):
+    with pytest.raises(UserError, match=r"^--markdown "):
         keep_existing(str(path), False, "--markdown")

@@ -1,6 +1,6 @@
 """Reports of `bench train` and `bench infer` in; rows of docs/Benchmarks.md out.
 
-`scripts/bench_cpu.sh` and `scripts/bench_gpu.sh` call it.
+`scripts/bench_cpu.sh` and `scripts/gpu_check.sh` show them.
 """
 
 from __future__ import annotations

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +19,6 @@ from llava_sv.model.loading import check_config
 SIZE = SIZES["tiny"]["llava"]
 DENSE_TOKENS = 64
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def report_of(command: str, tmp_path_factory, *more: str, family: str = "llava") -> dict:
@@ -231,51 +226,6 @@ def test_mistakes_are_one_line_and_exit_code_2(command, argv, message, capsys):
 def test_cuda_where_there_is_none(capsys):
     assert cli.main(["bench", "train", "--device", "cuda"]) == 2
     assert "no CUDA GPU is usable here" in capsys.readouterr().err
-
-
-def run_script(script: str = "bench_gpu.sh", **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        ["bash", f"scripts/{script}"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHON": sys.executable, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
-def test_gpu_script_says_that_there_is_no_gpu(tmp_path):
-    done = run_script(OUT=str(tmp_path))
-    assert done.returncode == 1
-    assert done.stderr.strip() == "error: no CUDA GPU is usable here"
-
-
-@pytest.mark.slow
-def test_gpu_script_runs_both_benchmarks_and_ends_with_the_tables(tmp_path):
-    done = run_script(OUT=str(tmp_path), DEVICE="cpu", SIZES="tiny", TESTS="0", REPEATS="1", MEMORY_EVERY="40")
-    assert all(abs(row["ratio"] - 1) < 0.15 for row in json.loads((tmp_path / "memory/cpu.json").read_text())["rows"])
-    assert done.returncode == 0, done.stderr
-    names = {f"{what}-tiny-{family}.json" for what in ("train", "infer") for family in ("llava", "llava_hd", "cos")}
-    assert {path.name for path in tmp_path.glob("*.json")} == names
-    table = (tmp_path / "table.md").read_text()
-    # regions 2, split 2, regions 3, lengths 1
-    assert [table.count(f"| {label} |") for label in ("tiny", "tiny, llava_hd", "tiny, cos")] == [8, 8, 8]
-
-
-@pytest.mark.slow
-def test_cpu_script_fills_the_tables_and_can_be_run_again(tmp_path):
-    for families, rest in (("llava llava_hd", "1"), ("llava", "0")):
-        done = run_script("bench_cpu.sh", OUT=str(tmp_path), SIZE="tiny", REPEATS="1", FAMILIES=families, LONG=rest)
-        assert done.returncode == 0, done.stderr
-    assert "0 measured, 8 were there already" in done.stderr
-    table = (tmp_path / "table.md").read_text()
-    # training 2 + 2, an answer 3 + 3 lengths; the long runs are one of each
-    assert [table.count(f"| {label} |") for label in ("tiny", "tiny, llava_hd")] == [10 + 4, 10 + 4]
-    assert "| tiny | 1 | 4096 | 8 + 12 | decode |" in table
-    assert "| tiny, llava_hd | 8 | 16 | 64 + 64 | decode |" in table
-    assert (tmp_path / "sweep.md").read_text().count("| training step |") == 4
-    assert (tmp_path / "sweep.png").is_file()
 
 
 @pytest.mark.gpu
