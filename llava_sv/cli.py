@@ -41,6 +41,7 @@ COMMANDS: dict[str, Command] = {
     "flops": Command("llava_sv.bench.flops:main", "count FLOPs of a setting, as the paper does and exactly"),
     "bench train": Command("llava_sv.bench.train:main", "time a training step, dense against skipping"),
     "bench infer": Command("llava_sv.bench.infer:main", "time prefill and decode, and read the KV cache's bytes"),
+    "bench sweep": Command("llava_sv.bench.sweep:main", "time both over a grid of batches, lengths and budgets"),
     "bench data": Command("llava_sv.bench.data:main", "index millions of records, open them, read them, load pictures"),
     "bench memory": Command("llava_sv.bench.memory:main", "plan the memory of small runs, measure it, compare"),
     "analyze ffn-impact": Command("llava_sv.analysis.ffn_impact:main", "how much the FFN changes each kind of token"),

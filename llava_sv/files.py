@@ -56,6 +56,12 @@ def check_can_write(flag: str, path: Path) -> None:
         raise not_written(f"{flag} {path}:", error, "name another file") from error
 
 
+def keep_existing(path: str | None, overwrite: bool, flag: str = "--json") -> None:
+    """Raise `UserError` before any work if what `flag` names exists already and was not to be replaced."""
+    if path is not None and not overwrite and Path(path).exists():
+        raise UserError(f"{flag} {path}: exists; give another name, or --overwrite")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8."""
     with replacing(path) as temporary:

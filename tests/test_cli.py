@@ -51,7 +51,7 @@ def test_no_command_shows_the_help_and_fails(capsys):
             "'data toys'",
             "data toy, data check, data index, data stats, data mix, data convert, data shard",
         ),
-        (["bench"], "'bench'", "bench train, bench infer, bench data, bench memory"),
+        (["bench"], "'bench'", "bench train, bench infer, bench sweep, bench data, bench memory"),
     ],
 )
 def test_unknown_command_lists_the_known_ones(argv, tried, known, capsys):

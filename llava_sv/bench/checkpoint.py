@@ -11,10 +11,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llava_sv.bench.presets import Budget, EncoderSize, LlmSize, Setting
 from llava_sv.errors import UserError
 from llava_sv.model.config import SkipVisionConfig
 from llava_sv.model.cos_presets import is_resampler, scales_of
+from llava_sv.model.language_model.decoders import model_class
 from llava_sv.model.loading import check_config, read_config
 from llava_sv.model.multimodal_encoder.builder import read_vision_config
 from llava_sv.model.token_counts import count_tokens, grid_side, hd_grid, local_cells
@@ -23,6 +26,17 @@ from llava_sv.tiling import Size
 ENCODERS_WITH_CLS = ("clip_vision_model",)
 """`model_type`s of encoders that run a CLS row beside the patches."""
 
+PARTS = {
+    "vision_tower.": "encoder",
+    ".summary.": "summaries",
+    "mm_projector.": "projector",
+    "embed_tokens.": "embedding",
+    "lm_head.": "lm_head",
+    ".self_attn.": "attention",
+    ".mlp.": "ffn",
+}
+"""What a parameter's name holds -> the part it is of; the first that fits."""
+
 
 def read_checkpoint(
     folder: str,
@@ -30,11 +44,13 @@ def read_checkpoint(
     num_skipped: int | None = None,
     flag: str = "--model-path",
     may_be_dense: bool = False,
+    switches: dict[str, Any] | None = None,
 ) -> Any:
     """The config of the checkpoint in `folder`, its encoder described, its budget replaced where one is given.
 
-    flag: what named the folder; may_be_dense: whether a dense checkpoint needs no budget. Raises `UserError` for a
-    folder without a LLaVA's config.json, and a budget that its family cannot give.
+    flag: what named the folder; may_be_dense: whether a dense checkpoint needs no budget; switches: further settings of
+    `skip_vision` to replace. Raises `UserError` for a folder without a LLaVA's config.json, and a budget that its
+    family cannot give.
     """
     if not Path(folder, "config.json").is_file():
         raise UserError(f"{flag} {folder}: no readable config.json there; name a checkpoint's folder")
@@ -43,12 +59,14 @@ def read_checkpoint(
         config.vision_config = read_vision_config(config.mm_vision_tower, config.mm_vision_image_size).to_dict()
     given = {"num_retained": num_retained, "num_skipped": num_skipped}
     given = {name: count for name, count in given.items() if count is not None}
-    if config.skip_vision is None and len(given) < 2 and (given or not may_be_dense):
-        raise UserError(f"--num-retained and --num-skipped are needed here: {folder} is dense")
     block = {} if config.skip_vision is None else config.skip_vision.to_dict()
+    block |= switches or {}
+    needed = 2 if block.get("merge", True) else 1
+    if config.skip_vision is None and len(given) < needed and (given or switches or not may_be_dense):
+        raise UserError(f"--num-retained and --num-skipped are needed here: {folder} is dense")
     if num_skipped is not None and not block.get("merge", True):
         raise UserError(f"--num-skipped {num_skipped}: {folder} skips without merging, all that is not retained")
-    if given:
+    if given or switches:
         config.skip_vision = SkipVisionConfig.from_dict({**block, **given})
         check_config(config, config.vision_config)
     return config
@@ -56,7 +74,7 @@ def read_checkpoint(
 
 def llm_of(config: Any) -> LlmSize:
     """Sizes of the language model."""
-    sizes = {field.name: getattr(config, field.name, None) or 0 for field in fields(LlmSize)}
+    sizes: dict[str, Any] = {field.name: getattr(config, field.name, None) or 0 for field in fields(LlmSize)}
     return LlmSize(**sizes)
 
 
@@ -73,6 +91,7 @@ def encoder_of(config: Any) -> EncoderSize:
         patch_size=vision["patch_size"],
         patches=config.num_patches,
         has_cls=vision["model_type"] in ENCODERS_WITH_CLS,
+        num_layers=vision["num_hidden_layers"],
     )
 
 
@@ -130,4 +149,17 @@ def budget_of(config: Any, size: Size | None = None) -> Budget:
         merged_from=to_merge(config, size) if skip.merge else 0,
         skipping_layers=len(skip.layers_that_skip(config.num_hidden_layers)),
         last_visual_ffn=skip.last_visual_ffn and counts.skipped > 0,
+        fine=counts.fine,
+        skip_kv=skip.skip_kv,
     )
+
+
+def parameters_of(config: Any) -> dict[str, int]:
+    """Part -> parameters of the model that a config describes, counted on the model itself, made without numbers."""
+    counts: dict[str, int] = {}
+    with torch.device("meta"):
+        model = model_class(config)._from_config(config)
+    for name, value in model.named_parameters():
+        part = next((part for mark, part in PARTS.items() if mark in name), "norms")
+        counts[part] = counts.get(part, 0) + value.numel()
+    return counts

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import datetime
 import gc
+import os
 import platform
 import statistics
 import sys
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from llava_sv.bench.storages import StorageCount
 from llava_sv.errors import UserError
 
 Step = Callable[[], dict[str, float]]
@@ -88,6 +90,11 @@ def medians(results: list[dict[str, float]]) -> dict[str, float]:
 def median_ratio(over: list[dict[str, float]], under: list[dict[str, float]], key: str) -> float:
     """Median over rounds of one contender's figure divided by another's in the same round."""
     return statistics.median(a[key] / b[key] for a, b in zip(over, under))
+
+
+def share(time_saved: float, flops_saved: float) -> float | None:
+    """How much of the FLOP saving became time; None where there is none."""
+    return time_saved / flops_saved if flops_saved else None
 
 
 def quartiles(over: list[dict[str, float]], under: list[dict[str, float]], key: str) -> list[float]:
@@ -158,20 +165,37 @@ class SavedBytes:
         return sum(self._seen.values())
 
 
-def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
-    """CUDA: the most that tensors took during one run, weights included. None elsewhere: there is no such counter."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
-    run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
+def peak_bytes(run: Callable[[], Any], device: torch.device, *models: torch.nn.Module) -> int:
+    """The most that tensors took during one run, the weights of `models` included.
+
+    CUDA: its own counter. CPU: bytes of live tensors, counted as operations run; what a kernel takes and gives back
+    inside one does not show.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    most = [0]
+    with StorageCount() as counted:
+
+        def watch() -> None:
+            most[0] = max(most[0], counted.total)
+
+        counted.on_change = watch
+        held = [tensor.detach() for model in models for tensor in (*model.parameters(), *model.buffers())]
+        run()
+        held.clear()
+    return most[0]
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """On what it ran."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        **({"cuda": str(torch.version.cuda)} if device.type == "cuda" else {}),
+        "cpu": _cpu_name(),
+        "memory_gib": round(memory_bytes(device) / 2**30, 1),
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
         "attention": "sdpa",
@@ -180,6 +204,21 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
+
+
+def memory_bytes(device: torch.device) -> int:
+    """All memory of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _cpu_name() -> str:
+    """The processor's name, as its maker has it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine() or "unknown"
 
 
 def _processor() -> str:

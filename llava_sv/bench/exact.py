@@ -25,6 +25,15 @@ class Tokens:
     """Tokens that were merged down to `skipped`; 0 without merging."""
     pooled: int = 0
     """Tokens that the summaries pool."""
+    fine: int = 0
+    """Of the retained: those that the KV level `fine+skipped` removes."""
+    last: int = 0
+    """1 where the last skipped token passes the FFN: it counts among `retained`, and was merged with the skipped."""
+
+    @property
+    def merged_to(self) -> int:
+        """Tokens that merging leaves."""
+        return self.skipped + self.last
 
     @property
     def sequence(self) -> int:
@@ -95,16 +104,14 @@ def llm_flops(llm: LlmSize, tokens: Tokens, head_tokens: int, skipping_layers: i
     }
 
 
-def train_factors(train_llm: bool = True, train_encoder: bool = False, recompute: bool = False) -> dict[str, float]:
+def train_factors(train_llm: bool = True, train_encoder: bool = False) -> dict[str, float]:
     """What a training step costs of each part's forward: 1 forward, 1 for input gradients, 1 for weight gradients.
 
     Attention's backward is five products where its forward is two (flash kernels recompute the scores). A frozen
     encoder runs forward only, and an MLP's first layer then needs no input gradient (a resampler's layers do: norms
     that train come before them). The projector always trains.
-    `recompute`: activation checkpointing runs the decoder's layers forward once more.
     """
-    again = 1.0 if recompute else 0.0
-    linear = (3.0 if train_llm else 2.0) + again
+    linear = 3.0 if train_llm else 2.0
     return {
         "encoder_patches": 2.0 if train_encoder else 1.0,
         "encoder_blocks": 3.0 if train_encoder else 1.0,
@@ -116,10 +123,27 @@ def train_factors(train_llm: bool = True, train_encoder: bool = False, recompute
         "merge": 1.0,
         "summaries": 3.0,
         "llm_projections": linear,
-        "llm_attention": 3.5 + again,
+        "llm_attention": 3.5,
         "llm_ffn": linear,
         "lm_head": 3.0 if train_llm else 2.0,
     }
+
+
+def recomputed_flops(
+    forward: dict[str, float], encoder: EncoderSize, full_rows: float, train_encoder: bool = False
+) -> dict[str, float]:
+    """What activation checkpointing runs once more: the decoder's layers, and the blocks of an encoder that trains.
+
+    torch stops once it has all that the backward pass reads, before a layer's last product. Rows that a skipping layer
+    adds back are read, and so its last product runs. full_rows: share of the FFN's work in layers that do not skip.
+    """
+    again = {name: forward[name] for name in ("llm_projections", "llm_attention")}
+    again["llm_ffn"] = forward["llm_ffn"] * (1 - full_rows / 3)
+    if train_encoder:
+        last = encoder.intermediate_size / (4 * encoder.hidden_size + 2 * encoder.intermediate_size)
+        again["encoder_blocks"] = forward["encoder_blocks"] * (1 - last)
+        again["encoder_attention"] = forward["encoder_attention"]
+    return again
 
 
 def with_total(parts: dict[str, float]) -> dict[str, float]:

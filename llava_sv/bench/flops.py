@@ -1,7 +1,8 @@
 """`llava-sv flops`: how much work a setting saves, as the paper counts it and exactly. Plain arithmetic; torch is
-imported for a checkpoint only.
+imported for a checkpoint, and for `--memory`, only.
 
-Sizes and token counts arrive; ratios (skipping over dense) and every term leave. Also called by the report and tests.
+The command line: flags to a `Question`, its report printed and written. The counting is in `counts`, whose names
+callers find here too; the paper's table is in `paper_table`, what is printed in `flops_page`.
 """
 
 from __future__ import annotations
@@ -9,187 +10,56 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from llava_sv.bench.exact import (
-    Tokens,
-    compression_flops,
-    encoder_flops,
-    llm_flops,
-    mlp_projector_flops,
-    resampler_flops,
-    train_factors,
-    with_total,
-)
+from llava_sv.bench.answer import BYTES, REMOVED
+from llava_sv.bench.counts import Question, compare, exact_flops, paper_flops, paper_ratio, train_flops
+from llava_sv.bench.flops_page import render, render_presets, render_table
+from llava_sv.bench.paper_table import paper_table
 from llava_sv.bench.presets import (
     FAMILIES,
     LLMS,
     Budget,
     LlmSize,
-    Setting,
+    Switches,
     check_budget,
     find_budget,
     find_setting,
     read_llm,
 )
 from llava_sv.errors import UserError, exit_on_user_error
-from llava_sv.files import write_json
+from llava_sv.files import check_can_write, keep_existing, write_json
+
+__all__ = ["Question", "compare", "exact_flops", "main", "paper_flops", "paper_ratio", "render", "train_flops"]
 
 EXAMPLE = """example:
+  llava-sv flops --table
   llava-sv flops --family llava --num-retained 100 --num-skipped 156 --text-tokens 200 --json flops.json
+  llava-sv flops --family cos --skip-layers 8-31 --skip-kv fine+skipped --new-tokens 256 --batch 8
   llava-sv flops --model-path checkpoints/llava-skip
   llava-sv flops --model-path checkpoints/llava-hd-skip --image-size 1024x768"""
 
-
-def paper_flops(n1: int, n2: int, hidden: int, ffn: int) -> int:
-    """Section 6.2's formula, a layer: `4 N1 C^2 + 2 N1^2 C + 3 N2 C M`; N1 tokens in attention, N2 in the FFN.
-
-    Visual tokens only; it counts a multiply-add once, and knows no grouped-query attention.
-    """
-    return 4 * n1 * hidden**2 + 2 * n1**2 * hidden + 3 * n2 * hidden * ffn
-
-
-def paper_ratio(retained: int, skipped: int, dense: int, hidden: int = 4096, ffn: int = 14336) -> float:
-    """Skipping over dense by the paper's formula: `retained` tokens pass the FFN, `skipped` only attend."""
-    return paper_flops(retained + skipped, retained, hidden, ffn) / paper_flops(dense, dense, hidden, ffn)
-
-
-def exact_flops(
-    llm: LlmSize, setting: Setting, tokens: Tokens, head_tokens: int, skipping: int | None = None
-) -> dict[str, float]:
-    """Every part of one sample's forward, in FLOPs, with the sums `llm` and `total`; `exact` says what is counted."""
-    encoder = setting.encoder
-    if setting.windows:
-        projector = resampler_flops(encoder, setting.windows, setting.levels, llm.hidden_size)
-    else:
-        rows = setting.views * (encoder.patches + int(setting.projects_cls))
-        projector = mlp_projector_flops(rows, encoder.hidden_size, llm.hidden_size, setting.projector_depth)
-    return with_total(
-        {
-            **encoder_flops(encoder, setting.views),
-            **projector,
-            **compression_flops(tokens, llm.hidden_size),
-            **llm_flops(llm, tokens, head_tokens, skipping),
-        }
-    )
-
-
-def train_flops(forward: dict[str, float], **stage: bool) -> dict[str, float]:
-    """A training step's FLOPs from its forward's parts; `stage` as in `train_factors`."""
-    factors = train_factors(**stage)
-    return with_total({name: value * factors[name] for name, value in forward.items() if name in factors})
-
-
-@dataclass(frozen=True)
-class Question:
-    """What the command line asks."""
-
-    family: str
-    preset: str | None
-    setting: Setting
-    llm: LlmSize
-    budget: Budget
-    text_tokens: int
-    supervised_tokens: int
-
-    @property
-    def tokens(self) -> dict[str, Tokens]:
-        """The sequence of one sample, dense and skipping."""
-        budget = self.budget
-        last = int(budget.last_visual_ffn)  # the last skipped token passes the FFN as a retained one does
-        retained, skipped = budget.retained + last, budget.skipped - last
-        skip = Tokens(self.text_tokens, retained, skipped, budget.summaries, budget.merged_from, budget.pooled)
-        return {"dense": Tokens(self.text_tokens, self.setting.dense_tokens), "skip": skip}
-
-    def forward(self, name: str, head_tokens: int) -> dict[str, float]:
-        """`exact_flops` of the side `name`, `dense` or `skip`."""
-        layers = self.budget.skipping_layers
-        return exact_flops(self.llm, self.setting, self.tokens[name], head_tokens, layers)
-
-    def training(self, name: str) -> dict[str, float]:
-        """FLOPs of a training step; CoS trains its encoder, the others do not."""
-        return train_flops(self.forward(name, self.supervised_tokens), train_encoder=self.family == "cos")
-
-
-def compare(question: Question) -> dict[str, Any]:
-    """The JSON report: `paper_ratio`, `exact_ratio` (prefill), `train_ratio`, and every term under `dense`, `skip`."""
-    llm, setting, budget = question.llm, question.setting, question.budget
-    sides: dict[str, dict[str, Any]] = {}
-    for name, tokens in question.tokens.items():
-        attending = tokens.retained + tokens.skipped
-        layers = llm.num_hidden_layers
-        skip_layers = layers if budget.skipping_layers is None else budget.skipping_layers
-        skip_layer = paper_flops(attending, tokens.retained, llm.hidden_size, llm.intermediate_size)
-        full_layer = paper_flops(attending, attending, llm.hidden_size, llm.intermediate_size)
-        sides[name] = {
-            "visual_tokens": attending + tokens.summaries,
-            "sequence": tokens.sequence,
-            "ffn_rows": tokens.ffn_rows,
-            "paper_multiply_adds": skip_layers * skip_layer + (layers - skip_layers) * full_layer,
-            "prefill": question.forward(name, head_tokens=1),
-            "train": question.training(name),
-        }
-
-    def ratio(stage: str, part: str) -> float:
-        return sides["skip"][stage][part] / sides["dense"][stage][part]
-
-    return {
-        "family": question.family,
-        "preset": question.preset,
-        "num_retained": budget.retained,
-        "num_skipped": budget.skipped,
-        "views": setting.views,
-        "dense_tokens": setting.dense_tokens,
-        "text_tokens": question.text_tokens,
-        "supervised_tokens": question.supervised_tokens,
-        "paper_ratio": paper_ratio(
-            budget.retained, budget.skipped, setting.dense_tokens, llm.hidden_size, llm.intermediate_size
-        ),
-        "exact_ratio": ratio("prefill", "total"),
-        "exact_llm_ratio": ratio("prefill", "llm"),
-        "train_ratio": ratio("train", "total"),
-        "train_llm_ratio": ratio("train", "llm"),
-        "dense": sides["dense"],
-        "skip": sides["skip"],
-        "llm": asdict(llm),
-        "encoder": asdict(setting.encoder),
-    }
-
-
-def render(report: dict[str, Any]) -> str:
-    """The report for a terminal."""
-    name = " ".join(filter(None, (report["family"], report["preset"])))
-    lines = [
-        f"{name}: {report['dense_tokens']} dense tokens against "
-        f"{report['num_retained']} retained + {report['num_skipped']} skipped, {report['text_tokens']} text tokens",
-        f"  the paper's formula (visual tokens, one layer)  {report['paper_ratio']:7.1%}",
-        f"  exact, prefill: language model                  {report['exact_llm_ratio']:7.1%}",
-        f"  exact, prefill: with encoder and projector      {report['exact_ratio']:7.1%}",
-        f"  exact, training step: language model            {report['train_llm_ratio']:7.1%}",
-        f"  exact, training step: all                       {report['train_ratio']:7.1%}",
-        "",
-        f"  {'prefill, GFLOPs':<20}{'dense':>12}{'skip':>12}",
-    ]
-    for name, dense in report["dense"]["prefill"].items():
-        lines.append(f"  {name:<20}{dense / 1e9:>12,.2f}{report['skip']['prefill'][name] / 1e9:>12,.2f}")
-    return "\n".join(lines)
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", **{name: name for name in BYTES}}
+STAGES = ("sft", "pretrain")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llava-sv flops",
-        description="Count the FLOPs of one sample, skipping over dense: by the paper's formula, and exactly.",
+        description="Count the FLOPs of one sample, skipping over dense: by the paper's formula, and exactly; and the "
+        "bytes of its KV-cache and weights. Without a family or a checkpoint: the paper's table (--table).",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--table", action="store_true", help="the paper's four settings, and its Table 1")
+    parser.add_argument("--list", action="store_true", help="list families, presets and language models")
     parser.add_argument("--family", help=f"{', '.join(FAMILIES)} (default: the checkpoint's)")
     parser.add_argument("--preset", help="a setting of the family: its encoder, projector and token counts")
     parser.add_argument("--num-retained", type=int, help="Nr: visual tokens that pass the FFN (default: the preset's)")
     parser.add_argument("--num-skipped", type=int, help="Ns: visual tokens that skip it (default: the preset's)")
     parser.add_argument("--dense-tokens", type=int, help="visual tokens without skipping (default: the preset's)")
-    parser.add_argument("--text-tokens", type=int, default=200, help="text tokens beside the image (default 200)")
-    parser.add_argument("--supervised-tokens", type=int, help="training: those that carry loss (default: all text)")
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--model-path", metavar="DIR", help="take every size from this checkpoint's config.json")
     sizes.add_argument(
@@ -200,8 +70,52 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--image-size", metavar="WxH", help="with --model-path: pixels of the image (default: the most tokens of any)"
     )
+    _add_work(parser)
+    _add_switches(parser)
+    parser.add_argument("--memory", action="store_true", help="trace the peak memory of a prefill and a training step")
     parser.add_argument("--json", metavar="FILE", help="write the report here")
+    parser.add_argument("--overwrite", action="store_true", help="replace what --json names, where it exists")
     return parser
+
+
+def _add_work(parser: argparse.ArgumentParser) -> None:
+    """What runs on the model."""
+    work = parser.add_argument_group("work")
+    work.add_argument("--text-tokens", type=int, default=200, help="text tokens beside the image (default 200)")
+    work.add_argument("--supervised-tokens", type=int, help="training: those that carry loss (default: all text)")
+    work.add_argument("--new-tokens", type=int, default=64, help="tokens of an answer (default 64)")
+    work.add_argument("--batch", type=int, default=1, help="samples at a time: bytes, and FLOPs of the batch (1)")
+    work.add_argument("--dtype", default="bf16", help=f"of weights and cache: {', '.join(DTYPES)} (default bf16)")
+    work.add_argument("--stage", default="sft", help="what trains: sft (the recipe), pretrain (the projector alone)")
+    work.add_argument("--gradient-checkpointing", action="store_true", help="training computes decoder layers again")
+
+
+def _add_switches(parser: argparse.ArgumentParser) -> None:
+    """Skip-Vision's switches; what is not given is the preset's or the checkpoint's."""
+    switches = parser.add_argument_group("switches of Skip-Vision (default: the preset's, the checkpoint's)")
+    switches.add_argument("--skip-layers", metavar="LAYERS", help="decoder layers that skip: all, or 0-3,8,10-31")
+    switches.add_argument("--skip-kv", metavar="LEVEL", help=f"KV level after prefill: {', '.join(REMOVED)}")
+    off: dict[str, Any] = {"action": "store_const", "const": False}
+    switches.add_argument("--no-skip-ffn", dest="skip_ffn", **off, help="skipped tokens pass the FFN as well")
+    switches.add_argument("--no-merge", dest="merge", **off, help="skip all that is not retained, without merging")
+    switches.add_argument("--no-former-summary", dest="former_summary", **off, help="no summary of retained tokens")
+    switches.add_argument("--no-latter-summary", dest="latter_summary", **off, help="no summary of skipped tokens")
+    last = "the last skipped token passes the FFN (Table 6, LV)"
+    switches.add_argument("--last-visual-ffn", action="store_const", const=True, help=last)
+
+
+def _switches(args: argparse.Namespace) -> Switches:
+    if args.skip_kv is not None and args.skip_kv not in REMOVED:
+        raise UserError(f"--skip-kv: unknown level {args.skip_kv!r}; known: {', '.join(REMOVED)}")
+    return Switches(
+        args.skip_ffn,
+        args.merge,
+        args.former_summary,
+        args.latter_summary,
+        args.last_visual_ffn,
+        args.skip_layers,
+        args.skip_kv,
+    )
 
 
 def _question(args: argparse.Namespace) -> Question:
@@ -209,8 +123,25 @@ def _question(args: argparse.Namespace) -> Question:
     question = _of_checkpoint(args) if args.model_path else _of_preset(args)
     if args.dense_tokens is not None:
         question = replace(question, setting=replace(question.setting, dense_tokens=args.dense_tokens))
+    if args.stage not in STAGES:
+        raise UserError(f"--stage: unknown stage {args.stage!r}; known: {', '.join(STAGES)}")
+    question = replace(
+        question,
+        supervised_tokens=args.text_tokens if args.supervised_tokens is None else args.supervised_tokens,
+        new_tokens=args.new_tokens,
+        batch=args.batch,
+        dtype=_dtype(args.dtype),
+        trains=args.stage,
+        recompute=args.gradient_checkpointing,
+    )
     _check(question)
     return question
+
+
+def _dtype(name: str) -> str:
+    if name not in DTYPES:
+        raise UserError(f"--dtype: unknown precision {name!r}; known: {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def _of_checkpoint(args: argparse.Namespace) -> Question:
@@ -218,13 +149,15 @@ def _of_checkpoint(args: argparse.Namespace) -> Question:
     if args.preset:
         raise UserError("--preset does not go with --model-path: the checkpoint says what its images take")
     size = _image_size(args.image_size) if args.image_size else None
-    from llava_sv.bench.checkpoint import budget_of, llm_of, read_checkpoint, setting_of
+    switches = _switches(args)
+    from llava_sv.bench.checkpoint import budget_of, llm_of, parameters_of, read_checkpoint, setting_of
 
-    config = read_checkpoint(args.model_path, args.num_retained, args.num_skipped)
+    config = read_checkpoint(args.model_path, args.num_retained, args.num_skipped, switches=switches.given)
     if args.family not in (None, config.mm_family):
         raise UserError(f"--family {args.family}: {args.model_path} is of family {config.mm_family}; leave it out")
     setting, budget = setting_of(config, size), budget_of(config, size)
-    return Question(config.mm_family, None, setting, llm_of(config), budget, args.text_tokens, _supervised(args))
+    question = Question(config.mm_family, None, setting, llm_of(config), budget, args.text_tokens, 0)
+    return replace(question, parameters=parameters_of(config), config=config)
 
 
 def _of_preset(args: argparse.Namespace) -> Question:
@@ -235,12 +168,23 @@ def _of_preset(args: argparse.Namespace) -> Question:
     if args.image_size:
         raise UserError("--image-size goes with --model-path: a preset is for one size; say --dense-tokens")
     setting = replace(setting, dense_tokens=args.dense_tokens or setting.dense_tokens)
-    budget = find_budget(setting, args.num_retained, args.num_skipped)
-    return Question(args.family, name, setting, read_llm(args.llm_config), budget, args.text_tokens, _supervised(args))
+    switches, llm = _switches(args), read_llm(args.llm_config)
+    if args.skip_kv == "fine+skipped" and not setting.windows:
+        raise UserError(f"--skip-kv fine+skipped drops a middle scale, and family {args.family} has none; use skipped")
+    budget = find_budget(setting, args.num_retained, args.num_skipped, switches)
+    return Question(args.family, name, setting, llm, _with_layers(budget, switches, llm), args.text_tokens, 0)
 
 
-def _supervised(args: argparse.Namespace) -> int:
-    return args.text_tokens if args.supervised_tokens is None else args.supervised_tokens
+def _with_layers(budget: Budget, switches: Switches, llm: LlmSize) -> Budget:
+    """The number of layers that skip, read as a checkpoint's config reads it."""
+    if switches.skip_ffn is False:
+        return replace(budget, skipping_layers=0)
+    if switches.skip_layers is None:
+        return budget
+    from llava_sv.model.config import SkipVisionConfig
+
+    chosen = SkipVisionConfig(skip_layers=switches.skip_layers).layers_that_skip(llm.num_hidden_layers)
+    return replace(budget, skipping_layers=len(chosen))
 
 
 def _image_size(text: str) -> tuple[int, int]:
@@ -253,27 +197,64 @@ def _image_size(text: str) -> tuple[int, int]:
 
 def _check(question: Question) -> None:
     setting, budget = question.setting, question.budget
-    wrong = [
-        name
-        for name, value, least in (
-            ("--dense-tokens", setting.dense_tokens, 1),
-            ("--num-retained", budget.retained, 1),
-            ("--num-skipped", budget.skipped, 0),
-            ("--text-tokens", question.text_tokens, 0),
-            ("--supervised-tokens", question.supervised_tokens, 0),
-        )
-        if value < least
-    ]
+    counts = (
+        ("--dense-tokens", setting.dense_tokens, 1),
+        ("--num-retained", budget.retained, 1),
+        ("--num-skipped", budget.skipped, 0),
+        ("--text-tokens", question.text_tokens, 0),
+        ("--supervised-tokens", question.supervised_tokens, 0),
+        ("--new-tokens", question.new_tokens, 1),
+        ("--batch", question.batch, 1),
+    )
+    check_budget(setting.dense_tokens, budget.retained, max(budget.skipped, 0))
+    wrong = [f"{name} {value}: at least {least}" for name, value, least in counts if value < least]
     if wrong:
-        raise UserError(f"{', '.join(wrong)}: too small; token counts are whole numbers, --num-retained at least 1")
-    check_budget(setting.dense_tokens, budget.retained, budget.skipped)
+        raise UserError(f"{', '.join(wrong)}; counts are whole numbers")
+
+
+def _is_table(args: argparse.Namespace) -> bool:
+    """Whether the paper's table is wanted: asked for, or nothing else is."""
+    given = (args.family, args.preset, args.model_path, args.num_retained, args.num_skipped, args.dense_tokens)
+    if not args.table:
+        return all(value is None for value in (*given, args.image_size))
+    if any(value is not None for value in (*given, args.image_size)):
+        raise UserError("--table is of the paper's four settings: leave the family, the checkpoint and counts out")
+    return True
+
+
+def _report(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """(the report, its text)."""
+    if _is_table(args):
+        if args.memory or _switches(args).given:
+            raise UserError("--memory and switches go with --family or --model-path, not with the paper's table")
+        work = {"text_tokens": args.text_tokens, "new_tokens": args.new_tokens}
+        wrong = [f"--{name.replace('_', '-')} {value}" for name, value in work.items() if value < int(name[0] == "n")]
+        if wrong:
+            raise UserError(f"{', '.join(wrong)}: too small")
+        report = paper_table(read_llm(args.llm_config), **work)
+        return report, render_table(report)
+    question = _question(args)
+    report = compare(question)
+    if args.memory:
+        from llava_sv.bench.footprint import footprint
+
+        if args.image_size:
+            raise UserError("--memory runs an image of most tokens: leave --image-size out")
+        report["memory"] = footprint(question)
+    return report, render(report)
 
 
 def main(argv: list[str]) -> int:
     """`llava-sv flops ...`."""
     args = _parser().parse_args(argv)
-    report = compare(_question(args))
-    print(render(report))
+    if args.list:
+        print(render_presets())
+        return 0
+    keep_existing(args.json, args.overwrite)
+    if args.json:
+        check_can_write("--json", Path(args.json))
+    report, text = _report(args)
+    print(text)
     if args.json:
         write_json(args.json, report)
     return 0

@@ -1,29 +1,43 @@
 """`llava-sv bench infer`: answers, dense against skipping, on the same weights: prefill, decode, end to end, apart.
 
 A size arrives; times, FLOPs and KV-cache bytes leave. Contenders: dense; skip (skipped keys removed after prefill);
-skip that keeps its whole cache; transformers' own LLaVA (family llava). Greedy, exactly `new_tokens` tokens an answer.
+skip that keeps its whole cache; transformers' own LLaVA (family llava), or its language model alone (decode of the
+other families). Greedy, exactly so many tokens an answer; an answer's end to end at several lengths is read off one.
 """
 
 from __future__ import annotations
 
+import functools
+import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers import StoppingCriteria
 
-from llava_sv.bench import clock
+from llava_sv.bench import break_even, clock, room, table
+from llava_sv.bench.flags import (
+    Job,
+    check_outputs,
+    finish,
+    head_of,
+    last_line,
+    make_parser,
+    read_job,
+    title,
+    within_memory,
+)
 from llava_sv.bench.models import BenchBatch, make_batch, make_pair
-from llava_sv.bench.peers import PEER, has_peer, make_stock_llava, stock_inputs
+from llava_sv.bench.peers import LLM_PEER, PEER, has_peer, make_stock_llama, make_stock_llava, stock_inputs
 from llava_sv.bench.sizes import BenchSize
-from llava_sv.bench.train import finish, make_parser, read_args
-from llava_sv.errors import UserError, exit_on_user_error
-from llava_sv.model.language_model.skip_cache import cache_bytes
+from llava_sv.errors import exit_on_user_error
+from llava_sv.model.language_model.skip_cache import cache_bytes, kept_after_prefill
 
 EXAMPLE = """example:
   llava-sv bench infer --size cpu --json infer.json
-  llava-sv bench infer --size cpu --family cos"""
+  llava-sv bench infer --size cpu --family cos --new-tokens 16,64,256
+  llava-sv bench infer --size cpu --batch 8 --text-tokens 1024 --markdown infer.md"""
 
 WARMUP = 1
 KEPT = "skip_keeping_cache"
@@ -67,6 +81,18 @@ def stock_generate(stock: Any, inputs: dict[str, Any]) -> Generate:
     return run
 
 
+def llama_generate(stock: Any, model: Any, batch: BenchBatch) -> Generate:
+    """transformers' language model on what our dense one spliced, encoder and projector untimed."""
+    with torch.no_grad():
+        spliced = model.prepare_inputs_labels_for_multimodal(batch.input_ids, images=batch.images)
+    prompt = {"inputs_embeds": spliced.inputs_embeds, "attention_mask": spliced.attention_mask.long()}
+
+    def run(new_tokens: int, **kwargs: Any) -> Any:
+        return stock.generate(**prompt, **_exactly(new_tokens), **kwargs)
+
+    return run
+
+
 def _exactly(new_tokens: int) -> dict[str, Any]:
     return {
         "max_new_tokens": new_tokens,
@@ -77,34 +103,52 @@ def _exactly(new_tokens: int) -> dict[str, Any]:
     }
 
 
-def timed_answer(generate: Generate, new_tokens: int, device: torch.device) -> clock.Step:
-    """One answer. Prefill: pixels to the first token, skipped keys already gone. Decode: each further token."""
+def length_key(new_tokens: int) -> str:
+    """The name under which a round keeps an answer's end to end at this length."""
+    return f"end_to_end_{new_tokens}_ms"
+
+
+def timed_answer(generate: Generate, lengths: Sequence[int], device: torch.device) -> clock.Step:
+    """One answer of the longest length. Prefill: pixels to the first token, skipped keys already gone. Decode: each
+    further token. Shorter answers end where their last token comes."""
+    longest = max(lengths)
 
     def step() -> dict[str, float]:
         steps = StepClock(device)
         start = clock.now_ms(device)
-        generate(new_tokens, stopping_criteria=[steps])
+        generate(longest, stopping_criteria=[steps])
         end = clock.now_ms(device)
-        decode = (steps.times[-1] - steps.times[0]) / (new_tokens - 1)
+        decode = (steps.times[-1] - steps.times[0]) / (longest - 1)
         return {
             "prefill_ms": steps.times[0] - start,
             "decode_ms_per_token": decode,
             "end_to_end_ms": end - start,
+            **{length_key(n): (end if n == longest else steps.times[n - 1]) - start for n in lengths},
         }
 
     return step
 
 
-def weigh(generate: Generate, new_tokens: int, device: torch.device) -> dict[str, Any]:
+def flops_of_answer(counted: Sequence[int], new_tokens: int) -> float:
+    """FLOPs of an answer of any length from those of 1, 2 and 3 tokens: each further token sees one key more."""
+    first = counted[1] - counted[0]
+    growth = counted[2] - counted[1] - first
+    steps = new_tokens - 1
+    return counted[0] + steps * first + growth * steps * (steps - 1) / 2
+
+
+def weigh(generate: Generate, lengths: Sequence[int], device: torch.device, *models: Any) -> dict[str, Any]:
     """FLOPs of an answer's parts, and the bytes of the KV cache that decoding starts from."""
-    prefill = clock.count_flops(lambda: generate(1))
-    whole = clock.count_flops(lambda: generate(new_tokens))
+    counted = [clock.count_flops(functools.partial(generate, n)) for n in (1, 2, 3)]
+    longest = max(lengths)
+    whole = flops_of_answer(counted, longest)
     cache = generate(1).past_key_values
     return {
-        "flops": {"prefill": prefill, "decode": (whole - prefill) / (new_tokens - 1), "end_to_end": whole},
+        "flops": {"prefill": counted[0], "decode": (whole - counted[0]) / (longest - 1), "end_to_end": whole},
+        "flops_by_length": {str(n): flops_of_answer(counted, n) for n in lengths},
         "kv_bytes": cache_bytes(cache),
         "kv_tokens": cache.get_seq_length(),
-        "peak_bytes": clock.peak_bytes(lambda: generate(new_tokens), device),
+        "peak_bytes": clock.peak_bytes(lambda: generate(longest), device, *models),
     }
 
 
@@ -117,7 +161,60 @@ def savings(region: str, measured: dict[str, Any], weights: dict[str, Any], name
         "time_saved": time_saved,
         "time_saved_quartiles": sorted(1 - r for r in clock.quartiles(measured[name], measured["dense"], key)),
         "flops_saved": flops_saved,
+        "time_saved_per_flops_saved": clock.share(time_saved, flops_saved),
     }
+
+
+def by_length(measured: dict[str, Any], weights: dict[str, Any], lengths: Sequence[int]) -> list[dict[str, Any]]:
+    """An answer's end to end at each length: medians in milliseconds, and what is saved."""
+    rows = []
+    for n in lengths:
+        dense, skip = ([{"ms": result[length_key(n)]} for result in measured[name]] for name in ("dense", "skip"))
+        flops_saved = 1 - weights["skip"]["flops_by_length"][str(n)] / weights["dense"]["flops_by_length"][str(n)]
+        time_saved = 1 - clock.median_ratio(skip, dense, "ms")
+        rows.append(
+            {
+                "new_tokens": n,
+                "dense_ms": clock.medians(dense)["ms"],
+                "skip_ms": clock.medians(skip)["ms"],
+                "time_saved": time_saved,
+                "time_saved_quartiles": sorted(1 - ratio for ratio in clock.quartiles(skip, dense, "ms")),
+                "flops_saved": flops_saved,
+                "time_saved_per_flops_saved": clock.share(time_saved, flops_saved),
+            }
+        )
+    return rows
+
+
+def gain(measured: dict[str, Any], key: str) -> float:
+    """Milliseconds that skipping saves over dense: median over rounds."""
+    return statistics.median(d[key] - s[key] for d, s in zip(measured["dense"], measured["skip"]))
+
+
+def check_kv(dense: Any, skip: Any, batch: BenchBatch, rows: dict[str, Any]) -> dict[str, Any]:
+    """Whether the cache's bytes shrank to exactly the share of tokens that are kept, which the roles of the spliced
+    sequence tell, not the cache. Shares are skipping over dense; `equal` compares whole numbers."""
+    counts = {}
+    for name, model in (("dense", dense), ("skip", skip)):
+        level = model.config.skip_vision.skip_kv if model.config.skip_vision else "none"
+        spliced = model.prepare_inputs_labels_for_multimodal(batch.input_ids, images=batch.images)
+        counts[name] = int(kept_after_prefill(spliced.token_roles, level)[0].sum())
+    bytes_dense, bytes_skip = rows["dense"]["kv_bytes"], rows["skip"]["kv_bytes"]
+    return {
+        "kept_tokens": counts["skip"],
+        "all_tokens": counts["dense"],
+        "tokens_share": counts["skip"] / counts["dense"],
+        "bytes_share": bytes_skip / bytes_dense,
+        "equal": bytes_skip * counts["dense"] == bytes_dense * counts["skip"],
+    }
+
+
+def make_peer(size: BenchSize, dense: Any, batch: BenchBatch) -> tuple[str, Generate, tuple[str, ...]]:
+    """(name, answers, regions it can be compared in) of the family's outside control."""
+    if has_peer(size):
+        stock = make_stock_llava(dense).eval()
+        return PEER, stock_generate(stock, stock_inputs(batch, dense)), tuple(REGIONS)
+    return LLM_PEER, llama_generate(make_stock_llama(dense).eval(), dense, batch), ("decode",)
 
 
 @torch.inference_mode()
@@ -127,73 +224,98 @@ def run(
     dtype: torch.dtype,
     repeats: int,
     with_peers: bool = True,
-    new_tokens: int | None = None,
+    new_tokens: int | Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """The whole report; its top level is `end_to_end`, all three regions are under `regions`."""
-    count = new_tokens or size.new_tokens
+    """The whole report; its top level is `end_to_end` at the longest of `new_tokens`, all three regions are under
+    `regions`, and every length under `lengths`."""
+    given = size.new_tokens if new_tokens is None else new_tokens
+    lengths = sorted({given} if isinstance(given, int) else set(given))
     clock.keep_freed_memory(device)
     with torch.inference_mode(False):
-        dense, skip = make_pair(size, device, dtype)
+        dense, skip = make_pair(size, device, dtype, lengths[-1])
         batch = make_batch(size, device, dtype)
-        stock = make_stock_llava(dense).eval() if with_peers and has_peer(size) else None
     contenders = {
         "dense": our_generate(dense.eval(), batch, None),
         "skip": our_generate(skip.eval(), batch, None),
         KEPT: our_generate(skip, batch, "none"),
     }
-    if stock is not None:
-        contenders[PEER] = stock_generate(stock, stock_inputs(batch, dense))
-    weights = {name: weigh(generate, count, device) for name, generate in contenders.items()}
-    steps = {name: timed_answer(generate, count, device) for name, generate in contenders.items()}
+    peer: tuple[str, Generate, tuple[str, ...]] | None = None
+    if with_peers:
+        with torch.inference_mode(False):
+            peer = make_peer(size, dense, batch)
+        contenders[peer[0]] = peer[1]
+    weights = {name: weigh(generate, lengths, device, dense, skip) for name, generate in contenders.items()}
+    steps = {name: timed_answer(generate, lengths, device) for name, generate in contenders.items()}
     measured = clock.rounds(steps, repeats, WARMUP, "infer")
     rows: dict[str, Any] = {name: {**clock.medians(results), **weights[name]} for name, results in measured.items()}
     peers = {}
-    if stock is not None:
-        over = {r: clock.median_ratio(measured["dense"], measured[PEER], key) for r, key in REGIONS.items()}
-        peers[PEER] = {**rows.pop(PEER), "dense_over_peer": over}
+    if peer is not None:
+        over = {r: clock.median_ratio(measured["dense"], measured[peer[0]], REGIONS[r]) for r in peer[2]}
+        peers[peer[0]] = {**rows.pop(peer[0]), "dense_over_peer": over}
     regions = {region: savings(region, measured, weights) for region in REGIONS}
     return {
         **rows,
         **regions["end_to_end"],
         "kv_saved": 1 - rows["skip"]["kv_bytes"] / rows["dense"]["kv_bytes"],
+        "kv_check": check_kv(dense, skip, batch, rows),
         "regions": regions,
+        "lengths": by_length(measured, weights, lengths),
+        "break_even": break_even.of_answer(gain(measured, "prefill_ms"), gain(measured, "decode_ms_per_token")),
         "peers": peers,
-        "new_tokens": count,
+        "new_tokens": lengths[-1],
         "environment": clock.environment(device, dtype),
     }
 
 
+def measure(job: Job) -> dict[str, Any]:
+    """The report of a job, its settings at the head. Raises `UserError` where it does not fit into memory."""
+    needed = room.of_infer(job.size, job.dtype, max(job.new_tokens))
+    room.check_room(needed, job.device, job.label, "infer", job.with_peers)
+
+    def work() -> dict[str, Any]:
+        return run(job.size, job.device, job.dtype, job.repeats, job.with_peers, job.new_tokens)
+
+    return {**head_of(job), **within_memory(job, "infer", work), "estimate_bytes": needed.total}
+
+
 def render(report: dict[str, Any]) -> str:
     """The report for a terminal."""
-    lines = [f"{'':<20}{'prefill ms':>12}{'ms/token':>10}{'answer ms':>11}{'GFLOP':>9}{'KV tokens':>11}{'KV MiB':>8}"]
+    head = f"{'':<20}{'prefill ms':>12}{'ms/token':>10}{'answer ms':>11}{'GFLOP':>9}{'KV tokens':>11}{'KV MiB':>8}"
+    lines = [f"{title(report)}, {report['new_tokens']} new tokens", head]
     rows = {name: report[name] for name in ("dense", "skip", KEPT)}
     for name, row in {**rows, **report["peers"]}.items():
+        alone = "prefill" not in row.get("dense_over_peer", REGIONS)  # a language model alone: its prefill is no peer
+        prefill, answer = (f"{row[key]:.1f}" if not alone else "-" for key in ("prefill_ms", "end_to_end_ms"))
         lines.append(
-            f"{name:<20}{row['prefill_ms']:>12.1f}{row['decode_ms_per_token']:>10.2f}{row['end_to_end_ms']:>11.1f}"
+            f"{name:<20}{prefill:>12}{row['decode_ms_per_token']:>10.2f}{answer:>11}"
             f"{row['flops']['end_to_end'] / 1e9:>9.1f}{row['kv_tokens']:>11}{row['kv_bytes'] / 2**20:>8.2f}"
         )
-    for name, region in report["regions"].items():
+    at_lengths = {f"{row['new_tokens']} tokens": row for row in report["lengths"]} if len(report["lengths"]) > 1 else {}
+    for name, region in {**report["regions"], **at_lengths}.items():
         low, high = region["time_saved_quartiles"]
         lines.append(
-            f"{name:<12}time saved {region['time_saved']:.1%} (quartiles {low:.1%} to {high:.1%}), "
-            f"FLOPs saved {region['flops_saved']:.1%}"
+            f"{name:<12}time saved {region['time_saved']:.1%} (quartiles {low:.1%} to {high:.1%}) of "
+            f"{region['flops_saved']:.1%} FLOPs saved: {table.percent(region['time_saved_per_flops_saved'])}"
         )
+    lines.append(f"faster end to end: {break_even.in_words(report['break_even'])}")
     for name, row in report["peers"].items():
         shares = ", ".join(f"{region} {share:.3f}" for region, share in row["dense_over_peer"].items())
         lines.append(f"dense over {name}: {shares}")
-    lines.append(f"KV cache saved {report['kv_saved']:.1%}")
-    return "\n".join([*lines, ", ".join(f"{key} {value}" for key, value in report["environment"].items())])
+    lines.append(f"KV cache saved {report['kv_saved']:.1%}; {table.kv_in_words(report['kv_check'])}")
+    return "\n".join([*lines, last_line(report["environment"])])
 
 
 def main(argv: list[str]) -> int:
     """`llava-sv bench infer ...`."""
     parser = make_parser("infer", "Time answers, dense against skipping: prefill, decode, end to end.", EXAMPLE)
-    parser.add_argument("--new-tokens", type=int, help="tokens an answer has (default: the size's)")
+    parser.add_argument(
+        "--new-tokens", metavar="N,...", help="tokens an answer has; or several, 16,64,256 (default: the size's)"
+    )
     args = parser.parse_args(argv)
-    if args.new_tokens is not None and args.new_tokens < 2:
-        raise UserError(f"--new-tokens {args.new_tokens}: at least 2 are needed, the first belongs to prefill")
-    report = run(**read_args(args), new_tokens=args.new_tokens)
-    return finish(args, report, render(report))
+    job = read_job(args, args.new_tokens, infer=True)
+    check_outputs(args, "--json", "--markdown")
+    report = measure(job)
+    return finish(args, report, render(report), table.render([report]))
 
 
 if __name__ == "__main__":

@@ -172,10 +172,8 @@ def trace(config: Any, work: Work, prepare: Prepare, part_of: Callable[[str], st
 
     part_of: name of a parameter -> the part of the model it is counted under.
     """
-    config.tokenizer_model_max_length = None
     with Ghost() as ghost, _quiet():
-        with ghost.labelled("parameters"), _moved_by_hand():
-            model = prepare(model_class(config)._from_config(config, dtype=work.weights))
+        model = build(config, work.weights, ghost, prepare)
         model.train()
         if work.checkpointing:
             enable_checkpointing(model)
@@ -197,6 +195,13 @@ def trace(config: Any, work: Work, prepare: Prepare, part_of: Callable[[str], st
         loss.backward()
         found.moments = watch.moments
     return found
+
+
+def build(config: Any, dtype: torch.dtype, ghost: Ghost, prepare: Prepare) -> Any:
+    """The model that `config` describes, without numbers, inside `ghost`; its bytes are labelled `parameters`."""
+    config.tokenizer_model_max_length = None
+    with ghost.labelled("parameters"), _moved_by_hand():
+        return prepare(model_class(config)._from_config(config, dtype=dtype))
 
 
 def _describe(model: nn.Module, part_of: Callable[[str], str]) -> Trace:

@@ -28,8 +28,9 @@ class BenchBatch:
     images: Tensor
 
 
-def make_config(size: BenchSize, skip_vision: dict[str, Any] | None) -> LlavaConfig:
-    """The config of a model of this size and family; dense where `skip_vision` is None."""
+def make_config(size: BenchSize, skip_vision: dict[str, Any] | None, new_tokens: int = 0) -> LlavaConfig:
+    """The config of a model of this size and family; dense where `skip_vision` is None. It has as many positions as the
+    dense sequence and an answer of `new_tokens` take."""
     settings: dict[str, Any] = dict(
         **asdict(size.llm),
         max_position_embeddings=4096,
@@ -45,7 +46,10 @@ def make_config(size: BenchSize, skip_vision: dict[str, Any] | None) -> LlavaCon
         attn_implementation="sdpa",
         **size.settings,
     )
-    return LlavaConfig(**settings)
+    config = LlavaConfig(**settings)
+    needed = size.text_tokens + config.dense_tokens_per_image() + new_tokens
+    config.max_position_embeddings = max(config.max_position_embeddings, needed)
+    return config
 
 
 def make_model(config: LlavaConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> LlavaLlamaForCausalLM:
@@ -65,23 +69,33 @@ def share_weights(target: torch.nn.Module, weights: Mapping[str, Tensor]) -> tor
     return target
 
 
+def skip_block(size: BenchSize) -> dict[str, Any]:
+    """The `skip_vision` block of the skipping model."""
+    return {"num_retained": size.num_retained, "num_skipped": size.num_skipped}
+
+
+def freeze_encoder(model: Any, family: str) -> Any:
+    """What the family's recipe trains: all but the encoder, and for CoS what features depend on. Returns `model`."""
+    tower = model.get_model().vision_tower
+    tower.requires_grad_(False)
+    if family == "cos":
+        for parameter, _ in tower.used_parameters().values():
+            parameter.requires_grad_(True)
+    return model
+
+
 def make_pair(
-    size: BenchSize, device: torch.device, dtype: torch.dtype
+    size: BenchSize, device: torch.device, dtype: torch.dtype, new_tokens: int = 0
 ) -> tuple[LlavaLlamaForCausalLM, LlavaLlamaForCausalLM]:
     """(dense, skip): the same weights in both, the skipping one with its summaries beside them.
 
     Encoders are frozen, but for CoS', whose recipe trains what features depend on.
     """
-    skip_vision = {"num_retained": size.num_retained, "num_skipped": size.num_skipped}
-    dense = make_model(make_config(size, None), device, dtype)
-    skip = make_model(make_config(size, skip_vision), device, dtype)
+    dense = make_model(make_config(size, None, new_tokens), device, dtype)
+    skip = make_model(make_config(size, skip_block(size), new_tokens), device, dtype)
     share_weights(skip, dict(dense.named_parameters()))
     for model in (dense, skip):
-        tower = model.get_model().vision_tower
-        tower.requires_grad_(False)
-        if size.family == "cos":
-            for parameter, _ in tower.used_parameters().values():
-                parameter.requires_grad_(True)
+        freeze_encoder(model, size.family)
     return dense, skip
 
 

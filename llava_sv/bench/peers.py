@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 from transformers import LlavaConfig as StockConfig
 
 from llava_sv.bench.models import BenchBatch, share_weights
@@ -17,6 +17,9 @@ from llava_sv.model import LlavaLlamaForCausalLM
 PEER = "transformers_llava"
 """What reports call it. Other families have no peer of the same sequence: LLaVA-NeXT's has a newline a row."""
 
+LLM_PEER = "transformers_llama"
+"""The other families' control: transformers' language model alone, on the sequence that our dense model spliced."""
+
 IMAGE_ID_FROM_END = 1
 """transformers marks an image's places by an id of the vocabulary: here its last, which no batch uses in text."""
 
@@ -26,17 +29,34 @@ def has_peer(size: BenchSize) -> bool:
     return size.family == "llava"
 
 
+def peer_of(size: BenchSize) -> str:
+    """The outside control of this family."""
+    return PEER if has_peer(size) else LLM_PEER
+
+
+def _text_config(dense: LlavaLlamaForCausalLM) -> LlamaConfig:
+    """The language model's part of our config."""
+    known, apart = LlamaConfig().to_dict(), ("model_type", "architectures", "transformers_version")
+    return LlamaConfig(**{k: v for k, v in dense.config.to_dict().items() if k in known and k not in apart})
+
+
+def make_stock_llama(dense: LlavaLlamaForCausalLM) -> LlamaForCausalLM:
+    """transformers' `LlamaForCausalLM` that holds the weights of our dense model's decoder and output layer."""
+    parameter = next(dense.parameters())
+    with torch.device(parameter.device):
+        stock: Any = LlamaForCausalLM._from_config(
+            _text_config(dense), dtype=parameter.dtype, attn_implementation="sdpa"
+        )
+    share_weights(stock, dict(dense.named_parameters()))
+    return stock
+
+
 def make_stock_llava(dense: LlavaLlamaForCausalLM) -> LlavaForConditionalGeneration:
     """transformers' `LlavaForConditionalGeneration` that holds the weights of our dense model."""
     ours = dense.config
-    text = {
-        key: value
-        for key, value in ours.to_dict().items()
-        if key in LlamaConfig().to_dict() and key not in ("model_type", "architectures", "transformers_version")
-    }
     config = StockConfig(
         vision_config=CLIPVisionConfig.from_dict(ours.vision_config),
-        text_config=LlamaConfig(**text),
+        text_config=_text_config(dense),
         image_token_index=ours.vocab_size - IMAGE_ID_FROM_END,
         vision_feature_layer=ours.mm_vision_select_layer,
         vision_feature_select_strategy="default",

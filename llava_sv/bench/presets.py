@@ -7,6 +7,7 @@ the same from a checkpoint's own config.
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, fields
+from typing import Any
 
 from llava_sv.errors import UserError
 
@@ -26,10 +27,13 @@ class LlmSize:
     vocab_size: int
     head_dim: int = 0
     """Width of one attention head; 0 stands for C over the heads."""
+    tie_word_embeddings: bool = False
+    """Whether the output layer's weights are the embedding's."""
 
     def __post_init__(self) -> None:
         if not self.head_dim:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        object.__setattr__(self, "tie_word_embeddings", bool(self.tie_word_embeddings))
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class EncoderSize:
     """N of one view."""
     has_cls: bool = True
     """Whether a CLS row runs beside the patches."""
+    num_layers: int = 24
+    """Blocks there are, those that do not run included: memory holds them."""
 
     @property
     def rows(self) -> int:
@@ -89,11 +95,20 @@ class Budget:
     skipping_layers: int | None = None
     """Decoder layers that skip; None: all of them."""
     last_visual_ffn: bool = False
+    fine: int = 0
+    """CoS: retained tokens that the KV level `fine+skipped` removes."""
+    skip_kv: str = "skipped"
+    """Level of the skip KV-cache."""
 
 
 LLMS: dict[str, LlmSize] = {
     "llama-3-8b": LlmSize(4096, 14336, 32, 32, 8, 128256),
     "vicuna-7b": LlmSize(4096, 11008, 32, 32, 32, 32000),
+    "vicuna-13b": LlmSize(5120, 13824, 40, 40, 40, 32000),
+    "mistral-7b": LlmSize(4096, 14336, 32, 32, 8, 32000),
+    "qwen2.5-0.5b": LlmSize(896, 4864, 24, 14, 2, 151936, tie_word_embeddings=True),
+    "qwen2.5-7b": LlmSize(3584, 18944, 28, 28, 4, 152064),
+    "qwen3-8b": LlmSize(4096, 12288, 36, 32, 8, 151936, head_dim=128),
 }
 
 CLIP_L_336 = EncoderSize(1024, 4096, 23, 14, 576)
@@ -128,16 +143,52 @@ def find_setting(family: str, preset: str | None) -> tuple[str, Setting]:
     return name, presets[name]
 
 
-def find_budget(setting: Setting, num_retained: int | None, num_skipped: int | None) -> Budget:
-    """What skipping makes of a setting's image, with both summaries and merging where it makes fewer tokens; a number
-    that is None is the preset's. `UserError` where that gives none."""
+@dataclass(frozen=True)
+class Switches:
+    """Skip-Vision's switches as a command line gives them; None: as the preset or the checkpoint has them."""
+
+    skip_ffn: bool | None = None
+    merge: bool | None = None
+    former_summary: bool | None = None
+    latter_summary: bool | None = None
+    last_visual_ffn: bool | None = None
+    skip_layers: str | None = None
+    skip_kv: str | None = None
+
+    @property
+    def given(self) -> dict[str, bool | str]:
+        """Those that are given, by their names in a checkpoint's `skip_vision`."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+
+
+def find_budget(
+    setting: Setting, num_retained: int | None, num_skipped: int | None, switches: Switches | None = None
+) -> Budget:
+    """What skipping makes of a setting's image, with both summaries and merging where it makes fewer tokens, unless
+    switched off; a number that is None is the preset's. `UserError` where that gives none."""
+    switches = switches or Switches()
     retained = setting.num_retained if num_retained is None else num_retained
-    skipped = setting.num_skipped if num_skipped is None else num_skipped
+    merges = switches.merge is not False
+    if not merges and num_skipped is not None:
+        raise UserError(f"--num-skipped {num_skipped} does not go with --no-merge: all that is not retained is skipped")
+    if retained is not None and not merges:
+        skipped: int | None = setting.dense_tokens - retained
+    else:
+        skipped = setting.num_skipped if num_skipped is None else num_skipped
     if retained is None or skipped is None:
         raise UserError("--num-retained and --num-skipped are needed here: the preset gives none")
     rest = setting.dense_tokens - retained
-    merged = rest if skipped < rest else 0
-    return Budget(retained, skipped, summaries=2, pooled=retained + skipped, merged_from=merged)
+    former, latter = switches.former_summary is not False, switches.latter_summary is not False
+    return Budget(
+        retained,
+        skipped,
+        summaries=int(former) + int(latter),
+        pooled=int(former) * retained + int(latter) * skipped,
+        merged_from=rest if skipped < rest else 0,
+        last_visual_ffn=bool(switches.last_visual_ffn) and skipped > 0,
+        fine=max(0, retained - setting.windows[0][1]) if setting.windows else 0,
+        skip_kv=switches.skip_kv or "skipped",
+    )
 
 
 def check_budget(dense: int, retained: int, skipped: int) -> None:
@@ -158,7 +209,7 @@ def read_llm(text: str) -> LlmSize:
         raise UserError(
             f"--llm-config: unknown language model {text!r}; known: {', '.join(LLMS)}; or sizes, {'=N,'.join(known)}=N"
         )
-    values: dict[str, int] = {}
+    values: dict[str, Any] = {}
     for part in text.split(","):
         name, _, value = part.strip().partition("=")
         if name not in known or not value.isdigit() or int(value) < 1:

@@ -8,6 +8,9 @@ from typing import Any
 from llava_sv.bench.presets import LLMS, LlmSize
 from llava_sv.errors import UserError
 
+LEAST_TEXT = 4
+"""Text tokens of a sample: one before the image, and some that carry loss."""
+
 DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_NAMES: dict[str, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", **{d: d for d in DTYPES}}
 
@@ -32,6 +35,14 @@ class BenchSize:
     family: str = "llava"
     settings: dict[str, Any] = field(default_factory=dict)
     """Further fields of `LlavaConfig`."""
+    all_layers: int | None = None
+    """Decoder layers of the whole model, where this is a slice of it."""
+
+    @property
+    def layers_text(self) -> str:
+        """Such as `4 of 32 layers`; empty for a whole model."""
+        layers = self.llm.num_hidden_layers
+        return "" if self.all_layers in (None, layers) else f"{layers} of {self.all_layers} layers"
 
     @property
     def text_before(self) -> int:
@@ -95,7 +106,9 @@ SIZES: dict[str, dict[str, BenchSize]] = {
         {**PAPERS_COS, **_cos([3, 4]), "vision": _vision(256, 6, 448, 14), "repeats": 9},
     ),
     "gpu-8b": _families(GPU_8B, PAPERS_HD, GPU_COS),
-    "gpu-8b-4layers": _families(replace(GPU_8B, llm=LlmSize(4096, 14336, 4, 32, 8, 128256)), PAPERS_HD, GPU_COS),
+    "gpu-8b-4layers": _families(
+        replace(GPU_8B, llm=LlmSize(4096, 14336, 4, 32, 8, 128256), all_layers=32), PAPERS_HD, GPU_COS
+    ),
 }
 """Size -> family -> what is run."""
 
@@ -107,6 +120,33 @@ def find_size(name: str, family: str) -> BenchSize:
     if family not in SIZES[name]:
         raise UserError(f"--family: unknown family {family!r}; known: {', '.join(SIZES[name])}")
     return SIZES[name][family]
+
+
+def resized(
+    size: BenchSize,
+    layers: int | None = None,
+    batch: int | None = None,
+    text_tokens: int | None = None,
+    num_retained: int | None = None,
+    num_skipped: int | None = None,
+) -> BenchSize:
+    """The size with what is given in place of its own; `UserError` for what cannot be."""
+    whole = size.all_layers or size.llm.num_hidden_layers
+    for flag, value, low in (
+        ("--batch", batch, 1),
+        ("--text-tokens", text_tokens, LEAST_TEXT),
+        ("--num-retained", num_retained, 1),
+        ("--num-skipped", num_skipped, 0),
+    ):
+        if value is not None and value < low:
+            raise UserError(f"{flag} {value}: expected {low} or more")
+    if layers is not None and not 1 <= layers <= whole:
+        raise UserError(f"--layers {layers}: this size has {whole} decoder layers; take 1 to {whole} of them")
+    given = {"batch": batch, "text_tokens": text_tokens, "num_retained": num_retained, "num_skipped": num_skipped}
+    changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if layers is not None:
+        changed |= {"llm": replace(size.llm, num_hidden_layers=layers), "all_layers": whole}
+    return replace(size, **changed)
 
 
 def find_dtype(name: str) -> Any:

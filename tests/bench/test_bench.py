@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,15 +10,15 @@ import torch
 from llava_sv import cli
 from llava_sv.bench import clock, table
 from llava_sv.bench.models import make_batch, make_config, make_pair
-from llava_sv.bench.peers import PEER, make_stock_llava, stock_inputs
+from llava_sv.bench.peers import LLM_PEER, PEER, make_stock_llama, make_stock_llava, stock_inputs
 from llava_sv.bench.presets import FAMILIES
 from llava_sv.bench.sizes import SIZES
+from llava_sv.bench.train import llama_forwards
 from llava_sv.model.loading import check_config
 
 SIZE = SIZES["tiny"]["llava"]
 DENSE_TOKENS = 64
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def report_of(command: str, tmp_path_factory, *more: str, family: str = "llava") -> dict:
@@ -109,11 +105,23 @@ def test_the_peer_is_the_same_model():
     )
 
 
+@pytest.mark.parametrize("family", ["llava_hd", "cos"])
+def test_the_language_model_peer_is_the_same_decoder(family):
+    """On what our dense model spliced, transformers' own decoder gives its loss."""
+    size = SIZES["tiny"][family]
+    dense, _ = make_pair(size, CPU, torch.float32)
+    batch = make_batch(size, CPU, torch.float32)
+    ours = dense.train()(input_ids=batch.input_ids, labels=batch.labels, images=batch.images).loss
+    theirs = llama_forwards(make_stock_llama(dense).train(), dense, batch)["llm"]()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_table_has_a_cell_under_every_heading(train, infer):
     tables = [part for part in table.render([train, infer]).split("\n\n") if part.startswith("|")]
-    assert len(tables) == 2
-    for rows, regions in zip((t.splitlines() for t in tables), (train["regions"], infer["regions"])):
-        assert len(rows) == 2 + len(regions)
+    counts = [len(train["regions"]), len(("dense", "skip")), len(infer["regions"]), len(infer["lengths"])]
+    assert len(tables) == len(counts)
+    for rows, count in zip((t.splitlines() for t in tables), counts):
+        assert len(rows) == 2 + count
         assert len({row.count("|") for row in rows}) == 1
     assert f"{train['flops_saved']:.1%}" in tables[0]
 
@@ -131,12 +139,14 @@ OTHERS = {"llava_hd": (320, 64, 64), "cos": (84, 20, 16)}
 def test_train_report_of_other_families(family, tmp_path_factory):
     """Dense is the dense control of the same family; encoder and projector cost the same on both sides."""
     report = report_of("train", tmp_path_factory, "--repeats", "1", family=family)
-    assert (report["family"], report["peers"]) == (family, {})
+    assert report["family"] == family
+    assert set(report["regions"]["llm"]["peers"]) == {LLM_PEER}
+    assert report["regions"]["model"]["peers"] == {}
     for region in report["regions"].values():
         assert 0 < region["flops_saved"] < 1
         assert region["skip"]["activation_bytes"] < region["dense"]["activation_bytes"]
     assert report["regions"]["model"]["flops_saved"] < report["flops_saved"]
-    assert table.render([report]).count(f"| tiny, {family} |") == 2
+    assert table.render([report]).count(f"| tiny, {family} |") == 4
 
 
 @pytest.mark.parametrize("family", OTHERS)
@@ -145,7 +155,8 @@ def test_infer_report_of_other_families(family, tmp_path_factory):
     dense, retained, skipped = OTHERS[family]
     tokens = {"dense": dense, "skip": retained + 2, "skip_keeping_cache": retained + skipped + 2}
     assert {name: report[name]["kv_tokens"] - SIZE.text_tokens for name in tokens} == tokens
-    assert report["peers"] == {}
+    assert set(report["peers"][LLM_PEER]["dense_over_peer"]) == {"decode"}
+    assert report["peers"][LLM_PEER]["kv_bytes"] == report["dense"]["kv_bytes"]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -215,35 +226,6 @@ def test_mistakes_are_one_line_and_exit_code_2(command, argv, message, capsys):
 def test_cuda_where_there_is_none(capsys):
     assert cli.main(["bench", "train", "--device", "cuda"]) == 2
     assert "no CUDA GPU is usable here" in capsys.readouterr().err
-
-
-def run_script(**environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        ["bash", "scripts/bench_gpu.sh"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHON": sys.executable, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
-def test_gpu_script_says_that_there_is_no_gpu(tmp_path):
-    done = run_script(OUT=str(tmp_path))
-    assert done.returncode == 1
-    assert done.stderr.strip() == "error: no CUDA GPU is usable here"
-
-
-@pytest.mark.slow
-def test_gpu_script_runs_both_benchmarks_and_ends_with_the_tables(tmp_path):
-    done = run_script(OUT=str(tmp_path), DEVICE="cpu", SIZES="tiny", TESTS="0", REPEATS="1", MEMORY_EVERY="40")
-    assert all(abs(row["ratio"] - 1) < 0.15 for row in json.loads((tmp_path / "memory/cpu.json").read_text())["rows"])
-    assert done.returncode == 0, done.stderr
-    names = {f"{what}-tiny-{family}.json" for what in ("train", "infer") for family in ("llava", "llava_hd", "cos")}
-    assert {path.name for path in tmp_path.glob("*.json")} == names
-    table = (tmp_path / "table.md").read_text()
-    assert [table.count(f"| {label} |") for label in ("tiny", "tiny, llava_hd", "tiny, cos")] == [5, 5, 5]
 
 
 @pytest.mark.gpu

@@ -1,0 +1,46 @@
+"""`scripts/bench_cpu.sh`: one call fills every table of timings, and can be made again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_script(**environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", "scripts/bench_cpu.sh"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_cpu_script_fills_the_tables_and_can_be_run_again(tmp_path):
+    for families, rest in (("llava llava_hd", "1"), ("llava", "0")):
+        done = run_script(OUT=str(tmp_path), SIZE="tiny", REPEATS="1", FAMILIES=families, LONG=rest)
+        assert done.returncode == 0, done.stderr
+    assert "0 measured, 8 were there already" in done.stderr
+    table = (tmp_path / "table.md").read_text()
+    # training 2 + 2, an answer 3 + 3 lengths; the long runs are one of each
+    assert [table.count(f"| {label} |") for label in ("tiny", "tiny, llava_hd")] == [10 + 4, 10 + 4]
+    assert "| tiny | 1 | 4096 | 8 + 12 | decode |" in table
+    assert "| tiny, llava_hd | 8 | 16 | 64 + 64 | decode |" in table
+    assert (tmp_path / "sweep.md").read_text().count("| training step |") == 4
+    assert (tmp_path / "sweep.png").is_file()
+
+
+def test_an_unknown_option_is_refused():
+    done = subprocess.run(
+        ["bash", "scripts/bench_cpu.sh", "--quick"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "bench_cpu: unknown option '--quick'; known: --help\n"
