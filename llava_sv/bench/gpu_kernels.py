@@ -54,6 +54,15 @@ def plain() -> contextlib.AbstractContextManager[Any]:
     return sdpa_kernel([SDPBackend.MATH])
 
 
+def switch(models: list[Any], implementation: str) -> None:
+    """Let transformers use it in these models. Raises `Unavailable` where it cannot, with its reason."""
+    try:
+        for model in models:
+            model.set_attn_implementation(implementation)
+    except (ImportError, ValueError) as error:
+        raise Unavailable(str(error).splitlines()[0][:300]) from error
+
+
 @contextlib.contextmanager
 def using(name: str, device: torch.device, dtype: torch.dtype, models: list[Any]) -> Iterator[Attention]:
     """Give the context of a kernel; for the package flash-attn, the models are switched to it meanwhile."""
@@ -65,9 +74,8 @@ def using(name: str, device: torch.device, dtype: torch.dtype, models: list[Any]
     if device.type != "cuda" or dtype == torch.float32:
         raise Unavailable("flash-attn runs on CUDA in half precision only")
     before = [model.config._attn_implementation for model in models]
-    for model in models:
-        model.set_attn_implementation("flash_attention_2")
     try:
+        switch(models, "flash_attention_2")
         yield contextlib.nullcontext
     finally:
         for model, implementation in zip(models, before):

@@ -72,7 +72,7 @@ def _saved(report: dict[str, Any]) -> list[list[str]]:
         ratio = time_saved / flops_saved if flops_saved else None
         sides = figures if "dense" in figures else report
         peaks = [sides[side].get("peak_bytes") for side in ("dense", "skip")]
-        cells = ["-" if peak is None else f"{peak / GIB:.2f}" for peak in peaks]
+        cells = ["-" if peak is None else f"{peak / GIB:.3g}" for peak in peaks]
         lines.append([f"{name}, {region}", percent(time_saved), percent(flops_saved), percent(ratio), *cells])
     return lines
 

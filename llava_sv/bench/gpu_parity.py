@@ -76,9 +76,12 @@ def run_check(head: tuple[str, str, str, str], case: Case, attention: Attention)
     except Unavailable as error:
         return Result(*head, status=UNAVAILABLE, note=str(error))
     except Exception as error:  # one check must not lose the others
-        note = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        return Result(*head, status="failed", note=note)
+        return Result(*head, status="failed", note=_first_line(error))
     return None if errors is None else Result(*head, **judge(errors, case.dtype))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def run_kernel(kernel: str, case: Case, dtype: str) -> Iterator[Result]:
@@ -92,6 +95,8 @@ def run_kernel(kernel: str, case: Case, dtype: str) -> Iterator[Result]:
                     yield result
     except Unavailable as error:
         yield Result("all", family, dtype, kernel, UNAVAILABLE, note=str(error))
+    except Exception as error:  # nor one kernel the others
+        yield Result("all", family, dtype, kernel, "failed", note=_first_line(error))
 
 
 def run_all(device: torch.device, families: list[str], kernels: list[str]) -> Iterator[Result]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_sv.bench import gpu_check, gpu_page, gpu_parity
+from llava_sv.bench import gpu_check, gpu_kernels, gpu_page, gpu_parity
 from llava_sv.bench.gpu_kernels import KERNELS, SDPA, Unavailable, only
 from llava_sv.bench.gpu_parity import judge, limit_of
 from llava_sv.bench.parity_checks import CHECKS, Case
@@ -124,6 +124,28 @@ def test_only_a_kernel_s_refusal_is_no_failure():
             raise RuntimeError(words)
     with pytest.raises(RuntimeError, match="misaligned"), only(SDPA["flash"]):
         raise RuntimeError("CUDA error: misaligned address")
+
+
+def test_a_check_or_a_kernel_that_breaks_loses_no_other(case, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("CUDA error: misaligned address\nand more")
+
+    monkeypatch.setitem(CHECKS, FFN, broken)
+    found = {one.check: one for one in gpu_parity.run_kernel("math", case, "fp32")}
+    assert (found[FFN].status, found[FFN].note) == ("failed", "RuntimeError: CUDA error: misaligned address")
+    assert {one.status for name, one in found.items() if name != FFN} == {"ok"}
+    monkeypatch.setattr(gpu_parity, "using", broken)
+    (only_one,) = gpu_parity.run_kernel("math", case, "fp32")
+    assert (only_one.check, only_one.status) == ("all", "failed")
+
+
+def test_an_attention_that_transformers_cannot_use_is_unavailable():
+    class Model:
+        def set_attn_implementation(self, name):
+            raise ImportError(f"{name} needs another version\nof it")
+
+    with pytest.raises(Unavailable, match=r"^flash_attention_2 needs another version$"):
+        gpu_kernels.switch([Model()], "flash_attention_2")
 
 
 @pytest.mark.parametrize(
@@ -269,7 +291,7 @@ def test_the_page_survives_half_of_the_files(tmp_path):
     page = gpu_page.render({"environment": {"device": "D"}, "seconds": 12.0, "minutes": 1, "rows": rows}, tmp_path)
     assert "| parity | stopped | 9 | did not end |" in page
     assert "| infer, tiny, cos | left out | 0 | no time |" in page
-    assert "| tiny, cos, llm | 50.0% | 62.5% | 80.0% | 1.00 | 0.50 |" in page
+    assert "| tiny, cos, llm | 50.0% | 62.5% | 80.0% | 1 | 0.5 |" in page
     assert "## Parity" not in page
 
 
