@@ -17,6 +17,7 @@ from llava_sv.model.config import SkipVisionConfig
 from llava_sv.model.cos_presets import is_resampler, scales_of
 from llava_sv.model.loading import check_config, read_config
 from llava_sv.model.multimodal_encoder.builder import read_vision_config
+from llava_sv.model.retained_budget import over
 from llava_sv.model.token_counts import count_tokens, grid_side, hd_grid, local_cells
 from llava_sv.tiling import Size
 
@@ -49,7 +50,7 @@ def read_checkpoint(
     if num_skipped is not None and not block.get("merge", True):
         raise UserError(f"--num-skipped {num_skipped}: {folder} skips without merging, all that is not retained")
     if given:
-        config.skip_vision = SkipVisionConfig.from_dict({**block, **given})
+        config.skip_vision = SkipVisionConfig.from_dict(over(block, given))
         check_config(config, config.vision_config)
     return config
 
@@ -108,8 +109,9 @@ def setting_of(config: Any, size: Size | None = None) -> Setting:
 
 
 def to_merge(config: Any, size: Size | None = None) -> int:
-    """Tokens of an image that are not retained, before merging."""
-    retained = config.skip_vision.num_retained
+    """Tokens of an image that are not retained, before merging; room for all of them where Nr follows the content."""
+    skip = config.skip_vision
+    retained = skip.retained_min if skip.adaptive and config.mm_family == "llava" else skip.mean_retained
     if config.mm_family == "llava_hd":
         columns, rows = local_cells(config, size)
         return config.num_patches - retained + columns * rows if columns * rows else 0

@@ -173,6 +173,8 @@ def trace(config: Any, work: Work, prepare: Prepare, part_of: Callable[[str], st
     part_of: name of a parameter -> the part of the model it is counted under.
     """
     config.tokenizer_model_max_length = None
+    if config.skip_vision is not None and config.skip_vision.adaptive:  # the worst: images that retain the most
+        config.skip_vision = config.skip_vision.at(config.skip_vision.retained_max)
     with Ghost() as ghost, _quiet():
         with ghost.labelled("parameters"), _moved_by_hand():
             model = prepare(model_class(config)._from_config(config, dtype=work.weights))

@@ -23,12 +23,12 @@ class MergePlan:
 
 
 @torch.no_grad()
-def plan_merge(tokens: Tensor, num_kept: int, mask: Tensor | None = None) -> MergePlan:
+def plan_merge(tokens: Tensor, num_kept: int, mask: Tensor | None = None, each: Tensor | None = None) -> MergePlan:
     """Decide who stays and who joins whom, in float32 and without gradient.
 
     The `num_kept` tokens with the lowest average cosine similarity to the others stay; each other token joins
     the kept token most similar to it. Ties go to the earlier token. A group with fewer real tokens keeps them all.
-    tokens: [G, n, C]; mask: bool [G, n], False for padding.
+    tokens: [G, n, C]; mask: bool [G, n], False for padding; each: [G], how many each group keeps, `num_kept` at most.
     """
     groups, count, _ = tokens.shape
     if mask is None:
@@ -44,6 +44,8 @@ def plan_merge(tokens: Tensor, num_kept: int, mask: Tensor | None = None) -> Mer
     num_kept = min(num_kept, count)
     kept = average.sort(dim=1, stable=True).indices[:, :num_kept]
     kept_mask = mask.gather(1, kept)
+    if each is not None:
+        kept_mask = kept_mask & (torch.arange(num_kept, device=tokens.device) < each.unsqueeze(1))
     # padding sorts last, real tokens by raster position
     kept = kept.masked_fill(~kept_mask, count).sort(dim=1).values
     kept_mask = kept < count
@@ -76,9 +78,11 @@ def apply_merge(tokens: Tensor, plan: MergePlan) -> Tensor:
     return means.to(tokens.dtype)
 
 
-def merge_tokens(tokens: Tensor, num_kept: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Merge [G, n, C] down to [G, k, C]; also returns bool [G, k], False where a group had fewer tokens."""
-    plan = plan_merge(tokens, num_kept, mask)
+def merge_tokens(
+    tokens: Tensor, num_kept: int, mask: Tensor | None = None, each: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Merge [G, n, C] down to [G, k, C]; also returns bool [G, k], False where a group has fewer."""
+    plan = plan_merge(tokens, num_kept, mask, each)
     return apply_merge(tokens, plan), plan.kept_mask
 
 
