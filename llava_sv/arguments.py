@@ -17,10 +17,10 @@ from llava_sv.data.image_policy import POLICIES
 from llava_sv.data.streaming import WINDOW
 from llava_sv.errors import UserError
 from llava_sv.mm_utils import check_aspect_ratio
+from llava_sv.model import retained_budget
 from llava_sv.model.config import SkipVisionConfig
 from llava_sv.model.cos_presets import CUSTOM, PRESETS
 from llava_sv.model.multimodal_encoder.vision_tower import FEATURES
-from llava_sv.model.retained_budget import over
 from llava_sv.train import eval_flags
 from llava_sv.train.lora_flags import LoraArguments
 from llava_sv.train.throughput import check_peak
@@ -138,8 +138,10 @@ class ModelArguments(LoraArguments):
         given = self.given_skip_vision()
         if not given:
             return inherited
-        block = over(inherited or {}, given)
-        SkipVisionConfig.from_dict(block)
+        block = retained_budget.over(inherited or {}, given)
+        # a checkpoint that nobody has read yet may say `auto`
+        open_yet = () if "num_retained" in block else retained_budget.FIELDS
+        SkipVisionConfig.from_dict({name: value for name, value in block.items() if name not in open_yet})
         return block
 
     def selected_state(self) -> dict[str, Any]:

@@ -132,4 +132,5 @@ def budget_of(config: Any, size: Size | None = None) -> Budget:
         merged_from=to_merge(config, size) if skip.merge else 0,
         skipping_layers=len(skip.layers_that_skip(config.num_hidden_layers)),
         last_visual_ffn=skip.last_visual_ffn and counts.skipped > 0,
+        retained_bounds=(skip.retained_min, skip.retained_max) if skip.adaptive else None,
     )

@@ -139,6 +139,7 @@ def compare(question: Question) -> dict[str, Any]:
         "preset": question.preset,
         "num_retained": budget.retained,
         "num_skipped": budget.skipped,
+        "retained_bounds": budget.retained_bounds and list(budget.retained_bounds),
         "views": setting.views,
         "dense_tokens": setting.dense_tokens,
         "text_tokens": question.text_tokens,
@@ -171,6 +172,9 @@ def render(report: dict[str, Any]) -> str:
         "",
         f"  {'prefill, GFLOPs':<20}{'dense':>12}{'skip':>12}",
     ]
+    if report["retained_bounds"]:
+        least, most = report["retained_bounds"]
+        lines.insert(1, f"  num_retained auto: counted at the average budget; an image retains {least} to {most}")
     for name, dense in report["dense"]["prefill"].items():
         lines.append(f"  {name:<20}{dense / 1e9:>12,.2f}{report['skip']['prefill'][name] / 1e9:>12,.2f}")
     return "\n".join(lines)

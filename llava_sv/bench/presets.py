@@ -89,6 +89,8 @@ class Budget:
     skipping_layers: int | None = None
     """Decoder layers that skip; None: all of them."""
     last_visual_ffn: bool = False
+    retained_bounds: tuple[int, int] | None = None
+    """Where an image's content says how many are retained: the fewest and the most; `retained` is the average."""
 
 
 LLMS: dict[str, LlmSize] = {

@@ -30,7 +30,7 @@ AT_ONCE = 16
 def settle(model: Any, dataset: Any, device: torch.device, checkpoint: Path | None = None) -> str:
     """Set the model's `retained_threshold` where it has none yet, and say how; "" where there is nothing to do.
 
-    dataset: of samples with `images`, and `modalities()`. checkpoint: what the run goes on from: its threshold is
+    dataset: a `LazySupervisedDataset`. checkpoint: what the run goes on from: its threshold is
     taken. Raises `UserError` where no record has an image.
     """
     skip = model.config.skip_vision
@@ -48,6 +48,7 @@ def settle(model: Any, dataset: Any, device: torch.device, checkpoint: Path | No
         )
     chosen = with_image[np.unique(np.linspace(0, len(with_image) - 1, LOOKED_AT).round().astype(int))]
     scores = scores_of(model, (view for index in chosen.tolist() for view in _first_views(dataset[index])), device)
+    dataset.reader.counts.forget()  # training counts the pictures that it cannot read itself
     threshold, counts = find_threshold(scores, skip)
     skip.retained_threshold = float(same_everywhere(np.array([threshold]))[0])
     return (
