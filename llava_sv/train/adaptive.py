@@ -57,6 +57,21 @@ def settle(model: Any, dataset: Any, device: torch.device, checkpoint: Path | No
     )
 
 
+@contextmanager
+def at_the_most(model: Any) -> Iterator[None]:
+    """Inside, every image retains `retained_max`: what memory must hold."""
+    skip = model.config.skip_vision
+    if skip is None or not skip.adaptive:
+        yield
+        return
+    least = skip.retained_min
+    skip.retained_min = skip.retained_max
+    try:
+        yield
+    finally:
+        skip.retained_min = least
+
+
 @torch.no_grad()
 def scores_of(model: Any, views: Iterator[Tensor], device: torch.device) -> Tensor:
     """What `selection` scores of each view's patches: views [3, H, W] -> [V, N] float32, in host memory."""

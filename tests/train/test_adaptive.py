@@ -153,6 +153,15 @@ def test_answers_come_with_what_their_images_retained(trained, world, tmp_path):
         assert take(counts, [[0], []]) == [{}, {}]
 
 
+def test_a_batch_is_looked_for_with_images_that_retain_the_most(trained, world):
+    _, model, processor, _ = load_pretrained_model(str(trained[0]), None, "llava", device="cpu")
+    before = counts_on(model, processor, world)
+    with adaptive.at_the_most(model):
+        assert set(counts_on(model, processor, world)) == {8}
+    assert counts_on(model, processor, world) == before
+    assert min(before) < 8
+
+
 def test_flags():
     base = ["--model_name_or_path", "m", "--output_dir", "o", "--data_path", "d", "--version", "v1"]
     given = parse([*base, "--sv_num_retained", "auto", "--sv_retained_mean", "64"])[0].skip_vision()
