@@ -64,7 +64,7 @@ class SkipVisionConfig:
                 raise UserError(f"skip_vision.{name}: expected true or false, got {getattr(self, name)!r}")
         if self.num_retained != AUTO and not _is_count(self.num_retained):
             raise UserError(
-                f"skip_vision.num_retained: expected a whole number of 1 or more, or 'auto', got {self.num_retained!r}"
+                f"skip_vision.num_retained: expected a whole number of 1 or more, got {self.num_retained!r}; or 'auto'"
             )
         if self.merge and not _is_count(self.num_skipped):
             raise UserError(

@@ -173,7 +173,7 @@ def test_flags():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_retained": "many"}, "num_retained: expected a whole number of 1 or more, or 'auto', got 'many'"),
+        ({"num_retained": "many"}, "num_retained: expected a whole number of 1 or more, got 'many'; or 'auto'"),
         ({"retained_mean": 8}, "retained_mean goes with num_retained 'auto', not with 100; drop it"),
         ({"num_retained": "auto", "retained_mean": 0}, "retained_mean: expected a whole number of 1 or more, got 0"),
         (
@@ -215,7 +215,7 @@ def test_bad_settings_are_one_line(settings, message):
             "retained_max 17 is more than 16, the most of the overview's patches",
         ),
         (["--sv_retained_mean", "4"], "retained_mean goes with num_retained 'auto', not with 4; drop it"),
-        (["--sv_num_retained", "some"], "expected a whole number of 1 or more, or 'auto', got 'some'"),
+        (["--sv_num_retained", "some"], "expected a whole number of 1 or more, got 'some'; or 'auto'"),
     ],
 )
 def test_bad_flags_end_in_one_line(flags, message, world, tmp_path, capsys):
