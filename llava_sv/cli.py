@@ -43,6 +43,7 @@ COMMANDS: dict[str, Command] = {
     "bench infer": Command("llava_sv.bench.infer:main", "time prefill and decode, and read the KV cache's bytes"),
     "bench data": Command("llava_sv.bench.data:main", "index millions of records, open them, read them, load pictures"),
     "bench memory": Command("llava_sv.bench.memory:main", "plan the memory of small runs, measure it, compare"),
+    "analyze attention": Command("llava_sv.analysis.attention:main", "what generated tokens attend to, and where"),
 }
 
 

@@ -61,10 +61,10 @@ def patch_plan(assistant: Assistant, image: Image.Image) -> PatchPlan:
         kept = [rest_list[i] for i in plan.kept[0].tolist()]
         joins = {patch: kept[slot] for patch, slot in zip(rest_list, plan.target[0].tolist())}
         merged_into = {patch: target for patch, target in joins.items() if patch != target}
-    return PatchPlan(_shown(pixels, assistant), tower.num_patches_per_side, retained[0].tolist(), kept, merged_into)
+    return PatchPlan(shown(pixels, assistant), tower.num_patches_per_side, retained[0].tolist(), kept, merged_into)
 
 
-def _shown(pixels: torch.Tensor, assistant: Assistant) -> np.ndarray:
+def shown(pixels: torch.Tensor, assistant: Assistant) -> np.ndarray:
     """Undo the processor's normalisation: [3, S, S] -> [S, S, 3] in 0..1."""
     processor = assistant.image_processor
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
