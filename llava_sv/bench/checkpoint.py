@@ -109,8 +109,8 @@ def setting_of(config: Any, size: Size | None = None) -> Setting:
 
 
 def to_merge(config: Any, size: Size | None = None) -> int:
-    """Tokens of an image that are not retained, before merging; room for the most where Nr follows the content."""
-    retained = config.skip_vision.mean_retained - _spare(config)[1]
+    """Tokens of an image that are not retained, before merging."""
+    retained = config.skip_vision.mean_retained
     if config.mm_family == "llava_hd":
         columns, rows = local_cells(config, size)
         return config.num_patches - retained + columns * rows if columns * rows else 0
@@ -119,20 +119,10 @@ def to_merge(config: Any, size: Size | None = None) -> int:
     return count_tokens(dense, size).total - retained
 
 
-def _spare(config: Any) -> tuple[int, int]:
-    """By how much a LLaVA's room for retained tokens, and for the others, is more than an average image's
-    (`num_retained: auto` lays all images out with room for the most of each)."""
-    skip = config.skip_vision
-    if not skip.adaptive or config.mm_family != "llava":
-        return 0, 0
-    return skip.retained_max - skip.retained_mean, skip.retained_mean - skip.retained_min
-
-
 def budget_of(config: Any, size: Size | None = None) -> Budget:
     """What the checkpoint's own switches make of an image of `size`; without a size, of the most tokens of any."""
     skip, counts = config.skip_vision, count_tokens(config, size)
-    above, below = _spare(config)
-    pooled = int(skip.former_summary) * (counts.retained + above) + int(skip.latter_summary) * (counts.skipped + below)
+    pooled = int(skip.former_summary) * counts.retained + int(skip.latter_summary) * counts.skipped
     return Budget(
         counts.retained,
         counts.skipped,
