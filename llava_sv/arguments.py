@@ -17,6 +17,7 @@ from llava_sv.data.image_policy import POLICIES
 from llava_sv.data.streaming import WINDOW
 from llava_sv.errors import UserError
 from llava_sv.mm_utils import check_aspect_ratio
+from llava_sv.model import retained_budget
 from llava_sv.model.config import SkipVisionConfig
 from llava_sv.model.cos_presets import CUSTOM, PRESETS
 from llava_sv.model.multimodal_encoder.vision_tower import FEATURES
@@ -81,8 +82,10 @@ class ModelArguments(LoraArguments):
         False, "LLaVA's flag; only False is supported: image marks are not tokens here."
     )
     sv_skip_ffn: bool | None = _flag(None, "Skip-Vision: skipped tokens bypass the FFN [True].")
-    sv_num_retained: int | None = _flag(
-        None, "Skip-Vision: retained tokens an image, Nr [100; HD: overview; CoS: coarse scales]."
+    sv_num_retained: str | None = _flag(
+        None,
+        "Skip-Vision: retained tokens an image, Nr; or auto: as many as its content asks for "
+        "[100; HD: overview; CoS: coarse scales].",
     )
     sv_num_skipped: int | None = _flag(
         None, "Skip-Vision: skipped tokens after merging, Ns [156; HD: overview; CoS: a quarter]."
@@ -98,6 +101,14 @@ class ModelArguments(LoraArguments):
     sv_skip_layers: str | None = _flag(None, "Skip-Vision: layers that skip: all, 8-31, or 0,4,8-15 [all].")
     sv_skip_kv: str | None = _flag(
         None, "Skip-Vision: KV-cache level at inference: none, skipped, fine+skipped [skipped]."
+    )
+    sv_retained_mean: int | None = _flag(
+        None, "Skip-Vision, auto: retained tokens an image on average [100; HD: half the overview]."
+    )
+    sv_retained_min: int | None = _flag(None, "Skip-Vision, auto: the fewest that an image retains [half the average].")
+    sv_retained_max: int | None = _flag(None, "Skip-Vision, auto: the most that an image retains [twice the average].")
+    sv_retained_threshold: float | None = _flag(
+        None, "Skip-Vision, auto: share of an image's scores that retained patches hold [found on training's images]."
     )
 
     def __post_init__(self) -> None:
@@ -116,7 +127,10 @@ class ModelArguments(LoraArguments):
     def given_skip_vision(self) -> dict[str, object]:
         """The `skip_vision` settings that the command line gave, without their prefix."""
         names = [name.name for name in dataclasses.fields(SkipVisionConfig)]
-        return {name: getattr(self, f"sv_{name}") for name in names if getattr(self, f"sv_{name}") is not None}
+        given = {name: getattr(self, f"sv_{name}") for name in names if getattr(self, f"sv_{name}") is not None}
+        if str(given.get("num_retained", "")).isdigit():
+            given["num_retained"] = int(given["num_retained"])
+        return given
 
     def skip_vision(self, inherited: dict | None = None) -> dict | None:
         """The `skip_vision` block to build: what the flags say, over `inherited` (the block of the checkpoint that
@@ -124,8 +138,10 @@ class ModelArguments(LoraArguments):
         given = self.given_skip_vision()
         if not given:
             return inherited
-        block = {**(inherited or {}), **given}
-        SkipVisionConfig.from_dict(block)
+        block = retained_budget.over(inherited or {}, given)
+        # a checkpoint that nobody has read yet may say `auto`
+        open_yet = () if "num_retained" in block else retained_budget.FIELDS
+        SkipVisionConfig.from_dict({name: value for name, value in block.items() if name not in open_yet})
         return block
 
     def selected_state(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ LEVELS: list[set[str]] = [
     {"errors", "constants"},
     {"files", "tiling", "pixels", "decoding", "model.partitioned_loading"},
     {"conversation", "mm_utils", "cluster"},
-    {"data", "model.token_groups", "model.cos_presets"},
+    {"data", "model.token_groups", "model.cos_presets", "model.retained_budget"},
     {"model.token_counts"},
     {"model.config"},
     {"model.compression", "model.checkpoint_io", "model.attention", "model.quantization"},

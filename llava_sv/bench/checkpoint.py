@@ -20,6 +20,7 @@ from llava_sv.model.cos_presets import is_resampler, scales_of
 from llava_sv.model.language_model.decoders import model_class
 from llava_sv.model.loading import check_config, read_config
 from llava_sv.model.multimodal_encoder.builder import read_vision_config
+from llava_sv.model.retained_budget import over
 from llava_sv.model.token_counts import count_tokens, grid_side, hd_grid, local_cells
 from llava_sv.tiling import Size
 
@@ -67,7 +68,7 @@ def read_checkpoint(
     if num_skipped is not None and not block.get("merge", True):
         raise UserError(f"--num-skipped {num_skipped}: {folder} skips without merging, all that is not retained")
     if given or switches:
-        config.skip_vision = SkipVisionConfig.from_dict({**block, **given})
+        config.skip_vision = SkipVisionConfig.from_dict(over(block, given))
         check_config(config, config.vision_config)
     return config
 
@@ -128,7 +129,7 @@ def setting_of(config: Any, size: Size | None = None) -> Setting:
 
 def to_merge(config: Any, size: Size | None = None) -> int:
     """Tokens of an image that are not retained, before merging."""
-    retained = config.skip_vision.num_retained
+    retained = config.skip_vision.mean_retained
     if config.mm_family == "llava_hd":
         columns, rows = local_cells(config, size)
         return config.num_patches - retained + columns * rows if columns * rows else 0
@@ -151,6 +152,7 @@ def budget_of(config: Any, size: Size | None = None) -> Budget:
         last_visual_ffn=skip.last_visual_ffn and counts.skipped > 0,
         fine=counts.fine,
         skip_kv=skip.skip_kv,
+        retained_bounds=(skip.retained_min, skip.retained_max) if skip.adaptive else None,
     )
 
 

@@ -213,6 +213,7 @@ def compare(question: Question) -> dict[str, Any]:
         "preset": question.preset,
         "num_retained": budget.retained,
         "num_skipped": budget.skipped,
+        "retained_bounds": budget.retained_bounds and list(budget.retained_bounds),
         "skipping_layers": question.skipping_layers,
         "views": setting.views,
         "dense_tokens": setting.dense_tokens,

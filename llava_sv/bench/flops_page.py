@@ -29,6 +29,9 @@ def render(report: dict[str, Any]) -> str:
         f"{name}: {report['dense_tokens']} dense tokens against {report['num_retained']} retained + "
         f"{report['num_skipped']} skipped, {report['text_tokens']} text tokens{some}"
     ]
+    if report["retained_bounds"]:
+        least, most = report["retained_bounds"]
+        lines.append(f"  num_retained auto: counted at the average budget; an image retains {least} to {most}")
     shares = (
         ("the paper's formula (visual tokens, one layer)", "paper_ratio"),
         ("exact, prefill: language model", "exact_llm_ratio"),

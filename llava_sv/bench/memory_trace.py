@@ -200,6 +200,8 @@ def trace(config: Any, work: Work, prepare: Prepare, part_of: Callable[[str], st
 def build(config: Any, dtype: torch.dtype, ghost: Ghost, prepare: Prepare) -> Any:
     """The model that `config` describes, without numbers, inside `ghost`; its bytes are labelled `parameters`."""
     config.tokenizer_model_max_length = None
+    if config.skip_vision is not None and config.skip_vision.adaptive:  # the worst: images that retain the most
+        config.skip_vision = config.skip_vision.at(config.skip_vision.retained_max)
     with ghost.labelled("parameters"), _moved_by_hand():
         return prepare(model_class(config)._from_config(config, dtype=dtype))
 

@@ -99,6 +99,8 @@ class Budget:
     """CoS: retained tokens that the KV level `fine+skipped` removes."""
     skip_kv: str = "skipped"
     """Level of the skip KV-cache."""
+    retained_bounds: tuple[int, int] | None = None
+    """Where an image's content says how many are retained: the fewest and the most; `retained` is the average."""
 
 
 LLMS: dict[str, LlmSize] = {

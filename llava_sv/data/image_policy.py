@@ -43,6 +43,10 @@ class ImageCounts:
         """`{"missing": n, "corrupt": n}` over all workers."""
         return dict(zip(KINDS, self._cells.sum(dim=0).tolist()))
 
+    def forget(self) -> None:
+        """Start counting anew."""
+        self._cells.zero_()
+
 
 class ImageReader:
     """Reads pictures from `folder` under a policy: `error` and `skip` raise `ImageError` (the dataset then stops, or

@@ -56,12 +56,19 @@ def build_row(row: Row, results: dict[int, dict[str, Any]], checkpoints: dict[in
             for category in first["per_category"]
         },
         "visual_tokens": {name: getattr(tokens, name) for name in ("retained", "fine", "skipped", "summaries")},
+        "retained": _really_retained(results),
         "kv_bytes": timing.get("kv_bytes"),
         "kv_bytes_prefill": timing.get("kv_bytes_prefill"),
         "train_steps": summaries[0]["steps"],
         "train_seconds": statistics.fmean(summary["train_seconds"] for summary in summaries),
         "paper": {"source": row.paper.source, **row.paper.scores} if row.paper else None,
     }
+
+
+def _really_retained(results: dict[int, dict[str, Any]]) -> dict[str, Any] | None:
+    """What the benchmark's images retained on average, where their content decides (`num_retained: auto`)."""
+    found = {seed: result["retained"]["mean"] for seed, result in results.items() if result.get("retained")}
+    return mean_and_spread(found) if found else None
 
 
 def build(rows: list[Row], sources: Sources, about: dict[str, Any]) -> dict[str, Any]:
@@ -144,6 +151,9 @@ def _cells(row: dict[str, Any], shown: dict[str, str]) -> list[str]:
     parts = [f"{tokens['retained']}"]
     if row["settings"] is not None:
         parts = [f"{tokens['retained']} + {tokens['skipped']} + {tokens['summaries']}"]
+        if row["retained"]:  # the sum of both is the same for every image
+            retained, together = row["retained"]["mean"], tokens["retained"] + tokens["skipped"]
+            parts = [f"{retained:.1f} + {together - retained:.1f} + {tokens['summaries']}"]
     parts.append("-" if row["kv_bytes"] is None else f"{row['kv_bytes'] / 1024:,.0f}")
     figures = [_share(figure_of(row, category)) for category in shown.values()]
     paper = row["paper"]

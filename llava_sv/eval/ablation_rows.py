@@ -223,7 +223,16 @@ def _value(text: str, field: str, value: str) -> Any:
         if value.lower() not in ("true", "false"):
             raise UserError(f"--row {text!r}: {field} is True or False, got {value!r}")
         return value.lower() == "true"
-    return int(value) if field.startswith("num_") and value.isdigit() else value
+    if field == "retained_threshold":
+        return _share(text, value)
+    return int(value) if field.startswith(("num_", "retained_")) and value.isdigit() else value
+
+
+def _share(text: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise UserError(f"--row {text!r}: retained_threshold is a share between 0 and 1, got {value!r}") from None
 
 
 def _check(settings: dict[str, Any], kv: str) -> None:

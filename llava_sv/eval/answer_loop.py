@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from llava_sv.errors import UserError
+from llava_sv.eval.retained import take, watching
 from llava_sv.eval.tasks.base import Question, Task
 from llava_sv.files import write_json
 from llava_sv.generation import Assistant, decode, generate, make_batch, user_turn
@@ -91,12 +92,12 @@ def answer_questions(
     )
     started = time.perf_counter()
     bar = tqdm(total=len(questions), initial=len(answers), unit="question", desc=made_by["task"], dynamic_ncols=True)
-    with bar, open(path, "a", encoding="utf-8") as file:
+    with bar, watching(assistant.model) as counts, open(path, "a", encoding="utf-8") as file:
         for batch, images in loader:
             texts = answer_batch(assistant, task, batch, images, settings)
-            for question, text in zip(batch, texts):
+            for question, text, more in zip(batch, texts, take(counts, images)):
                 answers[question.id] = text
-                file.write(json.dumps(_row(task, question, text), ensure_ascii=False) + "\n")
+                file.write(json.dumps(_row(task, question, text) | more, ensure_ascii=False) + "\n")
             file.flush()
             bar.update(len(batch))
     return answers, time.perf_counter() - started

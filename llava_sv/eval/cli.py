@@ -12,6 +12,7 @@ from typing import Any
 
 from llava_sv.errors import UserError
 from llava_sv.eval.answer_loop import AnswerSettings, answer_questions, fingerprint
+from llava_sv.eval.retained import summary
 from llava_sv.eval.tasks import TASKS, get_task
 from llava_sv.eval.tasks.base import Question, Task, accuracy, chance
 from llava_sv.eval.timing import make_prompts, measure, peak_memory_bytes
@@ -101,6 +102,9 @@ def evaluate(assistant: Assistant, request: EvalRequest, questions: list[Questio
         "peak_memory_bytes": peak_memory_bytes(assistant.device),
         "answers_file": str(path),
     }
+    retained = summary(assistant.model, path)
+    if retained is not None:
+        result["retained"] = retained
     if request.timing_samples:
         prompts = make_prompts(assistant, task, questions, request.timing_samples, settings.blind)
         measured = measure({"it": (assistant, prompts)}, settings.skip_kv, request.timing_repeats)
@@ -122,6 +126,12 @@ def render(result: dict[str, Any]) -> str:
     lines.append(
         f"{'all':<12} {result['accuracy']:>8.1%} {by_chance['accuracy']:>8.1%}   {result['questions']} questions"
     )
+    if "retained" in result:
+        found = result["retained"]
+        lines.append(
+            f"retained tokens an image {found['mean']:.1f} on average ({found['least']} to {found['most']}), "
+            f"budget {found['budget']}"
+        )
     if "timing" in result:
         timing = result["timing"]
         lines.append(

@@ -17,6 +17,7 @@ from llava_sv.errors import UserError
 from llava_sv.files import replacing
 from llava_sv.generation import Assistant
 from llava_sv.mm_utils import process_images
+from llava_sv.model.compression.adaptive import choose_counts
 from llava_sv.model.compression.merge import plan_merge
 from llava_sv.model.compression.select import gather_tokens, get_selector, split_by_score, wants_of
 
@@ -48,7 +49,10 @@ def patch_plan(assistant: Assistant, image: Image.Image) -> PatchPlan:
     pixels = process_images([image], assistant.image_processor, config)[0]
     tower = assistant.model.get_vision_tower()
     features = tower(pixels.unsqueeze(0), **wants_of(skip.selection))
-    retained, rest = split_by_score(get_selector(skip.selection)(features), skip.num_retained)
+    scores = get_selector(skip.selection)(features)
+    if skip.adaptive:
+        skip = skip.at(int(choose_counts(scores, skip)))
+    retained, rest = split_by_score(scores, skip.mean_retained)
     rest_list = rest[0].tolist()
     kept, merged_into = rest_list, {}
     if skip.merge:

@@ -66,7 +66,7 @@ def build(sources: Sources) -> dict[str, Any]:
         "kv_ratio": models["skip"]["timing"]["kv_bytes"] / models["dense"]["timing"]["kv_bytes"],
         "visual_tokens": {
             "dense": config.num_patches,
-            "retained": config.skip_vision.num_retained,
+            "retained": config.skip_vision.mean_retained,
             "skipped": config.skip_vision.skipped_of(config.num_patches),
             "summaries": config.skip_vision.summaries(),
         },

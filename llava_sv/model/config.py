@@ -7,13 +7,15 @@ other than LLaMA. Read by every room of the model; written by the builders. Hold
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
 from llava_sv.errors import UserError
+from llava_sv.model import retained_budget
+from llava_sv.model.retained_budget import AUTO
 from llava_sv.model.token_counts import count_tokens, most_tokens
 from llava_sv.model.token_groups import KV_LEVELS
 
@@ -26,9 +28,9 @@ class SkipVisionConfig:
 
     skip_ffn: bool = True
     """Skipped tokens bypass the FFN (equations 4 and 5)."""
-    num_retained: int = 100
+    num_retained: int | str = 100
     """Nr: retained visual tokens an image. The recipes of LLaVA-HD (the overview) and CoS (all scales but the finest)
-    set their own default."""
+    set their own default. `auto`: as many as the image's content asks for (`retained_budget`)."""
     num_skipped: int | None = 156
     """Ns: skipped visual tokens an image after merging. Without `merge` it is not read: all the others are skipped."""
     merge: bool = True
@@ -47,14 +49,22 @@ class SkipVisionConfig:
     """Decoder layers that skip: `all`, a list of indices, or a range `first-last` (inclusive; commas join several)."""
     skip_kv: str = "skipped"
     """Default level of the skip KV-cache at inference (Table 7): a key of `KV_LEVELS`."""
+    retained_mean: int | None = None
+    """`auto`: retained tokens an image on average; Nr + Ns is `retained_mean` + `num_skipped` for every image [100]."""
+    retained_min: int | None = None
+    """`auto`: the fewest that an image retains [half the average]."""
+    retained_max: int | None = None
+    """`auto`: the most that an image retains [twice the average]."""
+    retained_threshold: float | None = None
+    """`auto`: the share of an image's scores that its retained patches hold; training finds it on its images."""
 
     def __post_init__(self) -> None:
         for name in ("skip_ffn", "merge", "former_summary", "latter_summary", "last_visual_ffn"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"skip_vision.{name}: expected true or false, got {getattr(self, name)!r}")
-        if not _is_count(self.num_retained):
+        if self.num_retained != AUTO and not _is_count(self.num_retained):
             raise UserError(
-                f"skip_vision.num_retained: expected a whole number of 1 or more, got {self.num_retained!r}"
+                f"skip_vision.num_retained: expected a whole number of 1 or more, got {self.num_retained!r}; or 'auto'"
             )
         if self.merge and not _is_count(self.num_skipped):
             raise UserError(
@@ -74,6 +84,7 @@ class SkipVisionConfig:
             raise UserError(
                 f"skip_vision.summary_norm: unknown value {self.summary_norm!r}; known: {', '.join(SUMMARY_NORMS)}"
             )
+        retained_budget.complete(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SkipVisionConfig:
@@ -87,8 +98,25 @@ class SkipVisionConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """As stored in config.json."""
-        return asdict(self)
+        """As stored in config.json; what belongs to `num_retained: auto` only with it."""
+        only_auto = () if self.adaptive else retained_budget.FIELDS
+        return {name: value for name, value in asdict(self).items() if name not in only_auto}
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether an image's content says how many of its tokens are retained."""
+        return self.num_retained == AUTO
+
+    @property
+    def mean_retained(self) -> int:
+        """Nr, or what it is on average where it follows the content."""
+        return int(self.retained_mean or 0) if self.adaptive else int(self.num_retained)
+
+    def at(self, num_retained: int) -> SkipVisionConfig:
+        """The same with a fixed Nr, and as many more or fewer skipped: an image of `num_retained` by its content."""
+        skipped = self.num_skipped if self.num_skipped is None else self.num_skipped + self.mean_retained - num_retained
+        without: dict[str, Any] = dict.fromkeys(retained_budget.FIELDS)
+        return replace(self, num_retained=num_retained, num_skipped=skipped, **without)
 
     def layers_that_skip(self, num_layers: int) -> list[int]:
         """Indices of the decoder layers that skip, out of `num_layers`."""
@@ -110,21 +138,26 @@ class SkipVisionConfig:
 
     def skipped_of(self, num_tokens: int) -> int:
         """Skipped tokens of an image of `num_tokens`: those that are not retained, after merging at most Ns of them."""
-        rest = num_tokens - self.num_retained
+        rest = num_tokens - self.mean_retained
         return min(int(self.num_skipped or rest), rest) if self.merge else rest
 
     def check_budget(self, num_tokens: int, what: str) -> None:
         """`UserError` where an image's `num_tokens` (`what` names them) do not hold Nr and Ns, or none is skipped."""
-        if self.merge and self.num_retained + int(self.num_skipped or 0) > num_tokens:
+        if self.merge and self.mean_retained + int(self.num_skipped or 0) > num_tokens:
             raise UserError(
-                f"skip_vision: num_retained {self.num_retained} + num_skipped {self.num_skipped} is more than the "
+                f"skip_vision: {self.retained_said} + num_skipped {self.num_skipped} is more than the "
                 f"{num_tokens} {what}; lower one of them"
             )
-        if self.num_retained >= num_tokens:
+        if self.mean_retained >= num_tokens:
             raise UserError(
-                f"skip_vision: num_retained {self.num_retained} leaves nothing to skip of the {num_tokens} {what}; "
-                "lower it"
+                f"skip_vision: {self.retained_said} leaves nothing to skip of the {num_tokens} {what}; lower it"
             )
+        retained_budget.check_most(self, num_tokens - 1, f"the {num_tokens} {what} that leaves one to skip")
+
+    @property
+    def retained_said(self) -> str:
+        """The field that says how many tokens are retained, on average, and its value."""
+        return f"retained_mean {self.retained_mean}" if self.adaptive else f"num_retained {self.num_retained}"
 
 
 def _is_count(value: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 from llava_sv.errors import UserError
 from llava_sv.model.cos_presets import scales_of
+from llava_sv.model.retained_budget import AUTO, check_most, refuse_auto
 from llava_sv.model.token_groups import KV_LEVELS, TokenRole
 from llava_sv.tiling import ANYRES, Grid, Size, grid_of, parse_grid, sizes_of_grids, unpadded
 
@@ -61,7 +62,7 @@ def count_llava(config: Any, size: Size | None) -> TokenCounts:
     patches, skip = config.num_patches, config.skip_vision
     if skip is None:
         return TokenCounts(patches + int(config.mm_vision_select_feature == "cls_patch"))
-    return TokenCounts(skip.num_retained, skip.skipped_of(patches), skip.summaries())
+    return TokenCounts(skip.mean_retained, skip.skipped_of(patches), skip.summaries())
 
 
 def check_llava(config: Any) -> None:
@@ -116,7 +117,7 @@ def count_llava_hd(config: Any, size: Size | None) -> TokenCounts:
         return TokenCounts(patches + columns * rows + _newlines(config, rows))
     if not columns * rows:
         return TokenCounts(patches, 0, int(skip.former_summary))
-    return TokenCounts(skip.num_retained, skip.skipped_of(patches + columns * rows), skip.summaries())
+    return TokenCounts(skip.mean_retained, skip.skipped_of(patches + columns * rows), skip.summaries())
 
 
 def check_llava_hd(config: Any) -> None:
@@ -131,11 +132,12 @@ def check_llava_hd(config: Any) -> None:
             raise UserError(
                 f"image_grid_pinpoints: {pinpoint} is no (width, height) in multiples of the encoder's {tile} pixels"
             )
-    if skip is not None and skip.num_retained > config.num_patches:
+    if skip is not None and skip.mean_retained > config.num_patches:
         raise UserError(
-            f"skip_vision: num_retained {skip.num_retained} is more than the {config.num_patches} patches of the "
-            "overview"
+            f"skip_vision: {skip.retained_said} is more than the {config.num_patches} patches of the overview"
         )
+    if skip is not None:
+        check_most(skip, config.num_patches, "the overview's patches")
 
 
 def budget_of_llava_hd(config: Any) -> dict[str, int]:
@@ -156,8 +158,8 @@ def count_cos(config: Any, size: Size | None) -> TokenCounts:
     queries, skip = cos_queries_of(config), config.skip_vision
     if skip is None:
         return TokenCounts(sum(queries))
-    fine = fine_of(queries[0], skip.num_retained)
-    return TokenCounts(skip.num_retained, skip.skipped_of(sum(queries)), skip.summaries(), fine)
+    fine = fine_of(queries[0], skip.mean_retained)
+    return TokenCounts(skip.mean_retained, skip.skipped_of(sum(queries)), skip.summaries(), fine)
 
 
 def fine_of(coarsest: int, num_retained: int) -> int:
@@ -168,6 +170,7 @@ def fine_of(coarsest: int, num_retained: int) -> int:
 def check_cos(config: Any) -> None:
     """Scales that suit the grid, and Nr + Ns within their tokens."""
     queries = cos_queries_of(config)
+    refuse_auto(config.skip_vision, config.mm_family)
     if config.skip_vision is not None:
         config.skip_vision.check_budget(sum(queries), f"tokens of {config.mm_projector_type}")
 
@@ -186,7 +189,7 @@ FAMILIES: dict[str, FamilyCounts] = {
         count_llava_hd,
         check_llava_hd,
         budget_of_llava_hd,
-        selects=lambda config: config.skip_vision.num_retained < config.num_patches,
+        selects=lambda config: config.skip_vision.mean_retained < config.num_patches,
         sizes=hd_sizes,  # type: ignore[arg-type]
     ),
     "cos": FamilyCounts(count_cos, check_cos, budget_of_cos, selects=lambda config: False, has_middle=True),
@@ -209,7 +212,10 @@ def with_family_budget(config: Any, skip_vision: dict[str, Any]) -> dict[str, An
     """A `skip_vision` block with the family's own Nr and Ns where it gives none."""
     if not isinstance(skip_vision, dict):
         return skip_vision  # the config says what is wrong with it
-    return {**FAMILIES[config.mm_family].budget(config), **skip_vision}
+    budget = FAMILIES[config.mm_family].budget(config)
+    if skip_vision.get("num_retained") == AUTO:  # HD's own retains all there is to choose among
+        budget = {"retained_mean": max(1, budget["num_retained"] // 2), **budget} if budget else {}
+    return {**budget, **skip_vision}
 
 
 def selects(config: Any) -> bool:

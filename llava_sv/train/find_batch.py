@@ -123,6 +123,8 @@ def probe(model: Any, dataset: Any, collate: Callable[[list], dict], args: Any) 
     check_ranks(args)
     if not probes(args):
         return
+    from llava_sv.train.adaptive import at_the_most
+
     whole = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     longest = dataset.longest(LARGEST, model.config.visual_tokens_per_image)
     samples: list[Any] = []
@@ -134,7 +136,7 @@ def probe(model: Any, dataset: Any, collate: Callable[[list], dict], args: Any) 
 
     share = whole // args.world_size
     allowed = [batch for batch in _powers() if share % batch == 0]
-    with _unchanged(model):
+    with _unchanged(model), at_the_most(model):
         found = largest(fits, allowed, args.per_device_train_batch_size)
     if not found:
         raise UserError(

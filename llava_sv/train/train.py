@@ -78,7 +78,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     from llava_sv.cluster.agree import describe
     from llava_sv.data.collator import DataCollatorForSupervisedDataset
     from llava_sv.data.streaming import check_streaming
-    from llava_sv.train import best, build, evaluation, find_batch, lora, resume, universal
+    from llava_sv.train import adaptive, best, build, evaluation, find_batch, lora, resume, universal
     from llava_sv.train.distributed import check_processes_agree, check_world
     from llava_sv.train.preflight import data_content
     from llava_sv.train.stopping import clear
@@ -111,6 +111,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
         best.forget(Path(str(args.output_dir)))
     evaluator = evaluation.prepare(dataset, data_args, args)
     build.check_room(model.config, dataset, args)
+    say(adaptive.settle(model, dataset, args.device, plan.checkpoint))
     if data_args.packing:
         dataset = build.pack(model, dataset, args)
         say(f"packing: {dataset.describe()}")

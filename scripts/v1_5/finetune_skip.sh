@@ -4,6 +4,7 @@
 #   bash scripts/v1_5/finetune_skip.sh                          the real run
 #   PRESET=tiny bash scripts/v1_5/finetune_skip.sh              the embedded tiny models, on CPU
 #   LR=2e-5 bash scripts/v1_5/finetune_skip.sh                  LLaVA-1.5's learning rate
+#   NUM_RETAINED=auto bash scripts/v1_5/finetune_skip.sh        as many retained as each image asks for, 100 on average
 # Starts from the projector that pretrain.sh left (ADAPTER). The same command resumes an interrupted run.
 source "$(dirname "$0")/../common.sh"
 

@@ -104,6 +104,8 @@ def test_rows_of_ones_own():
     assert (block["skip_layers"], block["num_retained"], block["last_visual_ffn"]) == ("2-3,5", 9, True)
     assert own_row("a: merge=false", KNOWN).switches == KNOWN["6"].switches | {"SK": True}
     assert own_row("a: dense", KNOWN).settings is None
+    auto = own_row("a: num_retained=auto retained_mean=16 retained_threshold=0.7", KNOWN).extras
+    assert auto == {"num_retained": "auto", "retained_mean": 16, "retained_threshold": 0.7}
 
 
 @pytest.mark.parametrize(
@@ -128,6 +130,13 @@ def test_rows_of_ones_own():
         ("cos", "0", ["a: kv=most"], "unknown level 'most'"),
         ("cos", "0", ["a: like=0"], "no skipping row '0' to be like"),
         ("cos", "0", ["a: num_retained=many"], "num_retained: expected a whole number"),
+        ("llava", "0", ["a: retained_mean=9"], "retained_mean goes with num_retained 'auto', not with 100"),
+        (
+            "llava",
+            "0",
+            ["a: num_retained=auto retained_threshold=most"],
+            "retained_threshold is a share between 0 and 1",
+        ),
         ("cos", "0", ["a: skip_layers=upper"], "cannot read 'upper'"),
         ("cos", "0", ["a: selection=random"], "random"),
     ],
@@ -306,6 +315,17 @@ def test_means_and_spreads_by_hand(made):
     assert "Rows lie 10.0 points apart; a row's own spread is 17.3 points at most over seeds, and 100 questions" in page
     with Image.open(folder / "ablation.png") as chart:
         assert chart.width > 1000
+
+
+def test_a_row_whose_images_decide_shows_what_they_retained(made):
+    folder, rows, sources, about = made
+    for seed, mean in ((1, 4.5), (2, 4.0), (3, 4.7)):
+        path = sources["mine", seed][0]
+        path.write_text(json.dumps({**json.loads(path.read_text()), "retained": {"mean": mean}}))
+    report = ablation_report.write_report(folder, rows, sources, about)
+    assert report["rows"][2]["retained"]["mean"] == pytest.approx(4.4)
+    assert report["rows"][1]["retained"] is None
+    assert " | 4.4 + 4.6 + 2 | " in (folder / "ablation.md").read_text()
 
 
 def test_results_of_other_questions_or_lost_ones_are_refused(made):

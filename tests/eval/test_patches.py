@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from llava_sv.eval.patches import draw, patch_plan
 from llava_sv.eval.tasks import TASKS
 from llava_sv.generation import load_for_inference
 from llava_sv.mm_utils import load_image, process_images
+from llava_sv.model.compression.adaptive import choose_counts
+from llava_sv.model.compression.select import cls_similarity
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +52,21 @@ def test_plan_equals_a_plain_loop_and_covers_every_patch(skip_assistant, picture
     assert plan.kept == kept
     assert plan.merged_into == joins
     assert sorted([*plan.retained, *plan.kept, *plan.merged_into]) == list(range(plan.side**2))
+
+
+def test_where_content_decides_the_plan_is_that_of_its_own_count(skip_assistant, picture, monkeypatch):
+    config, fixed = skip_assistant.model.config, skip_assistant.model.config.skip_vision
+    bounds = {"retained_mean": fixed.num_retained, "retained_min": 1, "retained_max": 8}
+    for threshold in (0.2, 0.5, 0.7):
+        auto = replace(fixed, num_retained="auto", **bounds, retained_threshold=threshold)
+        monkeypatch.setattr(config, "skip_vision", auto)
+        plan = patch_plan(skip_assistant, picture)
+        pixels = process_images([picture], skip_assistant.image_processor, config)[0]
+        with torch.inference_mode():
+            count = int(choose_counts(cls_similarity(skip_assistant.model.get_vision_tower()(pixels[None])), auto))
+        assert (len(plan.retained), len(plan.kept)) == (count, fixed.num_retained + fixed.num_skipped - count)
+        monkeypatch.setattr(config, "skip_vision", auto.at(count))
+        assert (plan.retained, plan.kept, plan.merged_into) == plan_by_loops(skip_assistant, picture)
 
 
 def test_pixels_are_the_image_again(skip_assistant):

@@ -14,6 +14,7 @@ from llava_sv.model.compression.merge import merge_tokens
 from llava_sv.model.compression.select import VisionFeatures, gather_tokens, get_selector, split_by_score
 from llava_sv.model.compression.summary import SummaryTokens
 from llava_sv.model.config import SkipVisionConfig
+from llava_sv.model.multimodal_projector.grouping_auto import group_by_content
 from llava_sv.model.token_groups import TokenGroups, TokenRole, role_row
 
 
@@ -43,7 +44,9 @@ def group_llava(
     skip = owner.skip
     if skip is None:
         return as_groups([(TokenRole.RETAINED, tokens)])
-    keep_index, rest_index = split_by_score(get_selector(skip.selection)(features), skip.num_retained)
+    if skip.adaptive:
+        return group_by_content(owner, tokens, features)
+    keep_index, rest_index = split_by_score(get_selector(skip.selection)(features), skip.mean_retained)
     retained = gather_tokens(tokens, keep_index)
     skipped = gather_tokens(tokens, rest_index)
     if skip.merge:

@@ -27,11 +27,11 @@ def group_cos(
     if skip is None:
         return as_groups([(TokenRole.RETAINED, tokens)])
     coarsest = scales_of(owner.config, grid_side(owner.config))[0].queries
-    fine = fine_of(coarsest, skip.num_retained)
-    retained, local = tokens[:, : skip.num_retained], tokens[:, skip.num_retained :]
+    fine = fine_of(coarsest, skip.mean_retained)
+    retained, local = tokens[:, : skip.mean_retained], tokens[:, skip.mean_retained :]
     if skip.merge:
         local, _ = merge_tokens(local, skip.skipped_of(tokens.shape[1]))
-    parts = [(TokenRole.RETAINED, retained[:, : skip.num_retained - fine])]
+    parts = [(TokenRole.RETAINED, retained[:, : skip.mean_retained - fine])]
     if fine:
-        parts.append((TokenRole.FINE, retained[:, skip.num_retained - fine :]))
+        parts.append((TokenRole.FINE, retained[:, skip.mean_retained - fine :]))
     return as_groups(in_order(parts, local, owner))

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from llava_sv.model.compression.adaptive import choose_counts, raster_split
 from llava_sv.model.compression.merge import merge_tokens
 from llava_sv.model.compression.select import VisionFeatures, gather_tokens, get_selector, split_by_score
+from llava_sv.model.config import SkipVisionConfig
 from llava_sv.model.multimodal_projector.grouping import Parts, Projecting, Sizes, between
 from llava_sv.model.token_counts import grid_side, hd_grid
 from llava_sv.model.token_groups import TokenGroups, TokenRole, role_row
@@ -81,15 +83,30 @@ def _split_overview(
     skip = owner.skip
     assert skip is not None
     local = [tokens.reshape(-1, tokens.shape[-1]) for tokens in local]
-    if skip.num_retained >= overview.shape[1]:
+    if skip.mean_retained >= overview.shape[1]:
         return list(overview), local
     starts = torch.tensor(views_per_image).cumsum(0) - torch.tensor(views_per_image)
     scores = get_selector(skip.selection)(features.rows(starts.to(overview.device)))
-    keep_index, rest_index = split_by_score(scores, skip.num_retained)
+    if skip.adaptive:
+        return _split_by_content(skip, overview, scores, local)
+    keep_index, rest_index = split_by_score(scores, skip.mean_retained)
     kept, rest = gather_tokens(overview, keep_index), gather_tokens(overview, rest_index)
     retained = [kept[i] if len(tokens) else overview[i] for i, tokens in enumerate(local)]
     local = [torch.cat([rest[i], tokens]) if len(tokens) else tokens for i, tokens in enumerate(local)]
     return retained, local
+
+
+def _split_by_content(
+    skip: SkipVisionConfig, overview: Tensor, scores: Tensor, local: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The same where each image's content says how much of its overview is retained."""
+    counts = choose_counts(scores, skip)
+    in_order = gather_tokens(overview, raster_split(scores, counts))
+    retained, rest = list(overview), list(local)
+    for i, (count, tokens) in enumerate(zip(counts.tolist(), local)):
+        if len(tokens):
+            retained[i], rest[i] = in_order[i, :count], torch.cat([in_order[i, count:], tokens])
+    return retained, rest
 
 
 def _skipping(owner: Projecting, retained: list[Tensor], local: list[Tensor]) -> list[TokenGroups]:
@@ -98,7 +115,11 @@ def _skipping(owner: Projecting, retained: list[Tensor], local: list[Tensor]) ->
     assert summary is not None
     skipped, mask = _padded(local)  # real rows come first, and stay first after merging
     if skip.merge:
-        skipped, mask = merge_tokens(skipped, int(skip.num_skipped or 0), mask)
+        most, own = int(skip.num_skipped or 0), None
+        if skip.adaptive:  # as many more as fewer are retained
+            own = torch.tensor([skip.mean_retained + most - len(kept) for kept in retained], device=mask.device)
+            most += skip.mean_retained - int(skip.retained_min or 0)
+        skipped, mask = merge_tokens(skipped, most, mask, own)
     counts = mask.sum(1).tolist()
     former = None if summary.former is None else summary.former(*_padded(retained))
     # a group without local tokens still runs the latter summary, over one zero row: every weight is used on every rank
