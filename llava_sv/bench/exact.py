@@ -80,7 +80,7 @@ def resampler_flops(
 
 def compression_flops(tokens: Tokens, llm_width: int) -> dict[str, float]:
     """Similarities of tokens that merge, to their sum and to those that stay; scores and pooling of the summaries."""
-    merge = 2 * tokens.merged_from * (tokens.skipped + 1) * llm_width
+    merge = 2 * tokens.merged_from * (tokens.merged_to + 1) * llm_width
     return {"merge": merge, "summaries": 4 * tokens.pooled * llm_width}
 
 

@@ -70,7 +70,7 @@ def edited(checkpoint, folder, budget):
 def flops_by_command(checkpoint, side, text, size, family, tmp_path):
     """FLOPs of one prompt's prefill as `llava-sv flops` counts them."""
     file = tmp_path / "flops.json"
-    flags = ["--model-path", str(checkpoint), "--text-tokens", str(text), "--json", str(file)]
+    flags = ["--model-path", str(checkpoint), "--text-tokens", str(text), "--json", str(file), "--overwrite"]
     if side == "dense":
         flags += ["--num-retained", "1", "--num-skipped", "1"]
     if family == "llava_hd":
