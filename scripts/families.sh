@@ -49,7 +49,7 @@ train() {
     results+=(--result "$name=$work/$name.json")
     if [[ "$name" == *-skip ]]; then
         step "flops-$name" "$made/$name/config.json" "$work/$name.flops.json" \
-            llava_sv flops --model-path "$made/$name" --text-tokens 32 --json "$work/$name.flops.json"
+            llava_sv flops --model-path "$made/$name" --text-tokens 32 --overwrite --json "$work/$name.flops.json"
         results+=(--flops "$name=$work/$name.flops.json")
     fi
 }

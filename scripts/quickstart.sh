@@ -44,7 +44,7 @@ step eval-skip "$skip/config.json" "$work/skip.json" evaluate "$skip" skip
 step eval-blind "$skip/config.json" "$work/blind.json" evaluate "$skip" blind --blind
 step timing "$skip/config.json" "$work/timing.json" \
     "$PYTHON" -m llava_sv.eval.timing --dense "$dense" --skip "$skip" --task toy --data-path "$data" --json "$work/timing.json"
-step flops "$skip/config.json" "$work/flops.json" llava_sv flops --model-path "$skip" --text-tokens 32 --json "$work/flops.json"
+step flops "$skip/config.json" "$work/flops.json" llava_sv flops --model-path "$skip" --text-tokens 32 --overwrite --json "$work/flops.json"
 
 image="$data/images/bench-000000.jpg"
 "$PYTHON" -m llava_sv.eval.report --dense "$work/dense.json" --skip "$work/skip.json" --blind "$work/blind.json" \

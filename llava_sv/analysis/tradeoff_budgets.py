@@ -104,7 +104,7 @@ def image_tokens(config: Any, size: Size | None) -> Tokens:
     budget = budget_of(config, size)
     last = int(budget.last_visual_ffn)
     retained, skipped = budget.retained + last, budget.skipped - last
-    return Tokens(0, retained, skipped, budget.summaries, budget.merged_from, budget.pooled)
+    return Tokens(0, retained, skipped, budget.summaries, budget.merged_from, budget.pooled, budget.fine, last)
 
 
 def prefill_flops(config: Any, text: int, sizes: tuple[Size | None, ...]) -> float:
