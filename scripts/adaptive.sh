@@ -6,7 +6,7 @@
 #   DRY_RUN=1 bash scripts/adaptive.sh            every command, none of them run
 # Environment: BUDGET (16+20: retained on average + skipped), OUTPUT (playground/adaptive/BUDGET), SEEDS ("1 2 3"),
 # SELECTION (what scores patches), ADAPTER (a pretrained projector: nothing is pretrained then), and all that
-# scripts/ablation.sh reads.
+# scripts/ablation.sh reads (DATA IMAGE_FOLDER BENCH EPOCHS ...).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
