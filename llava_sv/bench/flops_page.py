@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
+from llava_sv.bench.cells import markdown, percent
 from llava_sv.bench.presets import FAMILIES, LLMS
 
 GB, MB = 1e9, 2**20
-
-
-def percent(value: float | None) -> str:
-    """A share; `-` where there is none."""
-    return "-" if value is None else f"{value:.1%}"
 
 
 def unit_of(report: dict[str, Any]) -> tuple[str, float]:
@@ -94,11 +89,6 @@ def _memory(memory: dict[str, Any]) -> list[str]:
             cells = [f"{sides[side].get(part, 0) / MB:,.0f}" for side in ("dense", "skip")]
             lines.append(f"  {name + ': ' + part:<34}{cells[0]:>12}{cells[1]:>12}")
     return lines
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
 
 
 def render_table(report: dict[str, Any]) -> str:
