@@ -8,7 +8,6 @@ adds up, `attention_places` finds patches, `attention_figures` draws.
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +34,7 @@ MOST_MAPS = 64
 MAPPED_LAYERS = 4
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Entry point of `llava-sv analyze attention`."""
     parser = make_parser(
         "attention",
@@ -159,7 +158,3 @@ def _answers(picture: Picture) -> dict[str, Any]:
 def _map_arrays(pictures: list[Picture]) -> dict[str, np.ndarray]:
     """For the npz: map_I_GRID [L, rows, columns] of picture I."""
     return {f"map_{i}_{one.name}": one.mass for i, picture in enumerate(pictures) for one in picture.canvases}
-
-
-if __name__ == "__main__":
-    sys.exit(main())

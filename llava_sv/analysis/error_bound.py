@@ -185,7 +185,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return numbers
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Entry of the command."""
     numbers = run(make_arguments().parse_args(argv))
     print(as_table(numbers["checks"]), numbers["statement"], sep="\n\n")

@@ -291,7 +291,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return numbers
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Entry of the command."""
     print("\n".join(run(make_arguments().parse_args(argv))["statement"]))
     return 0

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sv.bench.cells import in_one_line, markdown, percent
-
-GIB = 2**30
+from llava_sv.constants import GIB
 
 
 def render(report: dict[str, Any], folder: Path) -> str:
