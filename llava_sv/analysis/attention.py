@@ -8,18 +8,18 @@ adds up, `attention_places` finds patches, `attention_figures` draws.
 from __future__ import annotations
 
 import argparse
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from llava_sv.analysis.attention_figures import draw_maps, draw_shares
-from llava_sv.analysis.attention_places import Canvas, Places
+from llava_sv.analysis.attention_places import Canvas, Picture, Places
 from llava_sv.analysis.attention_rows import watch
 from llava_sv.analysis.attention_tally import Tally
 from llava_sv.analysis.common import Job, Results, Sample, make_parser, open_job
+from llava_sv.analysis.trajectory import parse_layers
 from llava_sv.errors import UserError
 from llava_sv.generation import decode, generate
 from llava_sv.model.token_counts import check_has_middle
@@ -34,16 +34,7 @@ MOST_MAPS = 64
 MAPPED_LAYERS = 4
 
 
-@dataclass
-class Picture:
-    """What is drawn of one picture: canvases with channels 0..L-1 its layers'."""
-
-    name: str
-    answer: str
-    canvases: list[Canvas]
-
-
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Entry point of `llava-sv analyze attention`."""
     parser = make_parser(
         "attention",
@@ -62,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         "whose answer is as long (default: the mean of all)",
     )  # fmt: skip
     parser.add_argument(
-        "--layers", metavar="LIST", help=f"layers with a heat map, such as 0,15,31 (default: {MAPPED_LAYERS} of them, "
-        "first to last)",
+        "--layers", metavar="LIST", help="layers with a heat map: all, 8-31 or 0,15,31 (default: "
+        f"{MAPPED_LAYERS} of them, first to last)",
     )  # fmt: skip
     args = parser.parse_args(argv)
     check_arguments(args)
@@ -111,13 +102,7 @@ def mapped_layers(text: str | None, count: int) -> list[int]:
     """The layers of `--layers` (None: some, first to last) of `count`, in order. `UserError` for what is no layer."""
     if text is None:
         return sorted({round(i * (count - 1) / (MAPPED_LAYERS - 1)) for i in range(MAPPED_LAYERS)})
-    try:
-        chosen = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise UserError(f"--layers {text}: cannot read it; write numbers with commas, such as 0,15,31") from None
-    if chosen[0] < 0 or chosen[-1] >= count:
-        raise UserError(f"--layers {text}: this model has layers 0 to {count - 1}")
-    return chosen
+    return parse_layers("--layers", text, count)
 
 
 def run(job: Job, tally: Tally, args: argparse.Namespace) -> list[Picture]:
@@ -173,7 +158,3 @@ def _answers(picture: Picture) -> dict[str, Any]:
 def _map_arrays(pictures: list[Picture]) -> dict[str, np.ndarray]:
     """For the npz: map_I_GRID [L, rows, columns] of picture I."""
     return {f"map_{i}_{one.name}": one.mass for i, picture in enumerate(pictures) for one in picture.canvases}
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,28 +5,20 @@ A `Tally` or the pictures' canvases come in, matplotlib figures go out.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from llava_sv.analysis.attention_places import Canvas
+from llava_sv.analysis.attention_places import Canvas, Picture
 from llava_sv.analysis.attention_tally import Tally
 from llava_sv.analysis.plots import COLOURS, figure
 
-COLOUR_OF = {**{name: COLOURS[name] for name in COLOURS}, "generated": COLOURS["other"]}
+COLOUR_OF = {**COLOURS, "generated": COLOURS["other"]}
 NAMES = {"generated": "the answer so far"}
 CELL_INCHES = 1.75
 """Side of one map."""
 MOST_LETTERS = 34
 """Of a name or an answer over a map."""
-
-
-class Mapped(Protocol):
-    """What a row of maps needs."""
-
-    name: str
-    answer: str
-    canvases: list[Canvas]
 
 
 def draw_shares(tally: Tally, level: str) -> Any:
@@ -86,7 +78,7 @@ def _plain_log_ticks(axes: Any) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def draw_maps(pictures: list[Any], layers: list[int], token: int | None = None) -> Any:
+def draw_maps(pictures: list[Picture], layers: list[int], token: int | None = None) -> Any:
     """A sheet: a row for each grid of each picture; the picture, the mean of all layers, then the layers chosen.
 
     token: the generated token whose maps they are, None for the mean of all.
@@ -110,7 +102,7 @@ def draw_maps(pictures: list[Any], layers: list[int], token: int | None = None) 
     return made
 
 
-def _picture(axes: Any, picture: Mapped, canvas: Canvas) -> None:
+def _picture(axes: Any, picture: Picture, canvas: Canvas) -> None:
     from matplotlib.patches import Rectangle
 
     axes.imshow(canvas.pixels)

@@ -37,6 +37,15 @@ class Canvas:
     retained: np.ndarray
 
 
+@dataclass
+class Picture:
+    """What is drawn of one picture: canvases with channels 0..L-1 its layers'."""
+
+    name: str
+    answer: str
+    canvases: list[Canvas]
+
+
 class Places:
     """The latest image that `assistant`'s projector was given, while this is entered as a context."""
 

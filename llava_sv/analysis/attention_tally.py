@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from llava_sv.analysis.attention_rows import FIRST, GROUPS
+from llava_sv.analysis.common import finite_mean
 
 VISUAL = ("retained", "fine", "summary", "skipped")
 
@@ -41,8 +42,8 @@ class Tally:
         with np.errstate(divide="ignore", invalid="ignore"):
             each = np.where(counts > 0, mean / counts, np.nan)
         total = counts[..., :FIRST].sum(axis=-1, keepdims=True)
-        self._per_token.append(_mean(each))
-        self._over_even.append(_mean(each * total))
+        self._per_token.append(finite_mean(each))
+        self._over_even.append(finite_mean(each * total))
         self._tokens.append(counts[0].max(axis=0))
         self._generated.append(steps)
         self._heads += all_heads.mean(axis=0)
@@ -65,11 +66,11 @@ class Tally:
 
     def per_token(self) -> np.ndarray:
         """[L, groups]: share of one token of the group, mean over the pictures and rows that saw such tokens."""
-        return _mean(np.stack(self._per_token))[:, self._index]
+        return finite_mean(np.stack(self._per_token))[:, self._index]
 
     def over_even(self) -> np.ndarray:
         """[L, groups]: the same, as a multiple of what each token would get were attention even; 1 is the average."""
-        return _mean(np.stack(self._over_even))[:, self._index]
+        return finite_mean(np.stack(self._over_even))[:, self._index]
 
     def first_token(self) -> np.ndarray:
         """[L]: share of the sequence's first token, which is counted under its group too."""
@@ -148,11 +149,3 @@ class Tally:
 
     def _named(self, row: np.ndarray) -> dict[str, float]:
         return {name: float(value) for name, value in zip(self.groups, row)}
-
-
-def _mean(rows: np.ndarray) -> np.ndarray:
-    """Mean over the first axis of what is a number; nan where nothing is."""
-    numbers = np.isfinite(rows)
-    count = numbers.sum(axis=0)
-    total = np.where(numbers, rows, 0.0).sum(axis=0)
-    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,35 +187,41 @@ class Results:
 
     def save_figure(self, name: str, draw: Callable[[], Any]) -> None:
         """Write `name`.png of `add_figure`, whole or not at all. draw: makes a matplotlib figure, closed here."""
-        from matplotlib import pyplot
-
         path = self.paths["json"].with_name(f"{name}.png")
-        figure = draw()
-        try:
-            with replacing(path) as temporary:
-                figure.savefig(temporary, dpi=130, format="png")
-        except OSError as error:
-            raise not_written(f"--output {path.parent}:", error, "name another folder") from error
-        finally:
-            pyplot.close(figure)
+        with self._drawn(draw) as figure, replacing(path) as temporary:
+            figure.savefig(temporary, dpi=130, format="png")
         print(f"wrote {path}")
 
     def save(self, arrays: dict[str, np.ndarray], numbers: dict[str, Any], draw: Callable[[], Any]) -> None:
         """Write all three, each whole or not at all, and say where. draw: makes a matplotlib figure, closed here."""
-        from matplotlib import pyplot
-
-        figure = draw()
-        try:
+        with self._drawn(draw) as figure:
             with replacing(self.paths["npz"]) as temporary, temporary.open("wb") as file:
                 np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
             with replacing(self.paths["png"]) as temporary:
                 figure.savefig(temporary, dpi=130, format="png")
             write_json(self.paths["json"], plain(numbers))
+        print(f"wrote {', '.join(str(path) for path in self.paths.values())}")
+
+    @contextmanager
+    def _drawn(self, draw: Callable[[], Any]) -> Iterator[Any]:
+        """The figure that `draw` makes, while files are written; one that cannot be is said in one line."""
+        from matplotlib import pyplot
+
+        figure = draw()
+        try:
+            yield figure
         except OSError as error:
             raise not_written(f"--output {self.paths['json'].parent}:", error, "name another folder") from error
         finally:
             pyplot.close(figure)
-        print(f"wrote {', '.join(str(path) for path in self.paths.values())}")
+
+
+def finite_mean(rows: np.ndarray) -> np.ndarray:
+    """Mean over the first axis of what is finite; NaN where nothing is."""
+    finite = np.isfinite(rows)
+    count = finite.sum(axis=0)
+    total = np.where(finite, rows, 0.0).sum(axis=0)
+    return np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0)
 
 
 def plain(value: Any) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 from llava_sv.analysis.common import Job, Sample
 from llava_sv.analysis.gains import LocalMap, gain_along
 from llava_sv.analysis.lipschitz import LayerNorms, layer_constant, norm_constant
-from llava_sv.analysis.trajectory import Walk, differentiable_attention, length_of
+from llava_sv.analysis.trajectory import Walk, differentiable_attention, kl, length_of
 from llava_sv.model.token_groups import TokenRole, is_visual
 
 POINTS = (0.0, 0.5, 1.0)
@@ -118,10 +118,9 @@ def outputs(walk: Walk, x: Tensor, y: Tensor, sigma: float | None = None) -> dic
     or else the standard deviation of the full logits over the vocabulary; `final_norm`, the constant of the last norm;
     `same_token`, whether both put the same token first."""
     z, skipping = walk.logits(x).double(), walk.logits(y).double()
-    p, q = F.log_softmax(skipping, dim=-1), F.log_softmax(z, dim=-1)
     gap = skipping - z
     numbers = {
-        "kl": max(float((p.exp() * (p - q)).sum()), 0.0),
+        "kl": kl(skipping, z),
         "logit_error": length_of(gap),
         "logit_range": float(gap.max() - gap.min()),
         "sigma": float(z.std(correction=0)) if sigma is None else sigma,

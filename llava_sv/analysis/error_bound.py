@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from llava_sv.analysis.bounds import DOMAIN, MEANING, PROVED, Arrays, Check, Head, bounds_of, checks_of, gains_of
-from llava_sv.analysis.common import Job, Results, make_parser
+from llava_sv.analysis.common import Job, Results, finite_mean, make_parser
 from llava_sv.analysis.divergence import Plan, measure, similarity_error
 from llava_sv.analysis.error_bound_figure import draw
 from llava_sv.analysis.lipschitz import LayerNorms, head_norms, norms_of
 from llava_sv.analysis.trajectory import add_budget_flags, open_skipping, parse_layers, walk_of
+from llava_sv.bench.sizes import known_words
 from llava_sv.errors import UserError
 
 GAINS = ("secant", "spectral", "jvp")
@@ -38,10 +39,7 @@ def make_arguments() -> argparse.ArgumentParser:
 
 def check_arguments(args: argparse.Namespace) -> list[str]:
     """The gains asked for; `UserError` for values without sense."""
-    gains = [word.strip() for word in args.gains.split(",")]
-    unknown = [word for word in gains if word not in GAINS]
-    if unknown:
-        raise UserError(f"--gains: unknown {unknown[0]!r}; known: {', '.join(GAINS)}")
+    gains = known_words("--gains", args.gains, GAINS)
     if args.power_iterations < 1:
         raise UserError(f"--power-iterations {args.power_iterations}: must be 1 or more")
     if args.sigma is not None and not (args.sigma > 0 and math.isfinite(args.sigma)):
@@ -113,27 +111,18 @@ def summarise(measured: Arrays, bounds: Arrays, gains: dict[str, np.ndarray]) ->
     """Means over pictures, [L] or [L + 1] a layer, logarithms as log10."""
     with np.errstate(all="ignore"):
         plain_names = [name for name in measured if not name.startswith("gain_")]
-        means = {name: _mean(measured[name]) for name in plain_names}
+        means = {name: finite_mean(measured[name]) for name in plain_names}
         gammas = {
-            kind: {"mean_by_layer": _mean(np.exp(value)), "max": _largest(np.exp(value))}
+            kind: {"mean_by_layer": finite_mean(np.exp(value)), "max": _largest(np.exp(value))}
             for kind, value in gains.items()
         }
-        logs = {name: _mean(value / np.log(10)) for name, value in bounds.items()}
+        logs = {name: finite_mean(value / np.log(10)) for name, value in bounds.items()}
         ratios = {
-            name.removeprefix("error/"): _mean((value - np.log(measured["error"])) / np.log(10))
+            name.removeprefix("error/"): finite_mean((value - np.log(measured["error"])) / np.log(10))
             for name, value in bounds.items()
             if name.startswith("error/")
         }
     return {"measured": means, "gamma": gammas, "log10_bound": logs, "log10_bound_over_measured_by_layer": ratios}
-
-
-def _mean(values: np.ndarray) -> Any:
-    """Over pictures, of what is finite; None where nothing is."""
-    finite = np.isfinite(values)
-    count = finite.sum(0)
-    total = np.where(finite, values, 0.0).sum(0)
-    mean = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-    return mean.tolist()
 
 
 def _largest(values: np.ndarray) -> float | None:
@@ -196,7 +185,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return numbers
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Entry of the command."""
     numbers = run(make_arguments().parse_args(argv))
     print(as_table(numbers["checks"]), numbers["statement"], sep="\n\n")

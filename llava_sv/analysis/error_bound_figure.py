@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from llava_sv.analysis.bounds import PROVED, Arrays
-from llava_sv.analysis.plots import COLOURS, figure
+from llava_sv.analysis.common import finite_mean
+from llava_sv.analysis.plots import COLOURS, figure, whole_numbers
 
 STYLES = {
     "secant": ("secant", COLOURS["bound"], "-"),
@@ -31,10 +32,7 @@ def draw(measured: Arrays, bounds: Arrays, gains: Arrays) -> Any:
 
 def ten(values: np.ndarray) -> np.ndarray:
     """Mean over pictures of natural logarithms, as log10; NaN where nothing is finite."""
-    finite = np.isfinite(values)
-    count = finite.sum(0)
-    mean = np.where(finite, values, 0.0).sum(0) / np.maximum(count, 1)
-    return np.where(count > 0, mean, np.nan) / np.log(10)
+    return finite_mean(values) / np.log(10)
 
 
 def draw_gains(axis: Any, gains: Arrays) -> None:
@@ -47,7 +45,7 @@ def draw_gains(axis: Any, gains: Arrays) -> None:
                   fontsize=8)  # fmt: skip
     axis.margins(y=0.12)
     axis.set(title="Gain of a layer", xlabel="layer", ylabel="log10 of gamma")
-    integer_axis(axis)
+    whole_numbers(axis)
     below(axis)
 
 
@@ -65,7 +63,7 @@ def draw_errors(axis: Any, measured: Arrays, bounds: Arrays) -> None:
             axis.plot(where, ten(bounds[f"error/{kind}"]), line, color=colour, marker="o", markersize=4,
                       label=f"{'bound' if PROVED[kind] else 'no bound'}: {name}")  # fmt: skip
     axis.set(title="Error after so many layers, and (10)", xlabel="layers passed", ylabel="log10 of the length")
-    integer_axis(axis)
+    whole_numbers(axis)
     below(axis)
 
 
@@ -100,13 +98,6 @@ def draw_kl(axis: Any, measured: Arrays, bounds: Arrays) -> None:
     axis.set(title="KL of the next token", xlabel="log10 of the measured KL",
              ylabel="log10 of the bound (holds above the line)")  # fmt: skip
     below(axis, 1)
-
-
-def integer_axis(axis: Any) -> None:
-    """Whole numbers across."""
-    from matplotlib.ticker import MaxNLocator
-
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def below(axis: Any, columns: int = 2) -> None:

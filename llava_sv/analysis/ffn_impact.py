@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from llava_sv.analysis.common import Job, Results, make_parser, open_job
-from llava_sv.analysis.plots import COLOURS, figure
+from llava_sv.analysis.plots import COLOURS, figure, whole_numbers
 from llava_sv.analysis.streaming import QUANTILES, Running
+from llava_sv.analysis.trajectory import LAYER_INPUTS
 from llava_sv.model.token_groups import TokenRole
 
 GROUPS: dict[str, tuple[TokenRole, ...]] = {
@@ -74,8 +75,7 @@ def watching(layers: Any, see: Callable[[int, Tensor, Tensor], None]) -> Iterato
     def hook_of(index: int) -> Callable[..., None]:
         def hook(layer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["hidden_states"]
-            known = ("attention_mask", "position_ids", "position_embeddings")
-            given = {name: kwargs[name] for name in known if name in kwargs}
+            given = {name: kwargs[name] for name in LAYER_INPUTS if name in kwargs}
             attended, _ = layer.self_attn(layer.input_layernorm(x), past_key_values=None, **given)
             hidden = x + attended
             see(index, hidden[0], layer.mlp(layer.post_attention_layernorm(hidden))[0])
@@ -177,7 +177,7 @@ def draw(table: Table, title: str) -> Any:
         axis.grid(axis="y", which="major", alpha=0.3)
         axis.set_title(TITLES[name], fontsize=10)
         axis.set_xlabel("layer")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        whole_numbers(axis)
     handles, labels = axes[0][0].get_legend_handles_labels()
     labels = ["skipped (would have been)" if label == "skipped" else label for label in labels]
     made.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)

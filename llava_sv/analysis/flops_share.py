@@ -14,7 +14,7 @@ import numpy as np
 
 from llava_sv.analysis.common import Results, make_parser
 from llava_sv.analysis.plots import COLOURS, figure
-from llava_sv.bench.exact import Tokens, llm_flops
+from llava_sv.bench.exact import Tokens, llm_flops, skipping_tokens
 from llava_sv.bench.presets import FAMILIES, Budget, LlmSize, Setting, find_budget, read_llm
 from llava_sv.errors import UserError
 
@@ -63,12 +63,6 @@ def shares(llm: LlmSize, counts: np.ndarray, text: int) -> np.ndarray:
     """[n, parts]: each part's share of a dense prefill with `counts` [n] visual and `text` text tokens."""
     rows = np.array([list(parts_of(llm, Tokens(text, int(count))).values()) for count in counts])
     return rows / rows.sum(axis=1, keepdims=True)
-
-
-def skipping_tokens(text: int, budget: Budget) -> Tokens:
-    """The sequence where the image skips; with `last_visual_ffn` one skipped token passes the FFN."""
-    last = int(budget.last_visual_ffn)
-    return Tokens(text, budget.retained + last, budget.skipped - last, budget.summaries)
 
 
 def of_mark(llm: LlmSize, mark: Mark, text: int) -> dict[str, Any]:

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from llava_sv.analysis.trajectory import Walk, length_of
+from llava_sv.analysis.trajectory import Walk, kl, length_of
 
 LayerSet = frozenset[int]
 
@@ -54,7 +53,5 @@ def outcomes(walk: Walk, sets: Sequence[LayerSet]) -> list[Outcome]:
 
 
 def _outcome(walk: Walk, full: Tensor, skipping: Tensor) -> Outcome:
-    z, other = walk.logits(full[-1]).double(), walk.logits(skipping[-1]).double()
-    p, q = F.log_softmax(other, dim=-1), F.log_softmax(z, dim=-1)
-    kl = max(float((p.exp() * (p - q)).sum()), 0.0)
-    return Outcome(length_of(full - skipping) / length_of(full), kl)
+    error = length_of(full - skipping) / length_of(full)
+    return Outcome(error, kl(walk.logits(skipping[-1]), walk.logits(full[-1])))

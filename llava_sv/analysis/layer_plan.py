@@ -19,7 +19,7 @@ import numpy as np
 
 from llava_sv.analysis.common import Job, Results, make_parser
 from llava_sv.analysis.joint_error import MEASURES, LayerSet, outcomes
-from llava_sv.analysis.plots import COLOURS, figure
+from llava_sv.analysis.plots import COLOURS, figure, whole_numbers
 from llava_sv.analysis.trajectory import add_budget_flags, open_skipping, parse_layers, walk_of
 from llava_sv.bench.checkpoint import llm_of
 from llava_sv.bench.exact import Tokens, llm_flops
@@ -256,10 +256,8 @@ def draw(numbers: dict[str, Any], candidates: list[int], alone: np.ndarray) -> A
     if len(counts) <= 16:
         for count, mean, step in zip(counts[1:], means[1:], numbers["path"]):
             right.annotate(f"+{step['added']}", (count, mean), (0, 7), textcoords="offset points", ha="center", size=8)
-    from matplotlib.ticker import MaxNLocator
-
-    for axis in (left, right):
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    whole_numbers(left)
+    whole_numbers(right)
     per_layer = 100 * numbers["path"][-1]["flops_saved"] / len(numbers["path"])
     top = right.secondary_xaxis(-0.2, functions=(lambda n: n * per_layer, lambda share: share / per_layer))
     top.set_xlabel("decoder's FLOPs saved, percent")
@@ -293,7 +291,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return numbers
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Entry of the command."""
     print("\n".join(run(make_arguments().parse_args(argv))["statement"]))
     return 0

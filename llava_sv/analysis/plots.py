@@ -33,3 +33,10 @@ def figure(columns: int = 1, width: float = 7.0, height: float = 4.2, rows: int 
     for one in axes.flat:
         one.spines[["top", "right"]].set_visible(False)
     return made, axes
+
+
+def whole_numbers(axis: Any) -> None:
+    """Ticks at whole numbers across: layers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))

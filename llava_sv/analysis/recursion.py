@@ -37,13 +37,6 @@ def accumulate(log_gains: Array, log_new: Array) -> Array:
     return np.array(errors)
 
 
-def telescoped(log_gains: Array, log_new: Array) -> float:
-    """(10) as it is written, sum over l of new_l times the gains of all later layers: the last of `accumulate`."""
-    later = [float(np.sum(log_gains[index + 1 :])) for index in range(len(log_gains))]
-    terms = [new + gain for new, gain in zip(log_new, later, strict=True) if new > -math.inf]
-    return float(np.logaddexp.reduce(terms)) if terms else -math.inf
-
-
 def closed_form(log_gain: float, log_new: float, layers: int) -> float:
     """(11): new (gain^L - 1) / (gain - 1), as the geometric sum that it is, so that gain = 1 gives L new."""
     return log_new + float(np.logaddexp.reduce(np.arange(layers) * log_gain))

@@ -25,7 +25,7 @@ from llava_sv.analysis.plots import COLOURS, figure
 from llava_sv.analysis.streaming import QUANTILES, Running
 from llava_sv.model.compression.select import VisionFeatures, gather_tokens, get_selector, split_by_score
 from llava_sv.model.cos_presets import scales_of
-from llava_sv.model.multimodal_projector.grouping_hd import _local as tiles_of
+from llava_sv.model.multimodal_projector.grouping_hd import tiles_of
 from llava_sv.model.token_counts import grid_side
 from llava_sv.model.token_groups import TokenGroups, TokenRole
 

@@ -20,6 +20,7 @@ import numpy as np
 from llava_sv.analysis.common import Results, make_parser
 from llava_sv.analysis.plots import COLOURS, figure
 from llava_sv.analysis.tradeoff_budgets import DENSE, Asked, config_at, parse_budgets, prefill_flops, put_in
+from llava_sv.bench.checkpoint import read_checkpoint
 from llava_sv.conversation import render
 from llava_sv.data.toy_questions import FINE_DETAIL
 from llava_sv.errors import UserError
@@ -30,8 +31,6 @@ from llava_sv.eval.timing import make_prompts
 from llava_sv.generation import Assistant, check_image_paths, generate, load_for_inference, user_turn
 from llava_sv.mm_utils import load_image, markers_of, tokenizer_image_token
 from llava_sv.model.language_model.skip_cache import cache_bytes
-from llava_sv.model.loading import read_config
-from llava_sv.model.multimodal_encoder.builder import read_vision_config
 from llava_sv.model.token_counts import check_has_middle
 from llava_sv.model.token_groups import KV_LEVELS
 
@@ -40,14 +39,6 @@ KV_PROMPTS = 4
 
 OTHERS = "others"
 """All categories but fine detail."""
-
-
-def described_config(model_path: str) -> Any:
-    """The checkpoint's config with its encoder described; no weights are read. Raises `UserError`."""
-    config = read_config(model_path)
-    if config.vision_config is None:
-        config.vision_config = read_vision_config(config.mm_vision_tower, config.mm_vision_image_size).to_dict()
-    return config
 
 
 def check_budgets(config: Any, budgets: list[Asked], skip_kv: str | None) -> dict[Asked, Any]:
@@ -118,7 +109,7 @@ def measure(args: argparse.Namespace, task: Task, questions: list[Question], ans
     """Ask every budget in turn; the JSON report. answers: folder of the answers' files."""
     budgets = parse_budgets(args.budgets)
     if Path(args.model_path).is_dir() and not args.model_base:  # its config says all, before weights are loaded
-        check_budgets(described_config(args.model_path), budgets, args.skip_kv)
+        check_budgets(read_checkpoint(args.model_path, may_be_dense=True), budgets, args.skip_kv)
     assistant = load_for_inference(args.model_path, args.model_base, args.conv_template, args.device)
     if not assistant.has_vision:
         raise UserError(f"--model-path {args.model_path}: this checkpoint has no vision encoder; name one that has")

@@ -1,6 +1,6 @@
 """One checkpoint at another token budget than it was trained with: checked, put into the loaded model, and counted.
 
-Called by `tradeoff`. Nothing is trained, and no weight changes. C language model width.
+Called by `tradeoff` and `trajectory`. Nothing is trained, and no weight changes.
 """
 
 from __future__ import annotations
@@ -9,19 +9,13 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-from llava_sv.bench.checkpoint import budget_of, encoder_of, llm_of, projector_depth_of, setting_of
-from llava_sv.bench.exact import (
-    Tokens,
-    compression_flops,
-    encoder_flops,
-    llm_flops,
-    mlp_projector_flops,
-    resampler_flops,
-)
+from llava_sv.bench.checkpoint import budget_of, llm_of, setting_of
+from llava_sv.bench.exact import Tokens, llm_flops, skipping_tokens, vision_flops
 from llava_sv.errors import UserError
 from llava_sv.model.compression.summary import SummaryTokens
 from llava_sv.model.config import SkipVisionConfig
 from llava_sv.model.loading import check_config
+from llava_sv.model.retained_budget import over
 from llava_sv.tiling import ANYRES, Size
 
 DENSE = "dense"
@@ -75,8 +69,8 @@ def config_at(config: Any, budget: Asked) -> Any:
             block = config.skip_vision.to_dict() if config.skip_vision else {}
             if not block.get("merge", True):
                 raise UserError("this checkpoint skips without merging, all that is not retained; drop it")
-            block |= {"num_retained": budget.retained, "num_skipped": budget.skipped}
-            made.skip_vision = SkipVisionConfig.from_dict(block)
+            given = {"num_retained": budget.retained, "num_skipped": budget.skipped}
+            made.skip_vision = SkipVisionConfig.from_dict(over(block, given))
         check_config(made, made.vision_config)
     except UserError as error:
         raise UserError(f"--budgets {budget.name}: {error}") from error
@@ -101,29 +95,16 @@ def image_tokens(config: Any, size: Size | None) -> Tokens:
     """What one image of `size` (None: any, of families where it does not matter) lays into the sequence."""
     if config.skip_vision is None:
         return Tokens(0, config.dense_tokens_per_image(size))
-    budget = budget_of(config, size)
-    last = int(budget.last_visual_ffn)
-    retained, skipped = budget.retained + last, budget.skipped - last
-    return Tokens(0, retained, skipped, budget.summaries, budget.merged_from, budget.pooled, budget.fine, last)
+    return skipping_tokens(0, budget_of(config, size))
 
 
 def prefill_flops(config: Any, text: int, sizes: tuple[Size | None, ...]) -> float:
     """Exact FLOPs of one prompt of `text` tokens and images of these sizes, from pixels to one position's logits."""
     llm, images = llm_of(config), [image_tokens(config, size) for size in sizes]
     skipping = len(config.skip_vision.layers_that_skip(config.num_hidden_layers)) if config.skip_vision else None
-    total = sum(sum(vision_flops(config, size, tokens).values()) for size, tokens in zip(sizes, images))
+    before = (vision_flops(setting_of(config, size), tokens, llm.hidden_size) for size, tokens in zip(sizes, images))
     retained, skipped, summaries = (
         sum(getattr(tokens, name) for tokens in images) for name in ("retained", "skipped", "summaries")
     )
-    return total + sum(llm_flops(llm, Tokens(text, retained, skipped, summaries), 1, skipping).values())
-
-
-def vision_flops(config: Any, size: Size | None, tokens: Tokens) -> dict[str, float]:
-    """Encoder, projector, merging and summaries of one image."""
-    setting, encoder, width = setting_of(config, size), encoder_of(config), config.hidden_size
-    if setting.windows:
-        projector = resampler_flops(encoder, setting.windows, setting.levels, width)
-    else:
-        rows = setting.views * (encoder.patches + int(setting.projects_cls))
-        projector = mlp_projector_flops(rows, encoder.hidden_size, width, projector_depth_of(config))
-    return {**encoder_flops(encoder, setting.views), **projector, **compression_flops(tokens, width)}
+    parts = [*before, llm_flops(llm, Tokens(text, retained, skipped, summaries), 1, skipping)]
+    return sum(sum(part.values()) for part in parts)

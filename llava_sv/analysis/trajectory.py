@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llava_sv.analysis.common import Job, Sample, open_job
+from llava_sv.analysis.tradeoff_budgets import put_in
 from llava_sv.errors import UserError
 from llava_sv.model.config import SkipVisionConfig
 from llava_sv.model.loading import check_config
+from llava_sv.model.retained_budget import over
 from llava_sv.model.token_counts import with_family_budget
 from llava_sv.model.token_groups import TokenRole, passes_ffn
 
@@ -42,18 +45,18 @@ def open_skipping(args: argparse.Namespace) -> Job:
     Raises `UserError` for budgets that the family cannot give.
     """
     job = open_job(args)
-    config, projector = job.model.config, job.model.get_model().mm_projector
+    config = job.model.config
     given = {name: getattr(args, name) for name in ("num_retained", "num_skipped")}
     given = {name: count for name, count in given.items() if count is not None}
     if config.skip_vision is None:
         block = with_family_budget(config, {"former_summary": False, "latter_summary": False, **given})
     else:
-        block = {**config.skip_vision.to_dict(), **given}
+        block = over(config.skip_vision.to_dict(), given)
         if args.num_skipped is not None and not config.skip_vision.merge:
             raise UserError(f"--num-skipped {args.num_skipped}: {args.model_path} skips without merging")
     if given or config.skip_vision is None:
         try:
-            config.skip_vision = projector.skip = SkipVisionConfig.from_dict(block)
+            put_in(job.model, SkipVisionConfig.from_dict(block))
             check_config(config, config.vision_config)
         except UserError as error:
             raise UserError(f"--model-path {args.model_path}: {error} (--num-retained, --num-skipped)") from error
@@ -143,3 +146,9 @@ def differentiable_attention() -> Any:
 def length_of(error: Tensor) -> float:
     """The Euclidean norm over all entries, summed in float64."""
     return float(error.double().norm())
+
+
+def kl(logits: Tensor, reference: Tensor) -> float:
+    """KL(softmax(logits) || softmax(reference)) over the vocabulary [K], in nats, in float64."""
+    p, q = F.log_softmax(logits.double(), dim=-1), F.log_softmax(reference.double(), dim=-1)
+    return max(float((p.exp() * (p - q)).sum()), 0.0)  # rounding may fall below 0

@@ -92,11 +92,6 @@ def median_ratio(over: list[dict[str, float]], under: list[dict[str, float]], ke
     return statistics.median(a[key] / b[key] for a, b in zip(over, under))
 
 
-def share(time_saved: float, flops_saved: float) -> float | None:
-    """How much of the FLOP saving became time; None where there is none."""
-    return time_saved / flops_saved if flops_saved else None
-
-
 def quartiles(over: list[dict[str, float]], under: list[dict[str, float]], key: str) -> list[float]:
     """Lower and upper quartile of that ratio (both its median for a single round)."""
     ratios = [a[key] / b[key] for a, b in zip(over, under)]
@@ -104,6 +99,20 @@ def quartiles(over: list[dict[str, float]], under: list[dict[str, float]], key: 
         return ratios * 2
     cuts = statistics.quantiles(ratios, n=4, method="inclusive")
     return [cuts[0], cuts[2]]
+
+
+def savings(
+    skip: list[dict[str, float]], dense: list[dict[str, float]], key: str, flops_saved: float
+) -> dict[str, float | list[float] | None]:
+    """What `skip` saves over `dense`: of the time `key`, as median and quartiles over rounds; of FLOPs; and how much of
+    the FLOP saving became time, None where there is none."""
+    time_saved = 1 - median_ratio(skip, dense, key)
+    return {
+        "time_saved": time_saved,
+        "time_saved_quartiles": sorted(1 - ratio for ratio in quartiles(skip, dense, key)),
+        "flops_saved": flops_saved,
+        "time_saved_per_flops_saved": time_saved / flops_saved if flops_saved else None,
+    }
 
 
 ATTENTION_KERNELS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")

@@ -12,13 +12,11 @@ from typing import Any
 from llava_sv.bench.answer import BYTES, answer, kv_bytes_per_token, levels_of
 from llava_sv.bench.exact import (
     Tokens,
-    compression_flops,
-    encoder_flops,
     llm_flops,
-    mlp_projector_flops,
     recomputed_flops,
-    resampler_flops,
+    skipping_tokens,
     train_factors,
+    vision_flops,
     with_total,
 )
 from llava_sv.bench.parameters import parameters
@@ -45,20 +43,8 @@ def exact_flops(
     llm: LlmSize, setting: Setting, tokens: Tokens, head_tokens: int, skipping: int | None = None
 ) -> dict[str, float]:
     """Every part of one sample's forward, in FLOPs, with the sums `llm` and `total`; `exact` says what is counted."""
-    encoder = setting.encoder
-    if setting.windows:
-        projector = resampler_flops(encoder, setting.windows, setting.levels, llm.hidden_size)
-    else:
-        rows = setting.views * (encoder.patches + int(setting.projects_cls))
-        projector = mlp_projector_flops(rows, encoder.hidden_size, llm.hidden_size, setting.projector_depth)
-    return with_total(
-        {
-            **encoder_flops(encoder, setting.views),
-            **projector,
-            **compression_flops(tokens, llm.hidden_size),
-            **llm_flops(llm, tokens, head_tokens, skipping),
-        }
-    )
+    before = vision_flops(setting, tokens, llm.hidden_size)
+    return with_total({**before, **llm_flops(llm, tokens, head_tokens, skipping)})
 
 
 def train_flops(forward: dict[str, float], **stage: bool) -> dict[str, float]:
@@ -95,13 +81,8 @@ class Question:
     @property
     def tokens(self) -> dict[str, Tokens]:
         """The sequence of one sample, dense and skipping."""
-        budget = self.budget
-        last = int(budget.last_visual_ffn)  # the last skipped token passes the FFN as a retained one does
-        retained, skipped = budget.retained + last, budget.skipped - last
-        skip = Tokens(
-            self.text_tokens, retained, skipped, budget.summaries, budget.merged_from, budget.pooled, budget.fine, last
-        )
-        return {"dense": Tokens(self.text_tokens, self.setting.dense_tokens), "skip": skip}
+        dense = Tokens(self.text_tokens, self.setting.dense_tokens)
+        return {"dense": dense, "skip": skipping_tokens(self.text_tokens, self.budget)}
 
     @property
     def skipping_layers(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llava_sv.bench.presets import EncoderSize, LlmSize
+from llava_sv.bench.presets import Budget, EncoderSize, LlmSize, Setting
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,14 @@ class Tokens:
     def ffn_rows(self) -> int:
         """Rows that pass the FFN of a layer that skips."""
         return self.sequence - self.skipped
+
+
+def skipping_tokens(text: int, budget: Budget) -> Tokens:
+    """A sequence of `text` tokens and one image that skips. With `last_visual_ffn`, its last skipped token passes the
+    FFN as a retained one does."""
+    last = int(budget.last_visual_ffn)
+    retained, skipped = budget.retained + last, budget.skipped - last
+    return Tokens(text, retained, skipped, budget.summaries, budget.merged_from, budget.pooled, budget.fine, last)
 
 
 def encoder_flops(encoder: EncoderSize, views: int = 1) -> dict[str, float]:
@@ -82,6 +90,17 @@ def compression_flops(tokens: Tokens, llm_width: int) -> dict[str, float]:
     """Similarities of tokens that merge, to their sum and to those that stay; scores and pooling of the summaries."""
     merge = 2 * tokens.merged_from * (tokens.merged_to + 1) * llm_width
     return {"merge": merge, "summaries": 4 * tokens.pooled * llm_width}
+
+
+def vision_flops(setting: Setting, tokens: Tokens, llm_width: int) -> dict[str, float]:
+    """All that comes before the decoder on one image: encoder, projector, merging and summaries."""
+    encoder = setting.encoder
+    if setting.windows:
+        projector = resampler_flops(encoder, setting.windows, setting.levels, llm_width)
+    else:
+        rows = setting.views * (encoder.patches + int(setting.projects_cls))
+        projector = mlp_projector_flops(rows, encoder.hidden_size, llm_width, setting.projector_depth)
+    return {**encoder_flops(encoder, setting.views), **projector, **compression_flops(tokens, llm_width)}
 
 
 def llm_flops(llm: LlmSize, tokens: Tokens, head_tokens: int, skipping_layers: int | None = None) -> dict[str, float]:

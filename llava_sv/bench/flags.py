@@ -180,11 +180,6 @@ def title(report: dict[str, Any]) -> str:
     return ", ".join([*parts, f"{asked['num_retained']} retained + {asked['num_skipped']} skipped"])
 
 
-def last_line(environment: dict[str, Any]) -> str:
-    """On what it ran, for a terminal or below a table."""
-    return ", ".join(f"{key} {value}" for key, value in environment.items())
-
-
 class OutOfMemory(UserError):
     """Memory ran out while it was measured."""
 

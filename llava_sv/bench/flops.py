@@ -10,11 +10,12 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from llava_sv.bench.answer import BYTES, REMOVED
+from llava_sv.bench.answer import REMOVED
 from llava_sv.bench.counts import Question, compare, exact_flops, paper_flops, paper_ratio, train_flops
 from llava_sv.bench.flops_page import render, render_presets, render_table
 from llava_sv.bench.paper_table import paper_table
@@ -29,6 +30,7 @@ from llava_sv.bench.presets import (
     find_setting,
     read_llm,
 )
+from llava_sv.bench.sizes import DTYPE_NAMES, dtype_name
 from llava_sv.errors import UserError, exit_on_user_error
 from llava_sv.files import check_can_write, keep_existing, write_json
 
@@ -41,7 +43,6 @@ EXAMPLE = """example:
   llava-sv flops --model-path checkpoints/llava-skip
   llava-sv flops --model-path checkpoints/llava-hd-skip --image-size 1024x768"""
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", **{name: name for name in BYTES}}
 STAGES = ("sft", "pretrain")
 
 
@@ -85,7 +86,7 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     work.add_argument("--supervised-tokens", type=int, help="training: those that carry loss (default: all text)")
     work.add_argument("--new-tokens", type=int, default=64, help="tokens of an answer (default 64)")
     work.add_argument("--batch", type=int, default=1, help="samples at a time: bytes, and FLOPs of the batch (1)")
-    work.add_argument("--dtype", default="bf16", help=f"of weights and cache: {', '.join(DTYPES)} (default bf16)")
+    work.add_argument("--dtype", default="bf16", help=f"of weights and cache: {', '.join(DTYPE_NAMES)} (default bf16)")
     work.add_argument("--stage", default="sft", help="what trains: sft (the recipe), pretrain (the projector alone)")
     work.add_argument("--gradient-checkpointing", action="store_true", help="training computes decoder layers again")
 
@@ -107,15 +108,7 @@ def _add_switches(parser: argparse.ArgumentParser) -> None:
 def _switches(args: argparse.Namespace) -> Switches:
     if args.skip_kv is not None and args.skip_kv not in REMOVED:
         raise UserError(f"--skip-kv: unknown level {args.skip_kv!r}; known: {', '.join(REMOVED)}")
-    return Switches(
-        args.skip_ffn,
-        args.merge,
-        args.former_summary,
-        args.latter_summary,
-        args.last_visual_ffn,
-        args.skip_layers,
-        args.skip_kv,
-    )
+    return Switches(**{field.name: getattr(args, field.name) for field in fields(Switches)})
 
 
 def _question(args: argparse.Namespace) -> Question:
@@ -130,18 +123,12 @@ def _question(args: argparse.Namespace) -> Question:
         supervised_tokens=args.text_tokens if args.supervised_tokens is None else args.supervised_tokens,
         new_tokens=args.new_tokens,
         batch=args.batch,
-        dtype=_dtype(args.dtype),
+        dtype=dtype_name(args.dtype),
         trains=args.stage,
         recompute=args.gradient_checkpointing,
     )
     _check(question)
     return question
-
-
-def _dtype(name: str) -> str:
-    if name not in DTYPES:
-        raise UserError(f"--dtype: unknown precision {name!r}; known: {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def _of_checkpoint(args: argparse.Namespace) -> Question:
@@ -207,6 +194,11 @@ def _check(question: Question) -> None:
         ("--batch", question.batch, 1),
     )
     check_budget(setting.dense_tokens, budget.retained, max(budget.skipped, 0))
+    _check_counts(counts)
+
+
+def _check_counts(counts: Iterable[tuple[str, int, int]]) -> None:
+    """`UserError` for a flag's value below the least it may be. counts: (flag, value, least)."""
     wrong = [f"{name} {value}: at least {least}" for name, value, least in counts if value < least]
     if wrong:
         raise UserError(f"{', '.join(wrong)}; counts are whole numbers")
@@ -227,11 +219,8 @@ def _report(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if _is_table(args):
         if args.memory or _switches(args).given:
             raise UserError("--memory and switches go with --family or --model-path, not with the paper's table")
-        work = {"text_tokens": args.text_tokens, "new_tokens": args.new_tokens}
-        wrong = [f"--{name.replace('_', '-')} {value}" for name, value in work.items() if value < int(name[0] == "n")]
-        if wrong:
-            raise UserError(f"{', '.join(wrong)}: too small")
-        report = paper_table(read_llm(args.llm_config), **work)
+        _check_counts([("--text-tokens", args.text_tokens, 0), ("--new-tokens", args.new_tokens, 1)])
+        report = paper_table(read_llm(args.llm_config), args.text_tokens, args.new_tokens)
         return report, render_table(report)
     question = _question(args)
     report = compare(question)

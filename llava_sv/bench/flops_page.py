@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
+from llava_sv.bench.cells import markdown, percent
 from llava_sv.bench.presets import FAMILIES, LLMS
+from llava_sv.constants import MIB
 
-GB, MB = 1e9, 2**20
-
-
-def percent(value: float | None) -> str:
-    """A share; `-` where there is none."""
-    return "-" if value is None else f"{value:.1%}"
+BILLION = 1e9
 
 
 def unit_of(report: dict[str, Any]) -> tuple[str, float]:
     """(name, FLOPs) of the unit that this report's figures read well in."""
-    return ("GFLOPs", GB) if report["dense"]["prefill"]["total"] > 50 * GB else ("MFLOPs", GB / 1000)
+    return ("GFLOPs", BILLION) if report["dense"]["prefill"]["total"] > 50 * BILLION else ("MFLOPs", BILLION / 1000)
 
 
 def render(report: dict[str, Any]) -> str:
@@ -69,7 +65,7 @@ def _answers(report: dict[str, Any]) -> list[str]:
             name = side if side == "dense" else f"skip, {level}"
             each = "-" if row["decode_per_token"] is None else f"{row['decode_per_token'] / size:,.3f}"
             lines.append(
-                f"  {name:<22}{row['kv_tokens']:>8}{row['kv_bytes'] / MB:>10,.1f}{each:>16}"
+                f"  {name:<22}{row['kv_tokens']:>8}{row['kv_bytes'] / MIB:>10,.1f}{each:>16}"
                 f"{row['end_to_end'] / size:>15,.1f}"
             )
     return lines
@@ -78,10 +74,10 @@ def _answers(report: dict[str, Any]) -> list[str]:
 def _bytes(report: dict[str, Any]) -> list[str]:
     memory = {side: report[side]["memory"] for side in ("dense", "skip")}
     samples = "a sample" if report["batch"] == 1 else f"{report['batch']} samples"
-    cache = ", ".join(f"{memory[side]['kv_cache'] / MB:,.1f} {side}" for side in memory)
+    cache = ", ".join(f"{memory[side]['kv_cache'] / MIB:,.1f} {side}" for side in memory)
     return [
-        f"  {report['dtype']}: weights {memory['skip']['weights'] / MB:,.0f} MiB "
-        f"({sum(report['parameters'].values()) / GB:.3f} billion parameters), "
+        f"  {report['dtype']}: weights {memory['skip']['weights'] / MIB:,.0f} MiB "
+        f"({sum(report['parameters'].values()) / BILLION:.3f} billion parameters), "
         f"KV-cache of {samples} at the answer's end, MiB: {cache}"
     ]
 
@@ -91,14 +87,9 @@ def _memory(memory: dict[str, Any]) -> list[str]:
     lines = [f"  {'peak memory, MiB':<34}{'dense':>12}{'skip':>12}"]
     for name, sides in memory.items():
         for part in dict.fromkeys([*sides["dense"], *sides["skip"]]):
-            cells = [f"{sides[side].get(part, 0) / MB:,.0f}" for side in ("dense", "skip")]
+            cells = [f"{sides[side].get(part, 0) / MIB:,.0f}" for side in ("dense", "skip")]
             lines.append(f"  {name + ': ' + part:<34}{cells[0]:>12}{cells[1]:>12}")
     return lines
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
 
 
 def render_table(report: dict[str, Any]) -> str:
@@ -114,7 +105,7 @@ def render_table(report: dict[str, Any]) -> str:
         [
             name,
             row["complexity"],
-            f"{row['parameters'] / GB:.2f}B",
+            f"{row['parameters'] / BILLION:.2f}B",
             percent(row["share"]),
             row["printed"],
             percent(row["flops_share"]),

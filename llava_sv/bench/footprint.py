@@ -17,7 +17,7 @@ from llava_sv.bench.counts import SIDES, Question
 from llava_sv.bench.ghost import Ghost
 from llava_sv.bench.memory_states import Layout, estimate
 from llava_sv.bench.memory_trace import Work, build, make_inputs, trace
-from llava_sv.bench.models import make_config
+from llava_sv.bench.models import freeze_encoder, make_config
 from llava_sv.bench.presets import FAMILIES, Budget, Setting
 from llava_sv.bench.sizes import BenchSize
 from llava_sv.errors import UserError
@@ -134,13 +134,10 @@ def training_bytes(config: Any, question: Question) -> dict[str, int]:
     work = Work(question.batch, question.text_tokens, autocast=autocast, checkpointing=question.recompute)
 
     def prepare(model: Any) -> Any:
-        tower = model.get_vision_tower()
-        model.requires_grad_(question.trains == "sft")
+        if question.trains == "sft":
+            return freeze_encoder(model, question.family)
+        model.requires_grad_(False)
         model.get_model().mm_projector.requires_grad_(True)
-        tower.requires_grad_(False)
-        if question.trains == "sft" and question.family == "cos":
-            for parameter, _ in tower.used_parameters().values():
-                parameter.requires_grad_(True)
         return model
 
     step = trace(config, work, prepare, lambda name: "model")

@@ -22,6 +22,8 @@ from typing import Any
 
 from llava_sv.bench import gpu_page
 from llava_sv.bench.presets import FAMILIES
+from llava_sv.bench.sizes import SIZES as KNOWN
+from llava_sv.bench.sizes import dtype_name, known_words
 from llava_sv.errors import UserError, exit_on_user_error
 from llava_sv.files import check_can_write, keep_existing, write_json, write_text
 
@@ -77,8 +79,12 @@ def rows_of(args: argparse.Namespace, device: str) -> list[Row]:
     memory = Row("memory", "bench.memory", ("--device", device, "--every", every), "memory.json")
     groups = [_bench_rows(size, args, device) for size in args.sizes]
     first, *rest = groups
-    rows = [parity, *first, *([] if every == "0" else [memory]), *(row for group in rest for row in group)]
-    return [row for row in rows if row.name != "parity" or not args.no_parity]
+    return [
+        *([] if args.no_parity else [parity]),
+        *first,
+        *([] if every == "0" else [memory]),
+        *(row for group in rest for row in group),
+    ]
 
 
 def _bench_rows(size: str, args: argparse.Namespace, device: str) -> list[Row]:
@@ -100,8 +106,7 @@ def _bench_rows(size: str, args: argparse.Namespace, device: str) -> list[Row]:
 def run_row(row: Row, out: Path, limit_s: float) -> dict[str, Any]:
     """Run it for `limit_s` seconds at most; its status, seconds, and the last line where something is wrong."""
     start = time.monotonic()
-    log = out / row.file.replace(".json", ".log")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *_python_path()]), "PYTHONUNBUFFERED": "1"}
+    log, environment = out / row.file.replace(".json", ".log"), _environment()
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             row.command(out), cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
@@ -117,8 +122,10 @@ def run_row(row: Row, out: Path, limit_s: float) -> dict[str, Any]:
     return {"name": row.name, **found, "file": row.file if (out / row.file).exists() else None, "log": log.name}
 
 
-def _python_path() -> list[str]:
-    return [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+def _environment() -> dict[str, str]:
+    """This process' own, with this tree's package first."""
+    path = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -160,9 +167,8 @@ def run_all(rows: list[Row], out: Path, minutes: float, device: str, note: Calla
 def describe(device: str | None) -> dict[str, Any]:
     """On what it runs: asked of a process of its own, which leaves the GPU's memory alone as it ends."""
     asked = ["--device", device] if device else []
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *_python_path()])}
     command = [sys.executable, "-m", "llava_sv.bench.gpu_parity", "--describe", *asked]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["it said nothing"]
         raise UserError(said[-1].removeprefix("error: "))
@@ -171,9 +177,6 @@ def describe(device: str | None) -> dict[str, Any]:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line, checked."""
-    from llava_sv.bench.sizes import SIZES as KNOWN
-    from llava_sv.bench.sizes import find_dtype
-
     parser = argparse.ArgumentParser(
         prog="bash scripts/gpu_check.sh",
         description="Check and measure a machine with a GPU: parity, benchmarks at real width, memory. "
@@ -192,23 +195,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--memory-every", type=int, metavar="N", help="each N-th run of the memory plan's; 0: none [6]")
     parser.add_argument("--no-parity", action="store_true", help="leave the comparison of kernels out")
     args = parser.parse_args(argv)
-    args.families = _names("--families", args.families, FAMILIES)
-    args.sizes = _names("--sizes", args.sizes, KNOWN) if args.sizes else None
-    find_dtype(args.dtype)
+    args.families = known_words("--families", args.families, FAMILIES)
+    args.sizes = known_words("--sizes", args.sizes, KNOWN) if args.sizes else None
+    dtype_name(args.dtype)
     for flag, value, least in (("--repeats", args.repeats, 1), ("--memory-every", args.memory_every, 0)):
         if value is not None and value < least:
             raise UserError(f"{flag} {value}: at least {least}")
     if not args.minutes > 0:
         raise UserError(f"--minutes {args.minutes:g}: expected more than 0")
     return args
-
-
-def _names(flag: str, text: str, known: Any) -> list[str]:
-    names = [name for name in text.split(",") if name]
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise UserError(f"{flag}: unknown {', '.join(map(repr, unknown)) or repr(text)}; known: {', '.join(known)}")
-    return names
 
 
 def prepare(out: Path, overwrite: bool) -> None:

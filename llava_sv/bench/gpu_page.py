@@ -7,15 +7,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from llava_sv.bench.flops_page import markdown, percent
-
-GIB = 2**30
+from llava_sv.bench.cells import in_one_line, markdown, percent
+from llava_sv.constants import GIB
 
 
 def render(report: dict[str, Any], folder: Path) -> str:
     """Machine, rows, parity, figures; parts that are not there are left out."""
-    machine = ", ".join(f"{key} {value}" for key, value in report["environment"].items())
-    parts = ["# GPU check", "", machine, "", f"{report['seconds']:.0f} s of {60 * report['minutes']:.0f}.", ""]
+    machine, took = in_one_line(report["environment"]), f"{report['seconds']:.0f} s of {60 * report['minutes']:.0f}."
+    parts = ["# GPU check", "", machine, "", took, ""]
     parts += [markdown(["row", "status", "seconds", ""], _rows(report)), ""]
     found = {row["name"]: _read(folder / row["file"]) for row in report["rows"] if row.get("file")}
     parity, memory = found.pop("parity", None), found.pop("memory", None)
@@ -29,8 +28,9 @@ def render(report: dict[str, Any], folder: Path) -> str:
 
 
 def _rows(report: dict[str, Any]) -> list[list[str]]:
-    cell = {row["name"]: row["note"].replace("|", "\\|") for row in report["rows"]}
-    return [[row["name"], row["status"], f"{row['seconds']:.0f}", cell[row["name"]]] for row in report["rows"]]
+    return [
+        [row["name"], row["status"], f"{row['seconds']:.0f}", row["note"].replace("|", "\\|")] for row in report["rows"]
+    ]
 
 
 def _read(path: Path) -> Any:

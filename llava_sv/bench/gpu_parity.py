@@ -22,8 +22,8 @@ from llava_sv.bench import clock
 from llava_sv.bench.gpu_kernels import KERNELS, UNAVAILABLE, Attention, Unavailable, using
 from llava_sv.bench.parity_checks import CHECKS, Case, Errors
 from llava_sv.bench.presets import FAMILIES
-from llava_sv.bench.sizes import find_dtype
-from llava_sv.errors import UserError, exit_on_user_error
+from llava_sv.bench.sizes import find_dtype, known_words
+from llava_sv.errors import exit_on_user_error
 from llava_sv.files import keep_existing, write_json
 
 SLACK = 3.0
@@ -127,7 +127,6 @@ def describe(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {"memory_bytes": properties.total_memory, "capability": f"{properties.major}.{properties.minor}"}
-        found["cuda"] = str(torch.version.cuda)
     return found
 
 
@@ -146,19 +145,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def names_of(text: str, flag: str, known: Any) -> list[str]:
-    """`"a,b"` -> ["a", "b"]; `UserError` lists the known ones."""
-    names = [name for name in text.split(",") if name]
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise UserError(f"{flag}: unknown {', '.join(map(repr, unknown)) or repr(text)}; known: {', '.join(known)}")
-    return names
-
-
 def main(argv: list[str]) -> int:
     """Exit code 1 where a check failed."""
     args = parse(argv)
-    families, kernels = names_of(args.families, "--families", FAMILIES), names_of(args.kernels, "--kernels", KERNELS)
+    families = known_words("--families", args.families, FAMILIES)
+    kernels = known_words("--kernels", args.kernels, KERNELS)
     device = clock.pick_device(args.device)
     if args.describe:
         print(json.dumps(describe(device)))

@@ -17,12 +17,12 @@ import torch
 from transformers import StoppingCriteria
 
 from llava_sv.bench import break_even, clock, room, table
+from llava_sv.bench.cells import in_one_line, percent
 from llava_sv.bench.flags import (
     Job,
     check_outputs,
     finish,
     head_of,
-    last_line,
     make_parser,
     read_job,
     title,
@@ -41,8 +41,7 @@ EXAMPLE = """example:
 
 WARMUP = 1
 KEPT = "skip_keeping_cache"
-REGIONS = {"prefill": "prefill_ms", "decode": "decode_ms_per_token", "end_to_end": "end_to_end_ms"}
-"""Region -> the figure it is measured by."""
+REGIONS = table.FIGURES
 
 Generate = Callable[..., Any]
 """Answers the batch with `max_new_tokens` tokens; `generate`'s output object leaves."""
@@ -152,35 +151,24 @@ def weigh(generate: Generate, lengths: Sequence[int], device: torch.device, *mod
     }
 
 
-def savings(region: str, measured: dict[str, Any], weights: dict[str, Any], name: str = "skip") -> dict[str, Any]:
-    """Time and FLOPs that `name` saves over dense in one region."""
-    key = REGIONS[region]
-    time_saved = 1 - clock.median_ratio(measured[name], measured["dense"], key)
-    flops_saved = 1 - weights[name]["flops"][region] / weights["dense"]["flops"][region]
-    return {
-        "time_saved": time_saved,
-        "time_saved_quartiles": sorted(1 - r for r in clock.quartiles(measured[name], measured["dense"], key)),
-        "flops_saved": flops_saved,
-        "time_saved_per_flops_saved": clock.share(time_saved, flops_saved),
-    }
+def savings(region: str, measured: dict[str, Any], weights: dict[str, Any]) -> dict[str, Any]:
+    """Time and FLOPs that skipping saves over dense in one region."""
+    flops_saved = 1 - weights["skip"]["flops"][region] / weights["dense"]["flops"][region]
+    return clock.savings(measured["skip"], measured["dense"], REGIONS[region], flops_saved)
 
 
 def by_length(measured: dict[str, Any], weights: dict[str, Any], lengths: Sequence[int]) -> list[dict[str, Any]]:
     """An answer's end to end at each length: medians in milliseconds, and what is saved."""
-    rows = []
+    dense, skip, rows = measured["dense"], measured["skip"], []
     for n in lengths:
-        dense, skip = ([{"ms": result[length_key(n)]} for result in measured[name]] for name in ("dense", "skip"))
+        key = length_key(n)
         flops_saved = 1 - weights["skip"]["flops_by_length"][str(n)] / weights["dense"]["flops_by_length"][str(n)]
-        time_saved = 1 - clock.median_ratio(skip, dense, "ms")
         rows.append(
             {
                 "new_tokens": n,
-                "dense_ms": clock.medians(dense)["ms"],
-                "skip_ms": clock.medians(skip)["ms"],
-                "time_saved": time_saved,
-                "time_saved_quartiles": sorted(1 - ratio for ratio in clock.quartiles(skip, dense, "ms")),
-                "flops_saved": flops_saved,
-                "time_saved_per_flops_saved": clock.share(time_saved, flops_saved),
+                "dense_ms": clock.medians(dense)[key],
+                "skip_ms": clock.medians(skip)[key],
+                **clock.savings(skip, dense, key, flops_saved),
             }
         )
     return rows
@@ -295,14 +283,14 @@ def render(report: dict[str, Any]) -> str:
         low, high = region["time_saved_quartiles"]
         lines.append(
             f"{name:<12}time saved {region['time_saved']:.1%} (quartiles {low:.1%} to {high:.1%}) of "
-            f"{region['flops_saved']:.1%} FLOPs saved: {table.percent(region['time_saved_per_flops_saved'])}"
+            f"{region['flops_saved']:.1%} FLOPs saved: {percent(region['time_saved_per_flops_saved'])}"
         )
     lines.append(f"faster end to end: {break_even.in_words(report['break_even'])}")
     for name, row in report["peers"].items():
         shares = ", ".join(f"{region} {share:.3f}" for region, share in row["dense_over_peer"].items())
         lines.append(f"dense over {name}: {shares}")
     lines.append(f"KV cache saved {report['kv_saved']:.1%}; {table.kv_in_words(report['kv_check'])}")
-    return "\n".join([*lines, last_line(report["environment"])])
+    return "\n".join([*lines, in_one_line(report["environment"])])
 
 
 def main(argv: list[str]) -> int:

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from llava_sv.bench import clock
+from llava_sv.bench.cells import in_one_line
 from llava_sv.bench.memory_cases import Case, every_case, plan_of, ranked_cases
 from llava_sv.bench.memory_measure import peak_of, train_steps
 from llava_sv.bench.memory_ranks import measure
@@ -86,7 +87,7 @@ def main(argv: list[str]) -> int:
     rows = run_ranked(cases) if args.ranks else [run_alone(case, device) for case in tqdm(cases, unit="run")]
     environment = clock.environment(device, torch.float32)
     print(render(rows))
-    print(", ".join(f"{key} {value}" for key, value in environment.items() if key not in ("dtype", "attention")))
+    print(in_one_line({key: value for key, value in environment.items() if key not in ("dtype", "attention")}))
     if args.json:
         write_json(args.json, {"rows": rows, "environment": environment})
     off = [row["case"] for row in rows if abs(row["ratio"] - 1) > TOLERANCE]

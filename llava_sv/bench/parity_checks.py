@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_sv.bench.gpu_kernels import Attention, plain
-from llava_sv.bench.models import BenchBatch, make_batch, make_pair, share_weights
-from llava_sv.bench.peers import has_peer, make_stock_llava, stock_inputs
+from llava_sv.bench.models import BenchBatch, make_batch, make_pair
+from llava_sv.bench.peers import has_peer, make_stock_llama, make_stock_llava, stock_inputs
 from llava_sv.bench.presets import LlmSize
 from llava_sv.bench.sizes import SIZES, BenchSize
 from llava_sv.model.language_model.skip_cache import kept_after_prefill
@@ -295,24 +294,10 @@ def check_stock(case: Case, attention: Attention) -> Errors:
     }
 
     def both() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        narrow = stock_llama(case.dense)
+        narrow = make_stock_llama(case.dense).eval()
         return stock(narrow), stock(copy.deepcopy(narrow).double())
 
     return errors_of(tested, *case.once("stock", both))
-
-
-def stock_llama(dense: Any) -> Any:
-    """transformers' LLaMA that holds the weights of our dense model."""
-    known = LlamaConfig().to_dict()
-    values = {key: value for key, value in dense.config.to_dict().items() if key in known}
-    for key in ("model_type", "architectures", "transformers_version"):
-        values.pop(key, None)
-    parameter = next(dense.parameters())
-    with torch.device(parameter.device):
-        stock = LlamaForCausalLM._from_config(
-            LlamaConfig(**values), dtype=parameter.dtype, attn_implementation="sdpa"
-        ).eval()
-    return share_weights(stock, dict(dense.named_parameters()))
 
 
 @torch.no_grad()

@@ -29,11 +29,6 @@ def has_peer(size: BenchSize) -> bool:
     return size.family == "llava"
 
 
-def peer_of(size: BenchSize) -> str:
-    """The outside control of this family."""
-    return PEER if has_peer(size) else LLM_PEER
-
-
 def _text_config(dense: LlavaLlamaForCausalLM) -> LlamaConfig:
     """The language model's part of our config."""
     known, apart = LlamaConfig().to_dict(), ("model_type", "architectures", "transformers_version")

@@ -17,10 +17,10 @@ from llava_sv.bench.memory_trace import Work, trace
 from llava_sv.bench.models import freeze_encoder, make_config
 from llava_sv.bench.peers import has_peer
 from llava_sv.bench.sizes import BenchSize
+from llava_sv.constants import GIB
 from llava_sv.errors import UserError
 from llava_sv.model.language_model.decoders import model_class
 
-GIB = 2**30
 MARGIN = 1.1
 """What allocators hold over what tensors take: assumed."""
 CGROUP = Path("/sys/fs/cgroup")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from llava_sv.bench.answer import BYTES
 from llava_sv.bench.presets import LLMS, LlmSize
 from llava_sv.errors import UserError
 
 LEAST_TEXT = 4
 """Text tokens of a sample: one before the image, and some that carry loss."""
 
-DTYPES = ("float32", "bfloat16", "float16")
-DTYPE_NAMES: dict[str, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", **{d: d for d in DTYPES}}
+DTYPE_NAMES: dict[str, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", **{d: d for d in BYTES}}
+"""What `--dtype` takes -> torch's name for it."""
 
 
 @dataclass(frozen=True)
@@ -149,10 +151,24 @@ def resized(
     return replace(size, **changed)
 
 
-def find_dtype(name: str) -> Any:
-    """A torch dtype by its name or LLaVA's short one (`bf16`); `UserError` lists the known ones."""
-    import torch
+def known_words(flag: str, text: str, known: Collection[str]) -> list[str]:
+    """`"a,b"` -> ["a", "b"], each once; `UserError` lists the known ones."""
+    words = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    unknown = [word for word in words if word not in known] if words else [text]
+    if unknown:
+        raise UserError(f"{flag}: unknown {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
+    return words
 
+
+def dtype_name(name: str) -> str:
+    """A precision's full name, by that or by LLaVA's short one (`bf16`); `UserError` lists the known ones."""
     if name not in DTYPE_NAMES:
         raise UserError(f"--dtype: unknown precision {name!r}; known: {', '.join(DTYPE_NAMES)}")
-    return getattr(torch, DTYPE_NAMES[name])
+    return DTYPE_NAMES[name]
+
+
+def find_dtype(name: str) -> Any:
+    """The torch dtype that `dtype_name` names."""
+    import torch
+
+    return getattr(torch, dtype_name(name))

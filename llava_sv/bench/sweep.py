@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from llava_sv.bench import clock, infer, room, sweep_page, train
 from llava_sv.bench.flags import Job, OutOfMemory, answer_lengths, check_outputs, counts, make_job, make_parser
-from llava_sv.bench.sizes import BenchSize, find_size, resized
+from llava_sv.bench.sizes import BenchSize, find_size, known_words, resized
 from llava_sv.bench.sweep_rows import Rows
 from llava_sv.errors import UserError, exit_on_user_error
 from llava_sv.files import write_text
@@ -51,15 +51,6 @@ def budgets(args: argparse.Namespace) -> list[tuple[int | None, int | None]]:
     return [(int(retained), int(skipped)) for retained, skipped in pairs]
 
 
-def words(flag: str, text: str, known: list[str]) -> list[str]:
-    """A list of known words; `UserError` lists them."""
-    found = [part.strip() for part in text.split(",")]
-    for word in found:
-        if word not in known:
-            raise UserError(f"{flag}: unknown {word!r}; known: {', '.join(known)}")
-    return list(dict.fromkeys(found))
-
-
 def optional(flag: str, text: str | None) -> list[int | None]:
     """A list of counts, or [None]: the size's own."""
     return [None] if text is None else list(counts(flag, text))
@@ -75,7 +66,7 @@ def text_lengths(args: argparse.Namespace, size: BenchSize) -> list[int]:
 def grid(args: argparse.Namespace) -> list[Point]:
     """Every point that the arguments ask for, checked, in the order in which they are measured."""
     points: list[Point] = []
-    what = words("--what", args.what, list(MEASURES))
+    what = known_words("--what", args.what, MEASURES)
     for family in [part.strip() for part in args.family.split(",")]:
         size = find_size(args.size, family)
         for layers, batch, text, (retained, skipped) in itertools.product(

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_sv.bench import break_even
-from llava_sv.bench.table import environments, markdown, percent, size_of
+from llava_sv.bench.cells import markdown, percent
+from llava_sv.bench.table import environments, size_of
 from llava_sv.errors import not_written
 from llava_sv.files import replacing
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sv.bench import break_even
+from llava_sv.bench.cells import in_one_line, markdown, percent
 from llava_sv.bench.split import PARTS
 from llava_sv.errors import UserError, exit_on_user_error
 
@@ -30,16 +31,8 @@ TRAIN_HEAD = [*SHARED, "CPU time saved", "MFU dense", "MFU skip", "dense / trans
 INFER_HEAD = [*SHARED, "KV MiB, dense", "KV MiB, skip", "dense / transformers"]
 SPLIT_HEAD = ["size", "", *(part.replace("_", " ") for part in PARTS), "whole ms", "peak MiB"]
 LENGTH_HEAD = ["size", "batch", "text", "visual", "new tokens", "dense ms", "skip ms", "time saved", "FLOPs saved"]
-FIGURES = {
-    "prefill": "prefill_ms",
-    "decode": "decode_ms_per_token",
-    "end_to_end": "end_to_end_ms",
-}
-
-
-def percent(value: float | None) -> str:
-    """`0.123` -> `12.3%`; a dash for what there is not."""
-    return "-" if value is None else f"{value:.1%}"
+FIGURES = {"prefill": "prefill_ms", "decode": "decode_ms_per_token", "end_to_end": "end_to_end_ms"}
+"""Region of an answer -> the figure that it is measured by."""
 
 
 def size_of(report: dict[str, Any]) -> str:
@@ -161,16 +154,9 @@ def remarks(report: dict[str, Any]) -> list[str]:
     return []
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def environments(reports: list[dict[str, Any]]) -> list[str]:
     """On what they were measured, each once."""
-    lines = (", ".join(f"{key} {value}" for key, value in report["environment"].items()) for report in reports)
-    return list(dict.fromkeys(lines))
+    return list(dict.fromkeys(in_one_line(report["environment"]) for report in reports))
 
 
 def render(reports: list[dict[str, Any]]) -> str:

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from llava_sv.bench import clock, room, split, table
+from llava_sv.bench.cells import in_one_line, percent
 from llava_sv.bench.feed import Feed
 from llava_sv.bench.flags import (
     Job,
     check_outputs,
     finish,
     head_of,
-    last_line,
     make_parser,
     read_job,
     title,
@@ -145,12 +145,7 @@ def bench_region(
         used = mfu(weights[name]["flops"], results, matmul[1]["flops"], squares)
         report[name] = {**clock.medians(results), **weights[name], "mfu": used}
     dense, skip = measured["dense"], measured["skip"]
-    time_saved = 1 - clock.median_ratio(skip, dense, "step_ms")
-    flops_saved = 1 - weights["skip"]["flops"] / weights["dense"]["flops"]
-    report["time_saved"] = time_saved
-    report["time_saved_quartiles"] = sorted(1 - ratio for ratio in clock.quartiles(skip, dense, "step_ms"))
-    report["flops_saved"] = flops_saved
-    report["time_saved_per_flops_saved"] = clock.share(time_saved, flops_saved)
+    report |= clock.savings(skip, dense, "step_ms", 1 - weights["skip"]["flops"] / weights["dense"]["flops"])
     report["cpu_time_saved"] = 1 - clock.median_ratio(skip, dense, "cpu_ms")
     report["matmul"] = describe(matmul[1], squares)
     report["peers"] = {}
@@ -236,13 +231,13 @@ def render(report: dict[str, Any]) -> str:
         low, high = region["time_saved_quartiles"]
         lines.append(
             f"{name:<8}time saved {region['time_saved']:.1%} (quartiles {low:.1%} to {high:.1%}) of "
-            f"{region['flops_saved']:.1%} FLOPs saved: {table.percent(region['time_saved_per_flops_saved'])}; "
+            f"{region['flops_saved']:.1%} FLOPs saved: {percent(region['time_saved_per_flops_saved'])}; "
             f"CPU time saved {region['cpu_time_saved']:.1%}; "
             f"squares of {region['matmul']['side']}: {region['matmul']['tflops']:.3g} TFLOP/s"
         )
         for who, row in region["peers"].items():
             lines.append(f"{name:<8}dense takes {row['dense_over_peer']:.3f} of {who}'s time")
-    return "\n".join([*lines, *split.render(report["split"]), last_line(report["environment"])])
+    return "\n".join([*lines, *split.render(report["split"]), in_one_line(report["environment"])])
 
 
 def main(argv: list[str]) -> int:

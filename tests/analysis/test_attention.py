@@ -162,9 +162,9 @@ def test_a_dense_checkpoint(dense_checkpoint, pictures, tmp_path, capsys):
         (("--map-token", "0"), "--map-token 0: must be 1 to --max-new-tokens, 32"),
         (("--map-token", "9", "--max-new-tokens", "8"), "--map-token 9: must be 1 to --max-new-tokens, 8"),
         (("--skip-kv", "all"), "--skip-kv all: unknown level; known: none, skipped, fine+skipped"),
-        (("--layers", "0,x"), "--layers 0,x: cannot read it; write numbers with commas, such as 0,15,31"),
-        (("--layers", "0,2"), "--layers 0,2: this model has layers 0 to 1"),
-        (("--layers", "-1"), "--layers -1: this model has layers 0 to 1"),
+        (("--layers", "0,x"), "--layers 0,x: cannot read '0,x'; write 'all', '8-31' or '0,4,8-15'"),
+        (("--layers", "0,2"), "--layers 0,2: no layer 2; this model has layers 0 to 1"),
+        (("--layers", "-1"), "--layers -1: cannot read '-1'; write 'all', '8-31' or '0,4,8-15'"),
         (
             ("--skip-kv", "fine+skipped"),
             "skip_kv 'fine+skipped' drops a middle scale, and family 'llava' has none; use 'skipped' or 'none' (only "
@@ -195,6 +195,7 @@ def test_layers_with_maps():
     assert mapped_layers(None, 2) == [0, 1]
     assert mapped_layers(None, 1) == [0]
     assert mapped_layers("31,0,0", 32) == [0, 31]
+    assert mapped_layers("1-3,0", 4) == mapped_layers("all", 4) == [0, 1, 2, 3]
 
 
 def test_levels_of_a_checkpoint():

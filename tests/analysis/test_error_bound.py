@@ -16,6 +16,7 @@ from llava_sv.analysis.error_bound import layers_of, statement, tally
 from llava_sv.analysis.lipschitz import head_norms, layer_constant, norm_constant, norms_of
 from llava_sv.errors import UserError
 from llava_sv.model.config import SkipVisionConfig
+from tests.analysis.families import save_family
 from tests.analysis.walks import ROLES, skipping_forward, tiny_walk
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
@@ -198,6 +199,23 @@ def test_a_dense_checkpoint_with_the_tokens_that_would_skip(dense_checkpoint, pi
     assert numbers["skip_vision"]["num_skipped"] == 3
     assert list(numbers["gains"]) == ["secant"]
     assert numbers["measured"]["sigma"] == 2
+
+
+@pytest.mark.parametrize("family", ["llava_hd", "cos"])
+def test_a_dense_checkpoint_of_each_family(family, pictures, tmp_path):
+    checkpoint = save_family(tmp_path / "model", family, skip=False)
+    more = ("--num-images", "1", "--num-retained", "16", "--num-skipped", "4", "--gains", "secant")
+    assert cli.main(flags(checkpoint, pictures, tmp_path / "out", *more)) == 0
+    assert np.load(tmp_path / "out" / "error-bound.npz")["error"][0, -1] > 0
+
+
+def test_a_fixed_budget_on_a_checkpoint_that_follows_the_content(pictures, tmp_path):
+    auto = {"num_retained": "auto", "retained_mean": 4, "retained_threshold": 0.4}
+    checkpoint = save_family(tmp_path / "model", "llava", **auto)
+    more = ("--num-images", "1", "--num-retained", "6", "--gains", "secant")
+    assert cli.main(flags(checkpoint, pictures, tmp_path / "out", *more)) == 0
+    numbers = json.loads((tmp_path / "out" / "error-bound.json").read_text())
+    assert (numbers["skip_vision"]["num_retained"], numbers["skip_vision"]["num_skipped"]) == (6, 5)
 
 
 @pytest.mark.parametrize(

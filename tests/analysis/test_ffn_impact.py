@@ -11,11 +11,11 @@ import torch.nn.functional as F
 
 from llava_sv import cli
 from llava_sv.analysis import ffn_impact
-from llava_sv.analysis.common import make_parser, open_job
 from llava_sv.model.language_model.decoders import DECODERS
 from llava_sv.model.language_model.skip_ffn import rows_through_ffn
 from llava_sv.model.token_groups import TokenRole
 from tests.analysis.families import save_family
+from tests.analysis.test_common import job_of
 from tests.parity.oracle import attention
 from tests.parity.tiny import ragged_batch, tiny_images, tiny_model
 
@@ -27,11 +27,6 @@ CASES = {
     "cos": ("cos", {}),
     "cos dense": ("cos", {"skip": False}),
 }
-
-
-def job_of(checkpoint, pictures, *more):
-    flags = ["--model-path", str(checkpoint), "--image-folder", str(pictures), "--device", "cpu", *more]
-    return open_job(make_parser("test", "", "").parse_args(flags))
 
 
 def by_hand(job):

@@ -11,7 +11,7 @@ import torch
 from llava_sv import cli
 from llava_sv.analysis import similarity
 from tests.analysis.families import BUDGETS, save_family
-from tests.analysis.test_ffn_impact import job_of
+from tests.analysis.test_common import job_of
 from tests.parity.oracle import merge_by_loops
 
 

@@ -23,6 +23,12 @@ CASES = {
     "llava": ("llava", True, {}, ["3/2", "4/5", "4/12", "dense"]),
     "llava dense": ("llava", False, {}, ["dense", "2/7"]),
     "llava, last visual, one layer": ("llava", True, {"last_visual_ffn": True, "skip_layers": [1]}, ["2/7", "dense"]),
+    "llava, by content": (
+        "llava",
+        True,
+        {"num_retained": "auto", "retained_mean": 4, "retained_threshold": 0.4},
+        ["3/2", "dense"],
+    ),
     "llava_hd": ("llava_hd", True, {}, ["3/5", "16/7", "dense"]),
     "cos": ("cos", True, {}, ["16/4", "20/6", "dense"]),
 }
@@ -52,7 +58,8 @@ def edited(checkpoint, folder, budget):
         values["skip_vision"] = None
     else:
         retained, skipped = map(int, budget.split("/"))
-        values["skip_vision"] = {**(values["skip_vision"] or {}), "num_retained": retained, "num_skipped": skipped}
+        block = {name: value for name, value in (values["skip_vision"] or {}).items() if "retained_" not in name}
+        values["skip_vision"] = {**block, "num_retained": retained, "num_skipped": skipped}
     from safetensors.torch import load_file, save_file
 
     weights = load_file(folder / "model.safetensors")
@@ -119,7 +126,8 @@ def test_each_budget_as_a_checkpoint_of_its_own(case, bench, tmp_path):
     for row in report["rows"]:
         assert row["flops_ratio"] == pytest.approx(row["prefill_flops"] / dense["prefill_flops"])
         assert row["kv_ratio"] == pytest.approx(row["kv_bytes"] / dense["kv_bytes"])
-    own = {"llava": "4/5", "llava_hd": "16/7", "cos": "20/6"}[family] if skips else "dense"
+    fixed = skips and "num_retained" not in switches
+    own = {"llava": "4/5", "llava_hd": "16/7", "cos": "20/6"}[family] if fixed else "none" if skips else "dense"
     assert [row["budget"] for row in report["rows"] if row["trained_so"]] == [own] * (own in budgets)
 
 

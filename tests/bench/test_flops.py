@@ -128,7 +128,7 @@ def test_dense_tokens_and_own_sizes(tmp_path):
         (["--family", "llava", "--skip-layers", "x"], "skip_layers"),
         (["--table", "--family", "cos"], "--table is of the paper's four settings"),
         (["--table", "--memory"], "go with --family or --model-path, not with the paper's table"),
-        (["--text-tokens", "-1"], "--text-tokens -1: too small"),
+        (["--text-tokens", "-1"], "--text-tokens -1: at least 0"),
         (["--family", "llava", "--memory", "--dense-tokens", "400"], "--memory runs the preset's own; leave it out"),
         (["--family", "llava", "--memory", "--text-tokens", "1"], "--text-tokens 1: --memory trains on 2 or more"),
         (["--family", "llava", "--llm-config", "gpt"], "unknown language model 'gpt'; known: llama-3-8b, vicuna-7b"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llava_sv import cli
-from llava_sv.bench import break_even, clock, infer, matmul, split, table
+from llava_sv.bench import break_even, cells, clock, infer, matmul, split, table
 from llava_sv.bench.feed import Feed
 from llava_sv.bench.models import freeze_encoder, make_batch, make_pair
 from llava_sv.bench.sizes import SIZES
@@ -226,8 +226,10 @@ def test_lengths_of_the_report(answers):
 
 
 def test_shares_without_any_saving():
-    assert clock.share(0.1, 0.0) is None
-    assert table.percent(None) == "-"
+    found = clock.savings([{"ms": 9.0}], [{"ms": 10.0}], "ms", flops_saved=0.0)
+    assert found["time_saved"] == pytest.approx(0.1)
+    assert found["time_saved_per_flops_saved"] is None
+    assert cells.percent(None) == "-"
 
 
 def test_peak_bytes_counts_weights_and_the_worst_moment():

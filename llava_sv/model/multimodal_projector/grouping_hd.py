@@ -29,7 +29,7 @@ def group_llava_hd(
     """
     _check(owner, views_per_image)
     images = list(tokens.split(views_per_image))
-    local = [_local(owner, views, None if sizes is None else sizes[i]) for i, views in enumerate(images)]
+    local = [tiles_of(owner, views, None if sizes is None else sizes[i]) for i, views in enumerate(images)]
     if owner.skip is None:
         return _dense(owner, images, local)
     overview = torch.stack([views[0] for views in images])
@@ -48,7 +48,7 @@ def _check(owner: Projecting, views_per_image: list[int]) -> None:
             raise ValueError(f"image {index} comes in {views - 1} tiles, but {which} allows {columns * rows}")
 
 
-def _local(owner: Projecting, views: Tensor, size: tuple[int, int] | None) -> Tensor:
+def tiles_of(owner: Projecting, views: Tensor, size: tuple[int, int] | None) -> Tensor:
     """The tiles' tokens of one image, tile by tile: [tiles, N, C] -> [n, C]; `anyres`: as one map [rows, columns, C]
     without the padding."""
     config = owner.config
