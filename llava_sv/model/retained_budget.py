@@ -72,6 +72,12 @@ def refuse_auto(skip: Any, family: str) -> None:
         )
 
 
+def open_yet(block: dict[str, Any]) -> tuple[str, ...]:
+    """Bounds of `auto` that cannot be judged by a block alone: the family brings the average or Ns that it lacks."""
+    known = block.get("num_retained") != AUTO or {"retained_mean", "num_skipped"} <= block.keys()
+    return () if known else ("retained_min", "retained_max")
+
+
 def over(block: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """A `skip_vision` block with the settings `given` put over it.
 
