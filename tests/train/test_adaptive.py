@@ -23,10 +23,12 @@ from llava_sv.model.compression.adaptive import choose_counts, find_threshold
 from llava_sv.model.config import SkipVisionConfig
 from llava_sv.model.loading import read_config
 from llava_sv.model.retained_budget import over
+from llava_sv.model.token_counts import check_counts, with_family_budget
 from llava_sv.model.token_groups import TokenRole
 from llava_sv.train import adaptive, train
 from llava_sv.train.flags import parse
 from llava_sv.train.metrics import read_metrics
+from tests.parity.tiny import tiny_config
 from tests.train import ranks
 from tests.train.runs import run
 from tests.train.tiny import SKIPPING
@@ -238,6 +240,24 @@ def test_bounds_are_not_judged_before_the_family_s_average_is_known():
     assert own_row("a: num_retained=auto retained_min=150 retained_max=500", {}).extras == block
     with pytest.raises(UserError, match="retained_mean 100 does not lie within retained_min 150"):
         parse([*base, *flags, "--sv_retained_mean", "100", "--sv_num_skipped", "156"])[0].skip_vision()
+
+
+@pytest.mark.parametrize(
+    ("family", "block", "most"),
+    [
+        ("llava_hd", {"retained_mean": 12}, 16),
+        ("llava_hd", {"retained_mean": 12, "num_skipped": 3}, 14),
+        ("llava_hd", {"retained_mean": 7}, 14),
+        ("llava", {"retained_mean": 10, "merge": False}, 15),
+        ("llava", {"retained_mean": 10, "num_skipped": 4}, 13),
+        ("llava", {"retained_mean": 3, "num_skipped": 9}, 6),
+    ],
+)
+def test_the_upper_bound_is_what_there_is_to_retain(family, block, most):
+    config = tiny_config(None, mm_family=family)
+    config.skip_vision = with_family_budget(config, {"num_retained": "auto", **block})
+    check_counts(config)
+    assert config.skip_vision.retained_max == most
 
 
 def test_flags():
