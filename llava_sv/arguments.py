@@ -140,7 +140,7 @@ class ModelArguments(LoraArguments):
             return inherited
         block = retained_budget.over(inherited or {}, given)
         # a checkpoint that nobody has read yet may say `auto`
-        open_yet = () if "num_retained" in block else retained_budget.FIELDS
+        open_yet = retained_budget.open_yet(block) if "num_retained" in block else retained_budget.FIELDS
         SkipVisionConfig.from_dict({name: value for name, value in block.items() if name not in open_yet})
         return block
 

@@ -13,6 +13,7 @@ from typing import Any
 from llava_sv.errors import UserError
 from llava_sv.model.compression.select import get_selector
 from llava_sv.model.config import SkipVisionConfig
+from llava_sv.model.retained_budget import open_yet
 from llava_sv.model.token_groups import KV_LEVELS
 
 FAMILIES: dict[str, str] = {"llava": "scripts/v1_5", "llava_hd": "scripts/v1_5_hd", "cos": "scripts/cos"}
@@ -243,6 +244,7 @@ def _check(settings: dict[str, Any], kv: str) -> None:
         raise UserError(f"unknown setting {unknown[0]!r}; known: {', '.join((*known, 'kv', 'like'))}")
     if kv not in KV_LEVELS:
         raise UserError(f"kv: unknown level {kv!r}; known: {', '.join(KV_LEVELS)}")
-    config = SkipVisionConfig.from_dict(settings)
+    left_open = open_yet(settings)
+    config = SkipVisionConfig.from_dict({name: value for name, value in settings.items() if name not in left_open})
     config.layers_that_skip(2**16)
     get_selector(config.selection)

@@ -72,6 +72,25 @@ def refuse_auto(skip: Any, family: str) -> None:
         )
 
 
+def within_patches(block: dict[str, Any], most: int) -> dict[str, Any]:
+    """An `auto` block whose upper bound, where none is given and twice the average is more, is the `most` that an image
+    can retain."""
+    mean, skipped = block.get("retained_mean"), block.get("num_skipped")
+    if block.get("retained_max") is not None or not isinstance(mean, int) or not mean <= most < 2 * mean:
+        return block
+    if block.get("merge", True):
+        if not isinstance(skipped, int):
+            return block
+        most = min(most, mean + skipped - 1)
+    return {**block, "retained_max": max(mean, most)}
+
+
+def open_yet(block: dict[str, Any]) -> tuple[str, ...]:
+    """Bounds of `auto` that cannot be judged by a block alone: the family brings the average or Ns that it lacks."""
+    known = block.get("num_retained") != AUTO or {"retained_mean", "num_skipped"} <= block.keys()
+    return () if known else ("retained_min", "retained_max")
+
+
 def over(block: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """A `skip_vision` block with the settings `given` put over it.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from llava_sv.errors import UserError
 from llava_sv.model.cos_presets import scales_of
-from llava_sv.model.retained_budget import AUTO, check_most, refuse_auto
+from llava_sv.model.retained_budget import AUTO, check_most, refuse_auto, within_patches
 from llava_sv.model.token_groups import KV_LEVELS, TokenRole
 from llava_sv.tiling import ANYRES, Grid, Size, grid_of, parse_grid, sizes_of_grids, unpadded
 
@@ -215,6 +215,8 @@ def with_family_budget(config: Any, skip_vision: dict[str, Any]) -> dict[str, An
     budget = FAMILIES[config.mm_family].budget(config)
     if skip_vision.get("num_retained") == AUTO:  # HD's own retains all there is to choose among
         budget = {"retained_mean": max(1, budget["num_retained"] // 2), **budget} if budget else {}
+        most = config.num_patches - int(config.mm_family == "llava")  # which has nothing else to skip
+        return within_patches({**budget, **skip_vision}, most)
     return {**budget, **skip_vision}
 
 

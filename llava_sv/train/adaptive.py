@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_sv.cluster.agree import same_everywhere
+from llava_sv.cluster.agree import gather
 from llava_sv.errors import UserError
 from llava_sv.model.checkpoint_io import gathered
 from llava_sv.model.compression.adaptive import find_threshold
 from llava_sv.model.compression.select import get_selector, wants_of
+from llava_sv.model.config import SkipVisionConfig
+from llava_sv.model.retained_budget import FIELDS, over
 
 LOOKED_AT = 512
 """Images that the threshold is found on: the average over others then lies within about a percent of the budget."""
@@ -30,13 +32,14 @@ AT_ONCE = 16
 def settle(model: Any, dataset: Any, device: torch.device, checkpoint: Path | None = None) -> str:
     """Set the model's `retained_threshold` where it has none yet, and say how; "" where there is nothing to do.
 
-    dataset: a `LazySupervisedDataset`. checkpoint: what the run goes on from: its threshold is
-    taken. Raises `UserError` where no record has an image.
+    dataset: a `LazySupervisedDataset`. checkpoint: what the run goes on from: its threshold is taken, unless it was
+    found for another average, other bounds or another selection. Raises `UserError` where no record has an image, and
+    where none of those looked at can be read.
     """
     skip = model.config.skip_vision
     if skip is None or not skip.adaptive or skip.retained_threshold is not None:
         return ""
-    known = _threshold_of(checkpoint)
+    known = _threshold_of(checkpoint, skip)
     if known is not None:
         skip.retained_threshold = known
         return f"num_retained auto: threshold {known:.4f}, the checkpoint's"
@@ -47,10 +50,18 @@ def settle(model: Any, dataset: Any, device: torch.device, checkpoint: Path | No
             "give --sv_retained_threshold, or a number of tokens (--sv_num_retained)"
         )
     chosen = with_image[np.unique(np.linspace(0, len(with_image) - 1, LOOKED_AT).round().astype(int))]
-    scores = scores_of(model, (view for index in chosen.tolist() for view in _first_views(dataset[index])), device)
+    images = (image for index in chosen.tolist() for image in dataset[index]["images"])
+    skipping: list[bool] = []
+    scores = scores_of(model, _first_views(images, skipping), device)
     dataset.reader.counts.forget()  # training counts the pictures that it cannot read itself
+    if not len(scores):
+        raise UserError(
+            f"num_retained auto is fitted to the training images, and none of {len(chosen)} records looked at has one "
+            "that can be read; check --image_folder, or give --sv_retained_threshold"
+        )
+    scores = scores[torch.tensor(skipping)] if any(skipping) else scores
     threshold, counts = find_threshold(scores, skip)
-    skip.retained_threshold = float(same_everywhere(np.array([threshold]))[0])
+    skip.retained_threshold = gather(threshold)[0]  # other devices may round otherwise
     return (
         f"num_retained auto: threshold {skip.retained_threshold:.4f}, found on {len(counts)} images: "
         f"{counts.double().mean():.1f} retained on average, {int(counts.min())} to {int(counts.max())}"
@@ -74,7 +85,7 @@ def at_the_most(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def scores_of(model: Any, views: Iterator[Tensor], device: torch.device) -> Tensor:
-    """What `selection` scores of each view's patches: views [3, H, W] -> [V, N] float32, in host memory."""
+    """What `selection` scores of each view's patches: views [3, H, W] -> [V, N] float32, in host memory; V may be 0."""
     skip, tower = model.config.skip_vision, model.get_vision_tower()
     select, wanted = get_selector(skip.selection), wants_of(skip.selection)
     found: list[Tensor] = []
@@ -92,22 +103,25 @@ def scores_of(model: Any, views: Iterator[Tensor], device: torch.device) -> Tens
                 score()
         if waiting:
             score()
-    return torch.cat(found)
+    return torch.cat(found) if found else torch.empty(0, 0)
 
 
-def _first_views(sample: dict[str, Any]) -> list[Tensor]:
-    """Of each image, the view that retained tokens are chosen from: HD's overview."""
-    images = sample["images"]
-    return [image[0] if image.dim() == 4 else image for image in images]
+def _first_views(images: Iterator[Tensor], skipping: list[bool]) -> Iterator[Tensor]:
+    """Of each image, the view that retained tokens are chosen from: HD's overview. `skipping` is told which images skip
+    anything: one that HD cuts into no tiles stays whole, whatever its content."""
+    for image in images:
+        skipping.append(image.dim() == 3 or len(image) > 1)
+        yield image[0] if image.dim() == 4 else image
 
 
-def _threshold_of(checkpoint: Path | None) -> float | None:
-    """What the config.json of a checkpoint holds, if it has one."""
+def _threshold_of(checkpoint: Path | None, skip: SkipVisionConfig) -> float | None:
+    """What the config.json of a checkpoint holds, if it has one; None where it was found for another choice."""
     path = None if checkpoint is None else checkpoint / "config.json"
     if path is None or not path.is_file():
         return None
     block = json.loads(path.read_text(encoding="utf-8")).get("skip_vision") or {}
-    return block.get("retained_threshold")
+    choice = {name: getattr(skip, name) for name in ("num_retained", "selection", *FIELDS[:3])}
+    return over(block, choice).get("retained_threshold")
 
 
 @contextmanager

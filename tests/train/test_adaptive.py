@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from llava_sv import cli
+from llava_sv.analysis.common import make_parser
+from llava_sv.analysis.tradeoff import described_config
+from llava_sv.analysis.tradeoff_budgets import Asked, config_at
+from llava_sv.analysis.trajectory import add_budget_flags, open_skipping
 from llava_sv.errors import UserError
+from llava_sv.eval.ablation_rows import own_row
 from llava_sv.eval.retained import summary, take, watching
 from llava_sv.model.builder import load_pretrained_model
-from llava_sv.model.compression.adaptive import choose_counts
+from llava_sv.model.compression.adaptive import choose_counts, find_threshold
 from llava_sv.model.config import SkipVisionConfig
 from llava_sv.model.loading import read_config
 from llava_sv.model.retained_budget import over
+from llava_sv.model.token_counts import check_counts, with_family_budget
 from llava_sv.model.token_groups import TokenRole
 from llava_sv.train import adaptive, train
 from llava_sv.train.flags import parse
 from llava_sv.train.metrics import read_metrics
+from tests.parity.tiny import tiny_config
 from tests.train import ranks
 from tests.train.runs import run
 from tests.train.tiny import SKIPPING
@@ -109,15 +118,74 @@ def test_packs_train(world, tmp_path):
     assert all(0 < row["loss"] < 20 for row in rows)
 
 
-def test_a_resumed_run_takes_its_checkpoint_s_threshold(tmp_path):
-    class Model:
-        class config:
-            skip_vision = SkipVisionConfig(num_retained="auto", retained_mean=4)
+class Images:
+    """A dataset, as far as `settle` reads it; the samples' views are 3 x 2 x 2."""
 
-    (tmp_path / "config.json").write_text(json.dumps({"skip_vision": {"retained_threshold": 0.25}}))
-    assert "the checkpoint's" in adaptive.settle(Model, None, torch.device("cpu"), tmp_path)
-    assert Model.config.skip_vision.retained_threshold == 0.25
-    assert adaptive.settle(Model, None, torch.device("cpu"), tmp_path) == ""
+    def __init__(self, views):
+        self.views, self.counts, self.reader = views, self, self
+
+    def forget(self):
+        pass
+
+    def modalities(self):
+        return np.ones(len(self.views), bool)
+
+    def __getitem__(self, index):
+        shape = (self.views[index], 3, 2, 2) if self.views[index] else (3, 2, 2)
+        return {"images": [torch.full(shape, float(index))]}
+
+
+def settled(monkeypatch, views, scores, checkpoint=None, **settings):
+    """The `skip_vision` of a model after `settle` on images that score so."""
+    model = SimpleNamespace(
+        config=SimpleNamespace(skip_vision=SkipVisionConfig(**{"num_retained": "auto", "retained_mean": 4, **settings}))
+    )
+    monkeypatch.setattr(adaptive, "scores_of", lambda _, seen, __: scores[[int(view[0, 0, 0]) for view in seen]])
+    said = adaptive.settle(model, Images(views), torch.device("cpu"), checkpoint)
+    return model.config.skip_vision, said
+
+
+def some_scores(count):
+    return torch.randn(count, 16, generator=torch.Generator().manual_seed(4))
+
+
+def test_a_resumed_run_takes_its_checkpoint_s_threshold(tmp_path, monkeypatch):
+    block = SkipVisionConfig(num_retained="auto", retained_mean=4, retained_threshold=0.25).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps({"skip_vision": block}))
+    skip, said = settled(monkeypatch, [0] * 30, some_scores(30), tmp_path, num_skipped=8)
+    assert skip.retained_threshold == 0.25
+    assert "the checkpoint's" in said
+    _, said = settled(monkeypatch, [0] * 30, some_scores(30), tmp_path, retained_threshold=0.25)
+    assert said == ""
+
+
+@pytest.mark.parametrize("changed", [{"retained_mean": 6}, {"retained_max": 5}, {"selection": "cls_attention"}])
+def test_a_resumed_run_that_chooses_otherwise_finds_its_own(tmp_path, monkeypatch, changed):
+    block = SkipVisionConfig(num_retained="auto", retained_mean=4, retained_threshold=0.25).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps({"skip_vision": block}))
+    scores = some_scores(30)
+    skip, said = settled(monkeypatch, [0] * 30, scores, tmp_path, **changed)
+    assert skip.retained_threshold == find_threshold(scores, skip)[0] != 0.25
+    assert "found on 30 images" in said
+
+
+def test_hd_s_threshold_is_found_on_images_that_skip(monkeypatch):
+    scores = some_scores(30)
+    scores[::2] = scores[::2].exp() ** 3
+    skip, said = settled(monkeypatch, [1, 5] * 15, scores)
+    assert skip.retained_threshold == find_threshold(scores[1::2], skip)[0]
+    assert abs(find_threshold(scores, skip)[0] - skip.retained_threshold) > 0.01
+    assert "found on 15 images" in said
+    skip, _ = settled(monkeypatch, [1] * 30, scores)
+    assert skip.retained_threshold == find_threshold(scores, skip)[0]
+
+
+def test_all_ranks_take_the_first_one_s_threshold(monkeypatch, capsys):
+    monkeypatch.setattr("llava_sv.cluster.agree.gather", lambda mine: [0.25, mine])
+    monkeypatch.setattr(adaptive, "gather", lambda mine: [0.25, mine], raising=False)
+    skip, _ = settled(monkeypatch, [0] * 30, some_scores(30))
+    assert skip.retained_threshold == 0.25
+    assert capsys.readouterr().out == ""
 
 
 def test_settings_put_over_others():
@@ -160,6 +228,36 @@ def test_a_batch_is_looked_for_with_images_that_retain_the_most(trained, world):
         assert set(counts_on(model, processor, world)) == {8}
     assert counts_on(model, processor, world) == before
     assert min(before) < 8
+
+
+def test_bounds_are_not_judged_before_the_family_s_average_is_known():
+    """100 + 156, what a block without a family has, would refuse both; LLaVA-HD's 288 + 576 holds them."""
+    base = ["--model_name_or_path", "m", "--output_dir", "o", "--data_path", "d", "--version", "v1"]
+    bounds = {"retained_min": 150, "retained_max": 500}
+    flags = ["--mm_family", "llava_hd", "--sv_num_retained", "auto", "--sv_retained_min", "150"]
+    block = parse([*base, *flags, "--sv_retained_max", "500"])[0].skip_vision()
+    assert block == {"num_retained": "auto", **bounds}
+    assert own_row("a: num_retained=auto retained_min=150 retained_max=500", {}).extras == block
+    with pytest.raises(UserError, match="retained_mean 100 does not lie within retained_min 150"):
+        parse([*base, *flags, "--sv_retained_mean", "100", "--sv_num_skipped", "156"])[0].skip_vision()
+
+
+@pytest.mark.parametrize(
+    ("family", "block", "most"),
+    [
+        ("llava_hd", {"retained_mean": 12}, 16),
+        ("llava_hd", {"retained_mean": 12, "num_skipped": 3}, 14),
+        ("llava_hd", {"retained_mean": 7}, 14),
+        ("llava", {"retained_mean": 10, "merge": False}, 15),
+        ("llava", {"retained_mean": 10, "num_skipped": 4}, 13),
+        ("llava", {"retained_mean": 3, "num_skipped": 9}, 6),
+    ],
+)
+def test_the_upper_bound_is_what_there_is_to_retain(family, block, most):
+    config = tiny_config(None, mm_family=family)
+    config.skip_vision = with_family_budget(config, {"num_retained": "auto", **block})
+    check_counts(config)
+    assert config.skip_vision.retained_max == most
 
 
 def test_flags():
@@ -271,6 +369,31 @@ def test_data_without_images_says_that_there_is_nothing_to_fit(world, tmp_path, 
     path.write_text(json.dumps(records))
     assert train.main(world.flags("skip", tmp_path / "out", *AUTO, "--data_path", str(path))) == 2
     assert "num_retained auto is fitted to the training images, and no record has one; give" in capsys.readouterr().err
+
+
+def test_pictures_none_of_which_can_be_read_are_named(world, tmp_path, capsys):
+    records = json.loads((world.data / "sft.json").read_text())
+    for number, record in enumerate(records):
+        if "image" in record:
+            record["image"] = f"lost-{number}.png"
+    path = tmp_path / "lost.json"
+    path.write_text(json.dumps(records))
+    flags = world.flags("skip", tmp_path / "out", *AUTO, "--data_path", str(path), "--missing_images", "skip")
+    assert train.main(flags) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "none of 12 records looked at has one that can be read; check --image_folder" in said
+
+
+@pytest.mark.parametrize("given", [{"num_retained": 3}, {"num_retained": 3, "num_skipped": 6}])
+def test_analyses_take_a_fixed_budget_instead(trained, world, given):
+    parser = make_parser("x", "x", "x")
+    add_budget_flags(parser)
+    flags = [word for name, count in given.items() for word in (f"--{name.replace('_', '-')}", str(count))]
+    where = ["--model-path", str(trained[0]), "--image-folder", str(world.data / "images"), "--device", "cpu"]
+    job = open_skipping(parser.parse_args([*where, *flags]))
+    assert (job.model.config.skip_vision.num_retained, job.model.config.skip_vision.adaptive) == (3, False)
+    made = config_at(described_config(str(trained[0])), Asked(3, 6)).skip_vision
+    assert (made.num_retained, made.num_skipped, made.retained_mean) == (3, 6, None)
 
 
 def test_hd_takes_half_the_overview_by_default(world, tmp_path):

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from llava_sv.model.compression.select import flat_rows, gather_tokens
 
+ROUNDING = 1e-6
+"""Cosines in float32 that differ by less count as equal."""
+
 
 @dataclass
 class MergePlan:
@@ -49,7 +52,9 @@ def plan_merge(tokens: Tensor, num_kept: int, mask: Tensor | None = None, each: 
         to_kept = unit @ gather_tokens(unit, kept).transpose(1, 2)
     if mask is not None or each is not None:
         to_kept = to_kept.masked_fill(~kept_mask.unsqueeze(1), -torch.inf)
-    target = torch.where(own_slot >= 0, own_slot, to_kept.argmax(dim=2))  # the first of equals: the earlier token
+    # the first of equals: the earlier token. A product's columns are not rounded alike, and twins differ by that much
+    nearest = (to_kept >= to_kept.amax(dim=2, keepdim=True) - ROUNDING).to(torch.int8).argmax(dim=2)
+    target = torch.where(own_slot >= 0, own_slot, nearest)
     return MergePlan(kept, kept_mask, target if mask is None else target.masked_fill(~mask, num_kept))
 
 
