@@ -12,9 +12,9 @@ import torch
 
 from llava_sv import cli
 from llava_sv.analysis.common import make_parser
-from llava_sv.analysis.tradeoff import described_config
 from llava_sv.analysis.tradeoff_budgets import Asked, config_at
 from llava_sv.analysis.trajectory import add_budget_flags, open_skipping
+from llava_sv.bench.checkpoint import read_checkpoint
 from llava_sv.errors import UserError
 from llava_sv.eval.ablation_rows import own_row
 from llava_sv.eval.retained import summary, take, watching
@@ -392,7 +392,7 @@ def test_analyses_take_a_fixed_budget_instead(trained, world, given):
     where = ["--model-path", str(trained[0]), "--image-folder", str(world.data / "images"), "--device", "cpu"]
     job = open_skipping(parser.parse_args([*where, *flags]))
     assert (job.model.config.skip_vision.num_retained, job.model.config.skip_vision.adaptive) == (3, False)
-    made = config_at(described_config(str(trained[0])), Asked(3, 6)).skip_vision
+    made = config_at(read_checkpoint(str(trained[0]), may_be_dense=True), Asked(3, 6)).skip_vision
     assert (made.num_retained, made.num_skipped, made.retained_mean) == (3, 6, None)
 
 
