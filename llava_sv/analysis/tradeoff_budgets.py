@@ -22,6 +22,7 @@ from llava_sv.errors import UserError
 from llava_sv.model.compression.summary import SummaryTokens
 from llava_sv.model.config import SkipVisionConfig
 from llava_sv.model.loading import check_config
+from llava_sv.model.retained_budget import over
 from llava_sv.tiling import ANYRES, Size
 
 DENSE = "dense"
@@ -75,8 +76,8 @@ def config_at(config: Any, budget: Asked) -> Any:
             block = config.skip_vision.to_dict() if config.skip_vision else {}
             if not block.get("merge", True):
                 raise UserError("this checkpoint skips without merging, all that is not retained; drop it")
-            block |= {"num_retained": budget.retained, "num_skipped": budget.skipped}
-            made.skip_vision = SkipVisionConfig.from_dict(block)
+            given = {"num_retained": budget.retained, "num_skipped": budget.skipped}
+            made.skip_vision = SkipVisionConfig.from_dict(over(block, given))
         check_config(made, made.vision_config)
     except UserError as error:
         raise UserError(f"--budgets {budget.name}: {error}") from error
