@@ -80,6 +80,7 @@ def bounds_of(measured: Arrays, gains: Arrays, head: Head) -> Arrays:
         kept = np.array(grown(gain[-1], error[-2]))
         known = gain[np.isfinite(gain)] if np.isfinite(gain).any() else np.zeros(1)
         carried = error[-1] + final + float(log(head.spectral))
+        last = kept if float(measured["last_passes"]) else error[-1]
         similar = np.logaddexp(error[-1], log(measured.get("similarity_error", 0.0)))
         found |= {
             f"error/{kind}": error,
@@ -89,7 +90,7 @@ def bounds_of(measured: Arrays, gains: Arrays, head: Head) -> Arrays:
             f"kl12/{kind}": gaussian_kl(carried, sigma),
             f"kl13/{kind}": gaussian_kl(similar + final + float(log(head.spectral)), sigma),
             f"kl12_written/{kind}": gaussian_kl(error[-1], sigma),
-            f"kl_softmax/{kind}": softmax_kl(kept + final + float(log(head.range))),
+            f"kl_softmax/{kind}": softmax_kl(last + final + float(log(head.range))),
         }
     return found
 

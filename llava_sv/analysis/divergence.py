@@ -42,7 +42,8 @@ def measure(walk: Walk, plan: Plan) -> dict[str, np.ndarray]:
     `skip_error_relative` that over their own lengths; `gain_secant`, `gain_operator` (with `gain_attention` and
     `gain_ffn`), `gain_jvp`, `gain_jvp_norm`, NaN where x and y are still one. [L + 1]: `error`, the length of x - y
     before each layer and after the last; `error_skipped`, `error_kept` and `error_last`, its share in skipped tokens,
-    the others, the last one; `hidden`, `hidden_kept` and `hidden_last`, the length of x. And `outputs`.
+    the others, the last one; `hidden`, `hidden_kept` and `hidden_last`, the length of x. []: `last_passes`, 1 where the
+    last position passes the FFN (not so where a prompt ends with a skipped token). And `outputs`.
     """
     count = len(walk.layers)
     names = ["skip_error", "skip_error_token", "skip_error_relative"]
@@ -68,7 +69,8 @@ def measure(walk: Walk, plan: Plan) -> dict[str, np.ndarray]:
         x, y = full, skipping
     states.append(_lengths(walk, x, y))
     per_state = {name: np.array([state[name] for state in states]) for name in states[0]}
-    return {**per_layer, **per_state, **outputs(walk, x[-1], y[-1], plan.sigma)}
+    last = {"last_passes": np.array(float(walk.passes[-1]))}
+    return {**per_layer, **per_state, **last, **outputs(walk, x[-1], y[-1], plan.sigma)}
 
 
 def _lengths(walk: Walk, x: Tensor, y: Tensor) -> dict[str, float]:

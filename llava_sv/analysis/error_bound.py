@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from llava_sv.analysis.bounds import DOMAIN, MEANING, PROVED, Arrays, Check, Head, bounds_of, checks_of, gains_of
 from llava_sv.analysis.common import Job, Results, finite_mean, make_parser
@@ -146,7 +147,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     layers = layers_of(job, args)
     norms = None
     if "spectral" in gains_asked:
-        norms = [norms_of(layer, args.power_iterations) for layer in job.model.get_model().layers]
+        decoder = tqdm(job.model.get_model().layers, desc="spectral norms", unit="layer")
+        norms = [norms_of(layer, args.power_iterations) for layer in decoder]
     head = Head(*head_norms(job.model))
     plan = Plan(frozenset(layers), norms, args.power_iterations if "jvp" in gains_asked else 0, args.sigma)
     head_dim = job.model.get_model().layers[0].self_attn.head_dim

@@ -33,12 +33,12 @@ def outcomes(walk: Walk, sets: Sequence[LayerSet]) -> list[Outcome]:
     Sets that agree in their first layers share the walk through them; the smaller branch goes first, so that few
     states of [T, C] are alive at a time.
     """
-    ends: dict[LayerSet, Tensor] = {}
+    ends: dict[LayerSet, tuple[Tensor, Tensor]] = {}  # of the tokens that are not skipped, and of the last one
     todo: list[tuple[int, Tensor, list[LayerSet]]] = [(0, walk.embeds, list({*sets, LayerSet()}))]
     while todo:
         index, hidden, group = todo.pop()
         if index == len(walk.layers):
-            ends[group[0]] = hidden[walk.passes]
+            ends[group[0]] = hidden[walk.passes], hidden[-1].clone()  # not a view, which keeps all
             continue
         attended = walk.attend(index, hidden)
         passed = attended + walk.ffn(index, attended)
@@ -52,6 +52,6 @@ def outcomes(walk: Walk, sets: Sequence[LayerSet]) -> list[Outcome]:
     return [_outcome(walk, full, ends[one]) for one in sets]
 
 
-def _outcome(walk: Walk, full: Tensor, skipping: Tensor) -> Outcome:
-    error = length_of(full - skipping) / length_of(full)
-    return Outcome(error, kl(walk.logits(skipping[-1]), walk.logits(full[-1])))
+def _outcome(walk: Walk, full: tuple[Tensor, Tensor], skipping: tuple[Tensor, Tensor]) -> Outcome:
+    error = length_of(full[0] - skipping[0]) / length_of(full[0])
+    return Outcome(error, kl(walk.logits(skipping[1]), walk.logits(full[1])))

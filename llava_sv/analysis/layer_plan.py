@@ -176,7 +176,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 def write_config(args: argparse.Namespace, job: Job, setting: str | list[int]) -> None:
     """The checkpoint's config.json with these `skip_layers`, into another folder."""
     values = read_json(Path(args.model_path, "config.json"), "llava-sv train")
-    values["skip_vision"] = replace(job.model.config.skip_vision, skip_layers=setting).to_dict()
+    values["skip_vision"] = replace(job.model.config.skip_vision, skip_ffn=True, skip_layers=setting).to_dict()
     path = Path(args.write_config, "config.json")
     try:
         write_json(path, values)

@@ -1,9 +1,9 @@
 """Constants that provably bound how far a decoder layer drives two sequences apart: the operator norms of Theorem 5.1
 made true for RMSNorm, grouped queries, rotary positions, a gated FFN and residuals. docs/Theory.md proves each.
 
-None is global: attention and a gated FFN have no global constant. Each holds for the two sequences at hand, x (full)
-and y (skipping), and is read off their own tokens. Called by `error_bound`. T length, C width, H heads, G key heads,
-D head width, M FFN width; all norms are over all entries (Frobenius).
+None is global: without the norm before them, attention and a gated FFN have no constant for all inputs. Each holds for
+the two sequences at hand, x (full) and y (skipping), and is read off their own tokens. Called by `error_bound`.
+T length, C width, H heads, G key heads, D head width, M FFN width; all norms are over all entries (Frobenius).
 """
 
 from __future__ import annotations

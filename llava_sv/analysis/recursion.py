@@ -45,7 +45,8 @@ def closed_form(log_gain: float, log_new: float, layers: int) -> float:
 def gaussian_kl(log_error: Array | float, sigma: float) -> Array:
     """(12) and (13): KL of two Gaussians of covariance sigma^2 I whose means lie `error` apart: error^2 / (2 sigma^2).
     Equal where `error` is their distance, an upper bound where it bounds it."""
-    return 2 * np.asarray(log_error, dtype=np.float64) - math.log(2 * sigma**2)
+    # not the logarithm of sigma's square, which overflows and underflows long before sigma
+    return 2 * np.asarray(log_error, dtype=np.float64) - math.log(2) - 2 * log(sigma)
 
 
 def softmax_kl(log_range: Array | float) -> Array:

@@ -151,10 +151,11 @@ def chance_of(report: dict[str, Any]) -> float | None:
 
 
 def label_of(path: Path, paths: list[Path]) -> str:
-    """A report's name in the figure: its folder's, and the file's where two would be called alike."""
-    parents = [other.resolve().parent.name for other in paths]
-    name = path.resolve().parent.name
-    return name if parents.count(name) == 1 else f"{name}/{path.stem}"
+    """A report's name in the figure: its folder's, and the file's where two would be called alike, or else its path."""
+    names = [f"{other.resolve().parent.name}/{other.stem}" for other in paths]
+    parents = [name.partition("/")[0] for name in names]
+    name, parent = names[paths.index(path)], parents[paths.index(path)]
+    return parent if parents.count(parent) == 1 else name if names.count(name) == 1 else str(path)
 
 
 def drawn_costs(reports: dict[str, list[Point]]) -> list[str]:
@@ -255,9 +256,9 @@ def run(args: argparse.Namespace) -> int:
     results = Results(args.output, "tradeoff", args.overwrite)
     if any(path.resolve() == results.paths["json"].resolve() for path in paths):
         raise UserError(f"--output {args.output}: would replace a report that is read; name another folder")
-    found = {label_of(path, paths): read(path) for path in paths}
-    if len(found) < len(paths):
+    if len({path.resolve() for path in paths}) < len(paths):
         raise UserError("--reports: one file is there twice; drop one")
+    found = {label_of(path, paths): read(path) for path in paths}
     reports, asked = {label: points for label, (points, _) in found.items()}, [about for _, about in found.values()]
     if any(about != asked[0] for about in asked):
         print("note: the reports are of different questions; accuracies compare within a report only", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,12 +12,14 @@ import torch
 
 from llava_sv import cli
 from llava_sv.analysis.bounds import PROVED, Head, bounds_of, checks_of, gains_of
-from llava_sv.analysis.divergence import Plan, measure
+from llava_sv.analysis.divergence import Plan, measure, similarity_error
 from llava_sv.analysis.error_bound import layers_of, statement, tally
 from llava_sv.analysis.lipschitz import head_norms, layer_constant, norm_constant, norms_of
+from llava_sv.analysis.trajectory import walk_of
 from llava_sv.errors import UserError
 from llava_sv.model.config import SkipVisionConfig
 from tests.analysis.families import save_family
+from tests.analysis.test_ffn_impact import job_of
 from tests.analysis.walks import ROLES, skipping_forward, tiny_walk
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
@@ -133,6 +136,41 @@ def test_gains_by_derivatives_lie_between_their_fellows():
     assert (found["gain_jvp_norm"][1:] <= found["gain_operator"][1:] * (1 + 1e-6)).all()
     assert np.isnan(found["gain_jvp"][0])
     assert (found["gain_jvp"][1:] > 0.2 * found["gain_secant"][1:]).all()
+
+
+@pytest.mark.parametrize("skips", [(2,), (0, 1, 2)])
+def test_a_prompt_that_ends_with_a_skipped_token(skips):
+    """As templates that drop words have it, without a latter summary: there the last layer's error is in the answer."""
+    walk = tiny_walk(seed=2)
+    walk.roles[-1] = 5
+    found, *_, checks = checked(walk, skips, iterations=0)
+    assert float(found["kl"]) > 0
+    assert [name for name, check in checks.items() if check.proved and not check.holds] == []
+
+
+@torch.no_grad()
+def test_the_similarity_term_by_loops(skip_checkpoint, pictures):
+    """(13)'s theta: of each patch that is no token of the sequence, the cosine to the nearest one that is."""
+    job = job_of(skip_checkpoint, pictures, "--num-images", "1")
+    sample = next(job.samples("by loops"))
+    walk = walk_of(job, sample)
+    found = similarity_error(job, sample, walk)
+    (image,) = sample.batch.images
+    dense = job.model.get_model().mm_projector.tokens_of(job.model.get_vision_tower()(image[None]))[0].tolist()
+    standing = [row for row, role in zip(walk.embeds.tolist(), walk.roles.tolist()) if role in (3, 4, 5)]
+    assert (len(dense), len(standing)) == (16, 9)
+    cosines, lengths = [], []
+    for token in dense:
+        if token in standing:
+            continue
+        length = math.hypot(*token)
+        lengths.append(length)
+        cosines.append(max(sum(a * b for a, b in zip(token, one)) / length / math.hypot(*one) for one in standing))
+    assert 7 < len(cosines) < 12
+    theta = sum(cosines) / len(cosines)
+    assert float(found["theta"]) == pytest.approx(theta, rel=1e-6)
+    size = (sum(length**2 for length in lengths) / len(lengths)) ** 0.5
+    assert float(found["similarity_error"]) == pytest.approx((2 - 2 * theta) ** 0.5 * size, rel=1e-6)
 
 
 def test_a_bound_that_fails_is_said():

@@ -13,6 +13,7 @@ from llava_sv import cli
 from llava_sv.analysis.joint_error import outcomes
 from llava_sv.analysis.layer_plan import Step, as_setting, flops_saved, greedy_path, ranked_path, tokens_of, within
 from llava_sv.model.config import SkipVisionConfig
+from tests.analysis.families import save_family
 from tests.analysis.walks import skipping_forward, tiny_walk
 
 SETS = [frozenset(one) for size in range(5) for one in itertools.combinations(range(4), size)]
@@ -36,6 +37,17 @@ def test_many_sets_at_once_are_each_set_alone(decoder):
             assert outcome.error == pytest.approx(error, rel=1e-3, abs=1e-6)
             assert outcome.kl == pytest.approx(kl, rel=1e-2, abs=1e-6)
     assert outcomes(walk, [frozenset()])[0].error == 0.0
+
+
+def test_a_prompt_that_ends_with_a_skipped_token():
+    walk = tiny_walk(seed=4, layers=4)
+    walk.roles[-1] = 5
+    with torch.no_grad():
+        for skips in (frozenset({3}), frozenset({0, 3})):
+            (outcome,), (error, kl) = outcomes(walk, [skips]), one_by_one(walk, skips)
+            assert outcome.error == pytest.approx(error, rel=1e-3, abs=1e-6)
+            assert outcome.kl == pytest.approx(kl, rel=1e-2)
+            assert kl > 1e-4
 
 
 def evaluator(walks):
@@ -123,6 +135,14 @@ def test_the_command_and_the_config_it_leaves(more, skip_checkpoint, pictures, t
     arrays = np.load(tmp_path / "layer-plan.npz")
     assert arrays["together"].shape == (4, 2)
     assert arrays["added"].tolist() == [1, 0]
+
+
+def test_the_config_it_leaves_skips_where_the_checkpoint_did_not(pictures, tmp_path):
+    checkpoint = save_family(tmp_path / "model", "llava", skip_ffn=False)
+    given = ("--budget", "0.0001", "--num-images", "1", "--write-config", str(tmp_path / "config"))
+    assert cli.main(flags(checkpoint, pictures, tmp_path, *given)) == 0
+    skip = SkipVisionConfig.from_dict(json.loads((tmp_path / "config" / "config.json").read_text())["skip_vision"])
+    assert skip.layers_that_skip(2) == [1]
 
 
 def test_a_budget_that_nothing_fits(skip_checkpoint, pictures, tmp_path, capsys):

@@ -43,6 +43,11 @@ def test_the_gaussians_kl_is_that_of_the_gaussians():
     assert math.exp(gaussian_kl(math.log(float(means.norm())), sigma)) == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.parametrize("sigma", [1e-200, 1e200])
+def test_a_sigma_whose_square_is_no_float(sigma):
+    assert gaussian_kl(0.0, sigma) == pytest.approx(-math.log(2) - 2 * math.log(sigma))
+
+
 def softmax_pair(seed, scale, move):
     random = np.random.default_rng(seed)
     z, other = scale * random.normal(size=30), None

@@ -111,6 +111,17 @@ def test_absent_and_doubled_reports(tmp_path, capsys):
     assert "error: --reports: one file is there twice; drop one" in capsys.readouterr().err
 
 
+def test_reports_of_one_name_in_folders_of_one_name(tmp_path):
+    files = [tmp_path / run / "families" / "report.json" for run in ("one", "two")]
+    for file, report in zip(files, (QUICKSTART, FAMILIES)):
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(report))
+    argv = ["analyze", "tradeoff", "--reports", *map(str, files), "--output", str(tmp_path / "out")]
+    assert cli.main(argv) == 0
+    told = json.loads((tmp_path / "out" / "tradeoff.json").read_text())["reports"]
+    assert {label: len(report["points"]) for label, report in told.items()} == {str(files[0]): 2, str(files[1]): 2}
+
+
 def test_a_report_is_not_replaced_by_what_is_drawn_of_it(tmp_path, capsys):
     file = tmp_path / "tradeoff.json"
     file.write_text(json.dumps(TRADEOFF))
