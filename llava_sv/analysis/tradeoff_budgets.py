@@ -22,6 +22,7 @@ from llava_sv.errors import UserError
 from llava_sv.model.compression.summary import SummaryTokens
 from llava_sv.model.config import SkipVisionConfig
 from llava_sv.model.loading import check_config
+from llava_sv.model.retained_budget import over
 from llava_sv.tiling import ANYRES, Size
 
 DENSE = "dense"
@@ -47,7 +48,7 @@ def parse_budgets(text: str) -> list[Asked]:
         retained, slash, skipped = part.partition("/")
         if part == DENSE:
             budgets.append(Asked())
-        elif slash and retained.isdigit() and skipped.isdigit() and int(retained) and int(skipped):
+        elif slash and retained.isdecimal() and skipped.isdecimal() and int(retained) and int(skipped):
             budgets.append(Asked(int(retained), int(skipped)))
         else:
             raise UserError(
@@ -75,7 +76,7 @@ def config_at(config: Any, budget: Asked) -> Any:
             block = config.skip_vision.to_dict() if config.skip_vision else {}
             if not block.get("merge", True):
                 raise UserError("this checkpoint skips without merging, all that is not retained; drop it")
-            block |= {"num_retained": budget.retained, "num_skipped": budget.skipped}
+            block = over(block, {"num_retained": budget.retained, "num_skipped": budget.skipped})
             made.skip_vision = SkipVisionConfig.from_dict(block)
         check_config(made, made.vision_config)
     except UserError as error:

@@ -18,6 +18,7 @@ from llava_sv.analysis.common import Job, Sample, open_job
 from llava_sv.errors import UserError
 from llava_sv.model.config import SkipVisionConfig
 from llava_sv.model.loading import check_config
+from llava_sv.model.retained_budget import over
 from llava_sv.model.token_counts import with_family_budget
 from llava_sv.model.token_groups import TokenRole, passes_ffn
 
@@ -48,7 +49,7 @@ def open_skipping(args: argparse.Namespace) -> Job:
     if config.skip_vision is None:
         block = with_family_budget(config, {"former_summary": False, "latter_summary": False, **given})
     else:
-        block = {**config.skip_vision.to_dict(), **given}
+        block = over(config.skip_vision.to_dict(), given)
         if args.num_skipped is not None and not config.skip_vision.merge:
             raise UserError(f"--num-skipped {args.num_skipped}: {args.model_path} skips without merging")
     if given or config.skip_vision is None:

@@ -210,6 +210,11 @@ def _check(question: Question) -> None:
     wrong = [f"{name} {value}: at least {least}" for name, value, least in counts if value < least]
     if wrong:
         raise UserError(f"{', '.join(wrong)}; counts are whole numbers")
+    if question.supervised_tokens > question.text_tokens:
+        raise UserError(
+            f"--supervised-tokens {question.supervised_tokens}: there are {question.text_tokens} text tokens; "
+            "lower it, or raise --text-tokens"
+        )
 
 
 def _is_table(args: argparse.Namespace) -> bool:
@@ -225,8 +230,12 @@ def _is_table(args: argparse.Namespace) -> bool:
 def _report(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """(the report, its text)."""
     if _is_table(args):
-        if args.memory or _switches(args).given:
-            raise UserError("--memory and switches go with --family or --model-path, not with the paper's table")
+        other = (args.supervised_tokens, args.batch, args.dtype, args.stage, args.gradient_checkpointing)
+        if args.memory or _switches(args).given or other != (None, 1, "bf16", "sft", False):
+            raise UserError(
+                "the paper's table takes --text-tokens and --new-tokens alone: other work, switches and --memory go "
+                "with --family or --model-path"
+            )
         work = {"text_tokens": args.text_tokens, "new_tokens": args.new_tokens}
         wrong = [f"--{name.replace('_', '-')} {value}" for name, value in work.items() if value < int(name[0] == "n")]
         if wrong:
