@@ -52,6 +52,9 @@ def check_can_write(flag: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
+    except (FileExistsError, NotADirectoryError) as error:
+        there = next((one for one in path.parents if one.exists()), path.parent)
+        raise UserError(f"{flag} {path}: {there} is a file, not a folder; name another folder") from error
     except OSError as error:
         raise not_written(f"{flag} {path}:", error, "name another file") from error
 

@@ -53,6 +53,21 @@ class PromptBatch:
     image_sizes: list[tuple[int, int]] | None
 
 
+def find_device(name: str | None) -> torch.device:
+    """The device asked for, or CUDA where there is one. Raises `UserError` for one that is unknown or not there."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"--device {name}: unknown device; known: cpu, cuda, cuda:N") from None
+    if device.type == "meta":
+        raise UserError(f"--device {name}: computes nothing; use cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: no CUDA GPU is usable here; see llava-sv doctor, or use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: GPUs here are cuda:0 to cuda:{torch.cuda.device_count() - 1}; name one")
+    return device
+
+
 def load_for_inference(
     model_path: str,
     model_base: str | None = None,
@@ -68,9 +83,7 @@ def load_for_inference(
     """
     from llava_sv.model.builder import load_pretrained_model
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: no CUDA GPU is usable here; see llava-sv doctor, or use --device cpu")
+    device = str(find_device(device))
     if conv_template is not None:
         get_template(conv_template)
     parent = model_path.strip("/").rpartition("/")[0]

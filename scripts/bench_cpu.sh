@@ -21,6 +21,7 @@ families=${FAMILIES:-llava llava_hd cos}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 mkdir -p "$out"
 failed=0
+trap 'echo interrupted >&2; exit 130' INT # also where the interrupt missed the process that was starting
 
 bench() { # what, name of the result, flags
     local what=$1 result="$out/$2"

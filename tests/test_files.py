@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llava_sv.errors import UserError
-from llava_sv.files import keep_existing
+from llava_sv.files import check_can_write, keep_existing
 
 
 def test_what_exists_is_kept_unless_it_may_be_replaced(tmp_path):
@@ -19,3 +19,11 @@ def test_what_exists_is_kept_unless_it_may_be_replaced(tmp_path):
     assert str(error.value) == f"--json {path}: exists; give another name, or --overwrite"
     with pytest.raises(UserError, match=r"^--markdown "):
         keep_existing(str(path), False, "--markdown")
+
+
+def test_a_folder_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file/report.json", tmp_path / "file/deeper/report.json"):
+        with pytest.raises(UserError) as error:
+            check_can_write("--json", path)
+        assert str(error.value) == f"--json {path}: {tmp_path}/file is a file, not a folder; name another folder"

@@ -70,7 +70,8 @@ def find_pictures(folder: str, limit: int = 0) -> list[Path]:
         raise UserError(f"--num-images {limit}: must be 0 (all) or more")
     root = Path(folder)
     if not root.is_dir():
-        raise UserError(f"--image-folder {folder}: no such folder")
+        what = "is a file; name the folder that it lies in" if root.is_file() else "no such folder"
+        raise UserError(f"--image-folder {folder}: {what}")
     paths = sorted(
         Path(place, name)
         for place, _, names in os.walk(root, followlinks=True)

@@ -109,10 +109,9 @@ def draw(llm: LlmSize, counts: np.ndarray, text: list[int], marks: list[dict[str
     for number, shade in zip(text, np.linspace(1.0, 0.35, len(text))):
         values = shares(llm, counts, number)[:, 0]
         share.plot(counts, values, color=COLOURS["visual"], alpha=shade, label=f"{number} text tokens")
-    dense = sorted({mark["dense_tokens"] for mark in marks})
-    share.plot(dense, shares(llm, np.array(dense), text[0])[:, 0], "o", color=COLOURS["bound"], markersize=4)
-    for count in dense:
+    for count in sorted({mark["dense_tokens"] for mark in marks if mark["dense_tokens"] <= counts[-1]}):
         y = shares(llm, np.array([count]), text[0])[0, 0]
+        share.plot(count, y, "o", color=COLOURS["bound"], markersize=4)
         share.annotate(str(count), (count, y), xytext=(4, -11), textcoords="offset points", fontsize=7)
     share.set_title("visual tokens' FFN, share of all FLOPs\n(dots: settings without skipping)", fontsize=10)
     share.legend(frameon=False, fontsize=8, loc="upper center", ncols=3, columnspacing=1.0, handlelength=1.5)
@@ -160,7 +159,7 @@ def _draw_bars(axis: Any, marks: list[dict[str, Any]]) -> None:
 def _counts(text: str, flag: str) -> list[int]:
     """`"200,50"` -> [200, 50]; whole numbers of at least 1, or `UserError`."""
     found = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) > 0 for part in found):
+    if not all(part.isdecimal() and int(part) > 0 for part in found):
         raise UserError(f"{flag}: cannot read {text!r}; write whole numbers of 1 or more, such as 200 or 200,50")
     return list(dict.fromkeys(map(int, found)))
 
@@ -193,8 +192,7 @@ def main(argv: list[str]) -> int:
     table = np.array([shares(llm, counts, number) for number in text])
     arrays = {"visual_tokens": counts, "text_tokens": np.array(text), "parts": np.array(list(PARTS)), "shares": table}
     numbers = {"llm": asdict(llm), "source": name, "text_tokens": text, "settings": marks}
-    shown = [mark for mark in marks if mark["dense_tokens"] <= last]
-    results.save(arrays, numbers, lambda: draw(llm, counts, text, shown, name))
+    results.save(arrays, numbers, lambda: draw(llm, counts, text, marks, name))
     print(render(marks, text[0]))
     return 0
 

@@ -159,7 +159,7 @@ class Pictures:
 def check_arguments(args: argparse.Namespace) -> None:
     """`UserError` for a budget without sense, and a folder that `--write-config` must not or cannot write."""
     if not (args.budget >= 0 and math.isfinite(args.budget)):
-        raise UserError(f"--budget {args.budget}: must be 0 or more")
+        raise UserError(f"--budget {args.budget}: must be a number of 0 or more")
     if args.write_config is None:
         return
     source, target = Path(args.model_path), Path(args.write_config)

@@ -170,7 +170,7 @@ def draw(table: Table, title: str) -> Any:
         axis.set_ylim(bottom=0)
     axes[0][0].set_ylabel("density")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    made.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False, fontsize=9)
+    made.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3), frameon=False, fontsize=8)
     made.suptitle(title, fontsize=11)
     return made
 

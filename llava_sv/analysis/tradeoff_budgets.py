@@ -41,7 +41,7 @@ def parse_budgets(text: str) -> list[Asked]:
         retained, slash, skipped = part.partition("/")
         if part == DENSE:
             budgets.append(Asked())
-        elif slash and retained.isdigit() and skipped.isdigit() and int(retained) and int(skipped):
+        elif slash and retained.isdecimal() and skipped.isdecimal() and int(retained) and int(skipped):
             budgets.append(Asked(int(retained), int(skipped)))
         else:
             raise UserError(

@@ -26,16 +26,17 @@ from tqdm import tqdm
 
 from llava_sv.bench.storages import StorageCount
 from llava_sv.errors import UserError
+from llava_sv.generation import find_device
 
 Step = Callable[[], dict[str, float]]
 """Runs once; returns what it measured of itself, in milliseconds."""
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device asked for, or CUDA where there is one; `UserError` where it is asked for and is not there."""
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: no CUDA GPU is usable here; see llava-sv doctor, or use --device cpu")
+    """The device asked for, or CUDA where there is one; `UserError` where it is not there or cannot be measured."""
+    device = find_device(name)
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: times and memory are measured on cpu and cuda only; use one of them")
     return device
 
 

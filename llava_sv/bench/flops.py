@@ -202,6 +202,11 @@ def _check_counts(counts: Iterable[tuple[str, int, int]]) -> None:
     wrong = [f"{name} {value}: at least {least}" for name, value, least in counts if value < least]
     if wrong:
         raise UserError(f"{', '.join(wrong)}; counts are whole numbers")
+    if question.supervised_tokens > question.text_tokens:
+        raise UserError(
+            f"--supervised-tokens {question.supervised_tokens}: there are {question.text_tokens} text tokens; "
+            "lower it, or raise --text-tokens"
+        )
 
 
 def _is_table(args: argparse.Namespace) -> bool:
@@ -217,8 +222,12 @@ def _is_table(args: argparse.Namespace) -> bool:
 def _report(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """(the report, its text)."""
     if _is_table(args):
-        if args.memory or _switches(args).given:
-            raise UserError("--memory and switches go with --family or --model-path, not with the paper's table")
+        other = (args.supervised_tokens, args.batch, args.dtype, args.stage, args.gradient_checkpointing)
+        if args.memory or _switches(args).given or other != (None, 1, "bf16", "sft", False):
+            raise UserError(
+                "the paper's table takes --text-tokens and --new-tokens alone: other work, switches and --memory go "
+                "with --family or --model-path"
+            )
         _check_counts([("--text-tokens", args.text_tokens, 0), ("--new-tokens", args.new_tokens, 1)])
         report = paper_table(read_llm(args.llm_config), args.text_tokens, args.new_tokens)
         return report, render_table(report)

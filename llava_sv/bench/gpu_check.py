@@ -24,7 +24,7 @@ from llava_sv.bench import gpu_page
 from llava_sv.bench.presets import FAMILIES
 from llava_sv.bench.sizes import SIZES as KNOWN
 from llava_sv.bench.sizes import dtype_name, known_words
-from llava_sv.errors import UserError, exit_on_user_error
+from llava_sv.errors import UserError, exit_on_any_trouble
 from llava_sv.files import check_can_write, keep_existing, write_json, write_text
 
 EXAMPLE = """example:
@@ -213,8 +213,10 @@ def prepare(out: Path, overwrite: bool) -> None:
     keep_existing(str(out / REPORT), overwrite, "--out")
     check_can_write("--out", out / REPORT)
     if (out / REPORT).exists():
-        known = json.loads((out / REPORT).read_text(encoding="utf-8"))
-        for row in known.get("rows", []):
+        known: Any = {}
+        with contextlib.suppress(ValueError):  # it is to be replaced, whatever it is
+            known = json.loads((out / REPORT).read_text(encoding="utf-8"))
+        for row in known.get("rows", []) if isinstance(known, dict) else []:
             for name in (row.get("file"), row.get("log")):
                 if name:
                     (out / Path(name).name).unlink(missing_ok=True)
@@ -247,4 +249,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_on_user_error(main, sys.argv[1:]))
+    sys.exit(exit_on_any_trouble(main, sys.argv[1:]))

@@ -282,8 +282,9 @@ def render(report: dict[str, Any]) -> str:
     for name, region in {**report["regions"], **at_lengths}.items():
         low, high = region["time_saved_quartiles"]
         lines.append(
-            f"{name:<12}time saved {region['time_saved']:.1%} (quartiles {low:.1%} to {high:.1%}) of "
-            f"{region['flops_saved']:.1%} FLOPs saved: {percent(region['time_saved_per_flops_saved'])}"
+            f"{name:<12}time saved {region['time_saved']:.1%} (quartiles {low:.1%} to {high:.1%}); "
+            f"FLOPs saved {region['flops_saved']:.1%}; time / FLOPs "
+            f"{percent(region['time_saved_per_flops_saved'])}"
         )
     lines.append(f"faster end to end: {break_even.in_words(report['break_even'])}")
     for name, row in report["peers"].items():

@@ -214,11 +214,19 @@ def read_llm(text: str) -> LlmSize:
     values: dict[str, Any] = {}
     for part in text.split(","):
         name, _, value = part.strip().partition("=")
-        if name not in known or not value.isdigit() or int(value) < 1:
+        if name not in known or not value.isdecimal() or int(value) < 1:
             raise UserError(f"--llm-config: cannot read {part.strip()!r}; write name=number of: {', '.join(known)}")
         values[name] = int(value)
     needed = [field.name for field in fields(LlmSize) if field.default is MISSING]
     absent = [name for name in needed if name not in values]
     if absent:
         raise UserError(f"--llm-config: {', '.join(absent)} missing; give all of: {', '.join(needed)}")
+    heads, shared = values["num_attention_heads"], values["num_key_value_heads"]
+    if heads % shared:
+        raise UserError(f"--llm-config: num_attention_heads {heads} is no multiple of num_key_value_heads {shared}")
+    if "head_dim" not in values and values["hidden_size"] % heads:
+        raise UserError(
+            f"--llm-config: hidden_size {values['hidden_size']} is no multiple of num_attention_heads {heads}; "
+            "change one of them, or say head_dim"
+        )
     return LlmSize(**values)

@@ -51,7 +51,7 @@ class Estimate:
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:.3g}"
+    return f"{size / GIB:,.0f}" if size >= 100 * GIB else f"{size / GIB:.3g}"
 
 
 def available_bytes(device: torch.device) -> int:

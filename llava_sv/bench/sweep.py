@@ -12,6 +12,7 @@ import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -21,7 +22,7 @@ from llava_sv.bench.flags import Job, OutOfMemory, answer_lengths, check_outputs
 from llava_sv.bench.sizes import BenchSize, find_size, known_words, resized
 from llava_sv.bench.sweep_rows import Rows
 from llava_sv.errors import UserError, exit_on_user_error
-from llava_sv.files import write_text
+from llava_sv.files import check_can_write, write_text
 
 EXAMPLE = """example:
   llava-sv bench sweep --size cpu --text-tokens 64,256,1024 --json sweep.json --png sweep.png
@@ -148,6 +149,8 @@ def main(argv: list[str]) -> int:
     """`llava-sv bench sweep ...`. A sweep's own `--json` is gone on with, not refused; `--overwrite` begins anew."""
     args = _parser().parse_args(argv)
     points = grid(args)
+    if args.json:
+        check_can_write("--json", Path(args.json))
     rows = Rows(args.json, anew=args.overwrite)
     if not rows.rows:  # else its drawings are redrawn
         check_outputs(args, "--markdown", "--png")

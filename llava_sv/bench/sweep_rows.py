@@ -24,7 +24,10 @@ class Rows:
         self.rows: list[dict[str, Any]] = []
         if path is None or anew or not Path(path).exists():
             return
-        found = read_json(path, KIND)
+        try:
+            found = read_json(path, KIND)
+        except UserError:  # no JSON, so none of ours
+            found = None
         if not isinstance(found, dict) or found.get("kind") != KIND:
             raise UserError(f"--json {path}: exists and is no sweep's; give another name, or --overwrite")
         self.rows = found["rows"]

@@ -230,8 +230,9 @@ def render(report: dict[str, Any]) -> str:
             )
         low, high = region["time_saved_quartiles"]
         lines.append(
-            f"{name:<8}time saved {region['time_saved']:.1%} (quartiles {low:.1%} to {high:.1%}) of "
-            f"{region['flops_saved']:.1%} FLOPs saved: {percent(region['time_saved_per_flops_saved'])}; "
+            f"{name:<8}time saved {region['time_saved']:.1%} (quartiles {low:.1%} to {high:.1%}); "
+            f"FLOPs saved {region['flops_saved']:.1%}; time / FLOPs "
+            f"{percent(region['time_saved_per_flops_saved'])}; "
             f"CPU time saved {region['cpu_time_saved']:.1%}; "
             f"squares of {region['matmul']['side']}: {region['matmul']['tflops']:.3g} TFLOP/s"
         )

@@ -55,6 +55,12 @@ def read_config(model_path: str) -> LlavaFields:
     `vision_config` stays None where the encoder's weights are not part of the checkpoint. Raises `UserError`.
     """
     path, values = read_config_json(model_path)
+    if "mm_vision_tower" not in values and "vision_config" in values and "text_config" in values:
+        raise UserError(
+            f"checkpoint {model_path}: is in the layout of transformers' own models (model_type "
+            f"{values.get('model_type')!r}), which is not read; take one in LLaVA's layout, such as "
+            "liuhaotian/llava-v1.5-7b, or make one by `llava-sv train`"
+        )
     if not is_llava(values):
         raise UserError(
             f"checkpoint {model_path}: config.json describes model_type {values.get('model_type')!r}, not a LLaVA "

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from llava_sv.analysis.common import Results, find_pictures, make_parser, open_job, plain
+from llava_sv.analysis.common import DEFAULT_OUTPUT, Results, find_pictures, make_parser, open_job, plain
 from llava_sv.analysis.plots import figure
 from llava_sv.errors import UserError
+from llava_sv.generation import find_device
 from llava_sv.model.token_groups import TokenRole
 
 
@@ -30,6 +32,8 @@ def test_folders_without_pictures(tmp_path):
     with pytest.raises(UserError, match=r"--image-folder .*absent: no such folder"):
         find_pictures(str(tmp_path / "absent"))
     (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"--image-folder .*notes.txt: is a file; name the folder that it lies in"):
+        find_pictures(str(tmp_path / "notes.txt"))
     with pytest.raises(UserError, match=r"--image-folder .*: holds no pictures \(\.jpg, .*\); name another folder"):
         find_pictures(str(tmp_path))
     with pytest.raises(UserError, match=r"--num-images -1: must be 0 \(all\) or more"):
@@ -96,3 +100,28 @@ def test_results_are_three_files_and_kept(tmp_path, capsys):
 def test_what_json_cannot_hold():
     value = {1: np.int64(3), "a": torch.ones(2), "b": (float("inf"), np.float64("nan"))}
     assert plain(value) == {"1": 3, "a": [1.0, 1.0], "b": [None, None]}
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("tpu", "--device tpu: unknown device; known: cpu, cuda, cuda:N"),
+        ("meta", "--device meta: computes nothing; use cpu, cuda or cuda:N"),
+    ],
+)
+def test_devices_that_are_none(device, said, skip_checkpoint, pictures):
+    with pytest.raises(UserError, match=said):
+        job_of(skip_checkpoint, pictures, "--device", device)
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert find_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(UserError, match="--device cuda:7: GPUs here are cuda:0 to cuda:1; name one"):
+        find_device("cuda:7")
+
+
+def test_what_runs_write_is_ignored_by_git():
+    root = Path(__file__).parents[2]
+    assert f"/{DEFAULT_OUTPUT}/" in (root / ".gitignore").read_text().splitlines()

@@ -79,11 +79,18 @@ def test_a_dense_checkpoint_has_no_skipping_side(tmp_path, dense_checkpoint):
     assert arrays["visual_tokens"].tolist() == list(range(1, 41))
 
 
+def test_curves_that_end_before_any_setting(tmp_path):
+    report, arrays = run(tmp_path, "--max-tokens", "50")
+    assert arrays["visual_tokens"][-1] == 50
+    assert min(one["dense_tokens"] for one in report["settings"]) > 50
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         (["--text-tokens", "many"], "--text-tokens: cannot read 'many'; write whole numbers of 1 or more, such as 200"),
         (["--text-tokens", "5,0"], "--text-tokens: cannot read '5,0'"),
+        (["--text-tokens", "\u00b2"], "--text-tokens: cannot read '\u00b2'"),
         (["--max-tokens", "1"], "--max-tokens 1: must be 2 or more"),
         (["--llm-config", "llama-9"], "--llm-config: unknown language model 'llama-9'; known: llama-3-8b, "),
         (["--llm-config", "llama-3-8b", "--model-path", "x"], "--llm-config and --model-path: give one of them"),

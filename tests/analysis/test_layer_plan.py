@@ -155,8 +155,8 @@ def test_a_budget_that_nothing_fits(skip_checkpoint, pictures, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("more", "line"),
     [
-        (("--budget", "-1"), "--budget -1.0: must be 0 or more"),
-        (("--budget", "nan"), "--budget nan: must be 0 or more"),
+        (("--budget", "-1"), "--budget -1.0: must be a number of 0 or more"),
+        (("--budget", "nan"), "--budget nan: must be a number of 0 or more"),
         (("--budget", "1", "--candidates", "5-9"), "--candidates 5-9: no layer 5; this model has layers 0 to 1"),
     ],
 )
@@ -176,3 +176,12 @@ def test_a_config_is_written_neither_over_the_checkpoint_nor_over_another(skip_c
     (tmp_path / "there" / "config.json").write_text("{}")
     assert "config.json exists; name another folder, or --overwrite" in said(tmp_path / "there")
     assert not (tmp_path / "out" / "layer-plan.json").exists()
+
+
+def test_a_fixed_budget_for_a_checkpoint_whose_budget_follows_the_content(tmp_path, pictures):
+    auto = {"num_retained": "auto", "retained_mean": 4, "retained_threshold": 0.5}
+    checkpoint = save_family(tmp_path / "model", "llava", **auto)
+    given = ("--budget", "1", "--num-retained", "3")
+    assert cli.main(flags(checkpoint, pictures, tmp_path, *given)) == 0
+    numbers = json.loads((tmp_path / "layer-plan.json").read_text())
+    assert (numbers["skip_vision"]["num_retained"], numbers["tokens"]["retained"]) == (3, 3)

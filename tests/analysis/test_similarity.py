@@ -7,9 +7,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot
 
 from llava_sv import cli
 from llava_sv.analysis import similarity
+from llava_sv.analysis.streaming import Running
 from tests.analysis.families import BUDGETS, save_family
 from tests.analysis.test_common import job_of
 from tests.parity.oracle import merge_by_loops
@@ -118,3 +120,18 @@ def test_a_folder_without_pictures(tmp_path, skip_checkpoint, capsys):
     flags = ["--model-path", str(skip_checkpoint), "--image-folder", str(tmp_path), "--output", str(tmp_path / "out")]
     assert cli.main(["analyze", "similarity", *flags]) == 2
     assert "holds no pictures" in capsys.readouterr().err
+
+
+def test_the_legend_of_three_scales_is_not_cut_off():
+    names = ("window 32, 16 tokens", "window 4, 256 tokens", "window 2, 1024 tokens", "merged")
+    table = {name: {measure: Running(similarity.EDGES) for measure in similarity.MEASURES} for name in names}
+    for measured in table.values():
+        for run in measured.values():
+            run.add(np.linspace(-0.5, 0.9, 50))
+    made = similarity.draw(table, "title")
+    made.draw_without_rendering()
+    (legend,) = made.legends
+    box = legend.get_window_extent()
+    pyplot.close(made)
+    assert box.x0 >= 0
+    assert box.x1 <= made.bbox.width

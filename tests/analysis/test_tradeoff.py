@@ -177,6 +177,7 @@ def test_fine_detail_apart():
     [
         ({"--budgets": "4"}, "--budgets: cannot read '4'; write RETAINED/SKIPPED, both 1 or more, or dense, such as"),
         ({"--budgets": "4/0"}, "--budgets: cannot read '4/0'"),
+        ({"--budgets": "\u00b2/4"}, "--budgets: cannot read '\u00b2/4'"),
         ({"--budgets": "4/5,dense,4/5"}, "--budgets: 4/5 is there twice; drop one"),
         (
             {"--budgets": "4/5,12/9"},
@@ -235,3 +236,19 @@ def test_a_checkpoint_that_does_not_merge_takes_no_budget(tmp_path, bench, capsy
     assert cli.main(flags_of(checkpoint, bench, tmp_path / "out", ["4/5"])) == 2
     said = "--budgets 4/5: this checkpoint skips without merging, all that is not retained; drop it"
     assert said in capsys.readouterr().err
+
+
+def test_fixed_budgets_of_a_checkpoint_whose_budget_follows_the_content(tmp_path, bench):
+    auto = {"num_retained": "auto", "retained_mean": 4, "retained_threshold": 0.5}
+    checkpoint = save_family(tmp_path / "model", "llava", **auto)
+    output = tmp_path / "out"
+    assert cli.main(flags_of(checkpoint, bench, output, ["4/5", "dense"], "--limit", "2")) == 0
+    report = json.loads((output / "tradeoff.json").read_text())
+    assert [(row["budget"], row["trained_so"]) for row in report["rows"]] == [("4/5", False), ("dense", False)]
+    fixed = save_family(tmp_path / "fixed", "llava", num_retained=4, num_skipped=5)
+    assert report["rows"][0]["prefill_flops"] == prefill_flops_of(fixed, bench, tmp_path / "other")
+
+
+def prefill_flops_of(checkpoint, bench, output):
+    assert cli.main(flags_of(checkpoint, bench, output, ["4/5"], "--limit", "2")) == 0
+    return json.loads((output / "tradeoff.json").read_text())["rows"][0]["prefill_flops"]

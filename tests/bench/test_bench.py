@@ -212,6 +212,9 @@ def test_saved_bytes_count_each_storage_once_and_no_parameter():
         (["--family", "lava"], "unknown family 'lava'; known: llava"),
         (["--dtype", "int8"], "unknown precision 'int8'; known: fp32, bf16"),
         (["--repeats", "0"], "--repeats 0: at least one round"),
+        (["--device", "tpu"], "--device tpu: unknown device; known: cpu, cuda, cuda:N"),
+        (["--device", "meta"], "--device meta: computes nothing; use cpu, cuda or cuda:N"),
+        (["--device", "mps"], "--device mps: times and memory are measured on cpu and cuda only"),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "infer"])

@@ -44,3 +44,13 @@ def test_an_unknown_option_is_refused():
     )
     assert done.returncode == 2
     assert done.stderr == "bench_cpu: unknown option '--quick'; known: --help\n"
+
+
+def test_an_interrupt_ends_it_even_where_it_missed_the_process_that_ran(tmp_path):
+    """The process interrupts the script alone, and goes on to its own end."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho ran >>{tmp_path}/runs\nkill -INT $PPID\n")
+    python.chmod(0o755)
+    done = run_script(OUT=str(tmp_path / "out"), SIZE="tiny", PYTHON=str(python))
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    assert (tmp_path / "runs").read_text() == "ran\n"

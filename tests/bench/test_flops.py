@@ -104,6 +104,12 @@ def test_dense_tokens_and_own_sizes(tmp_path):
     assert report["llm"]["hidden_size"] == 8
 
 
+def sized(width, heads, shared):
+    """`--llm-config` of a small model."""
+    attention = f"num_attention_heads={heads},num_key_value_heads={shared}"
+    return f"hidden_size={width},intermediate_size=96,num_hidden_layers=2,{attention},vocab_size=40"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -127,13 +133,19 @@ def test_dense_tokens_and_own_sizes(tmp_path):
         (["--family", "llava", "--skip-layers", "30-32"], "no layer 32; this model has layers 0 to 31"),
         (["--family", "llava", "--skip-layers", "x"], "skip_layers"),
         (["--table", "--family", "cos"], "--table is of the paper's four settings"),
-        (["--table", "--memory"], "go with --family or --model-path, not with the paper's table"),
+        (["--table", "--memory"], "switches and --memory go with --family or --model-path"),
         (["--text-tokens", "-1"], "--text-tokens -1: at least 0"),
+        (["--batch", "8"], "the paper's table takes --text-tokens and --new-tokens alone"),
+        (["--table", "--stage", "pretrain"], "the paper's table takes --text-tokens and --new-tokens alone"),
+        (["--family", "llava", "--supervised-tokens", "201"], "--supervised-tokens 201: there are 200 text tokens"),
         (["--family", "llava", "--memory", "--dense-tokens", "400"], "--memory runs the preset's own; leave it out"),
         (["--family", "llava", "--memory", "--text-tokens", "1"], "--text-tokens 1: --memory trains on 2 or more"),
         (["--family", "llava", "--llm-config", "gpt"], "unknown language model 'gpt'; known: llama-3-8b, vicuna-7b"),
         (["--family", "llava", "--llm-config", "hidden_size=8"], "intermediate_size, num_hidden_layers"),
         (["--family", "llava", "--llm-config", "depth=8"], "cannot read 'depth=8'"),
+        (["--family", "llava", "--llm-config", "hidden_size=\u00b2"], "cannot read 'hidden_size=\u00b2'"),
+        (["--family", "llava", "--llm-config", sized(64, 3, 1)], "64 is no multiple of num_attention_heads 3"),
+        (["--family", "llava", "--llm-config", sized(64, 4, 3)], "4 is no multiple of num_key_value_heads 3"),
         (["--model-path", "nowhere"], "--model-path nowhere: no readable config.json"),
         (["--model-path", "nowhere", "--preset", "2x2"], "--preset does not go with --model-path"),
         (["--model-path", "nowhere", "--image-size", "640"], "--image-size: cannot read '640'; write width x height"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -267,6 +268,9 @@ def test_an_earlier_check_is_kept_unless_it_may_be_replaced(tmp_path, capsys):
     assert "gpu_check.json: exists; give another name, or --overwrite" in capsys.readouterr().err
     gpu_check.prepare(tmp_path, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"gpu_check.json", "mine.txt"}
+    for broken in ("half a rep", "[]"):
+        (tmp_path / "gpu_check.json").write_text(broken)
+        gpu_check.prepare(tmp_path, overwrite=True)
     (tmp_path / "file").write_text("")
     assert run(gpu_check.main, "--out", str(tmp_path / "file")) == 2
     assert "is a file; name a folder" in capsys.readouterr().err
@@ -315,6 +319,18 @@ print(max(error for error, _ in check_ffn(case, lambda: only(None)).values()))
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) < 1e-5
+
+
+def test_an_interrupt_is_one_line_and_ends_the_row(tmp_path):
+    argv = ["--out", str(tmp_path), "--device", "cpu", "--sizes", "tiny", "--families", "llava"]
+    command = [sys.executable, "-m", "llava_sv.bench.gpu_check", *argv]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert "4 rows in 9 minutes at most" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error.strip()) == (130, "interrupted")
+    assert not (tmp_path / "parity.json").exists()
 
 
 @pytest.mark.slow

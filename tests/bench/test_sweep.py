@@ -182,12 +182,21 @@ def test_mistakes_are_one_line_before_any_work(argv, message, measured, capsys):
     assert measured[0] == []
 
 
-def test_a_file_that_is_no_sweeps_is_kept(measured, tmp_path, capsys):
+@pytest.mark.parametrize("text", ['{"kind": "recipe"}', "my notes"])
+def test_a_file_that_is_no_sweeps_is_kept(text, measured, tmp_path, capsys):
     target = tmp_path / "other.json"
-    target.write_text('{"kind": "recipe"}')
+    target.write_text(text)
     assert cli.main([*BASE, "--json", str(target)]) == 2
     assert "exists and is no sweep's; give another name, or --overwrite" in capsys.readouterr().err
-    assert target.read_text() == '{"kind": "recipe"}'
+    assert target.read_text() == text
+
+
+def test_a_report_that_cannot_be_written_is_said_before_any_work(measured, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for path, said in ((tmp_path, "is a folder; name a file in it"), (tmp_path / "file/x.json", "is a file, not a")):
+        assert cli.main([*BASE, "--json", str(path)]) == 2
+        assert said in capsys.readouterr().err
+    assert measured[0] == []
 
 
 @pytest.mark.parametrize("flag", ["--markdown", "--png"])

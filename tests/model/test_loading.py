@@ -195,6 +195,13 @@ def test_malformed_config_gives_line_and_column(saved):
         load_pretrained_model(saved[0])
 
 
+def test_transformers_own_llava_is_said_to_be_that(tmp_path):
+    layout = {"model_type": "llava", "vision_config": {"model_type": "clip_vision_model"}, "text_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(layout))
+    with pytest.raises(UserError, match=r"layout of transformers' own models \(model_type 'llava'\), which is not"):
+        load_pretrained_model(str(tmp_path))
+
+
 def test_a_bare_language_model_is_not_a_llava(bases):
     with pytest.raises(UserError, match="model_type 'llama', not a LLaVA"):
         load_pretrained_model(bases[0])
