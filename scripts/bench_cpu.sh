@@ -21,13 +21,19 @@ families=${FAMILIES:-llava llava_hd cos}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 mkdir -p "$out"
 failed=0
+made=()
 
 bench() { # what, name of the result, flags
     local what=$1 result="$out/$2"
     shift 2
     echo "== bench $what $* =="
-    "$python" -m "llava_sv.bench.$what" --device cpu --dtype bf16 --overwrite --json "$result.json" "$@" \
-        2>"$result.err" || { tail -n 5 "$result.err"; failed=1; }
+    if "$python" -m "llava_sv.bench.$what" --device cpu --dtype bf16 --overwrite --json "$result.json" "$@" 2>"$result.err"
+    then
+        made+=("$result.json")
+    else
+        tail -n 5 "$result.err"
+        failed=1 # and what an earlier call left there is no result of this one: it stays out of the table
+    fi
 }
 
 for family in $families; do
@@ -42,8 +48,10 @@ if [ "${LONG:-1}" = 1 ]; then
     bench infer "infer-$size-text" --size "$size" --batch 1 --text-tokens 4096 --new-tokens 64 --repeats "${REPEATS:-5}" --no-peers
 fi
 
-echo "== tables =="
-"$python" -m llava_sv.bench.table "$out"/*-"$size"-*.json | tee "$out/table.md"
+if [ "${#made[@]}" -gt 0 ]; then
+    echo "== tables =="
+    "$python" -m llava_sv.bench.table "${made[@]}" | tee "$out/table.md"
+fi
 
 if [ "${SWEEP:-1}" = 1 ]; then
     echo "== sweep =="

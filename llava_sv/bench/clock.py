@@ -32,10 +32,22 @@ Step = Callable[[], dict[str, float]]
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device asked for, or CUDA where there is one; `UserError` where it is asked for and is not there."""
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device asked for, or CUDA where there is one; `UserError` where it is asked for and is not there.
+
+    A GPU that is named by its number becomes the current one.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: unknown device; known: cpu, cuda, or one of several GPUs, such as cuda:1")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {name}: no CUDA GPU is usable here; see llava-sv doctor, or use --device cpu")
+    if device.type == "cuda" and device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"--device {name}: no such GPU; there are {torch.cuda.device_count()}, from cuda:0 on")
+        torch.cuda.set_device(device)
     return device
 
 
@@ -67,14 +79,18 @@ def cpu_ms() -> float:
 
 
 def rounds(steps: dict[str, Step], repeats: int, warmup: int, what: str) -> dict[str, list[dict[str, float]]]:
-    """Run every step once a round, `warmup` unmeasured rounds first, in turning order; what each measured, by round."""
+    """Run every step once a round, `warmup` unmeasured rounds first; what each measured, by round.
+
+    The order turns, and every other round runs backwards: nobody comes first, or after the same one, more often.
+    """
     names = list(steps)
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     with tqdm(total=(warmup + repeats) * len(names), desc=what, unit="run", leave=False) as bar:
         for index in range(warmup + repeats):
             gc.collect()
-            shift = index % len(names)
-            for name in names[shift:] + names[:shift]:
+            shift = index // 2 % len(names)
+            order = names[shift:] + names[:shift]
+            for name in reversed(order) if index % 2 else order:
                 result = steps[name]()
                 if index >= warmup:
                     measured[name].append(result)
@@ -168,14 +184,16 @@ class SavedBytes:
 def peak_bytes(run: Callable[[], Any], device: torch.device, *models: torch.nn.Module) -> int:
     """The most that tensors took during one run, the weights of `models` included.
 
-    CUDA: its own counter. CPU: bytes of live tensors, counted as operations run; what a kernel takes and gives back
-    inside one does not show.
+    CUDA: its own counter, less what others than the models held before. CPU: bytes of live tensors, counted as
+    operations run; what a kernel takes and gives back inside one does not show.
     """
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         run()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device) - before + bytes_of(*models)
     most = [0]
     with StorageCount() as counted:
 
@@ -187,6 +205,12 @@ def peak_bytes(run: Callable[[], Any], device: torch.device, *models: torch.nn.M
         run()
         held.clear()
     return most[0]
+
+
+def bytes_of(*models: torch.nn.Module) -> int:
+    """Bytes of parameters and buffers, those that models share counted once."""
+    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from llava_sv import cli
-from llava_sv.bench import break_even, clock, infer, matmul, split, table
+from llava_sv.bench import break_even, clock, infer, matmul, split, table, train
 from llava_sv.bench.feed import Feed
 from llava_sv.bench.models import freeze_encoder, make_batch, make_pair
 from llava_sv.bench.sizes import SIZES
+from llava_sv.bench.storages import StorageCount
 
 CPU = torch.device("cpu")
 SIZE = SIZES["tiny"]["llava"]
@@ -257,3 +258,36 @@ def test_a_long_sequence_has_its_positions():
 
 def test_freezing_is_the_recipes(pair):
     assert not any(p.requires_grad for p in freeze_encoder(pair[0], "llava").get_model().vision_tower.parameters())
+
+
+def test_peak_bytes_on_a_gpu_leave_out_what_others_hold(monkeypatch):
+    """7,000 bytes are held before, 400 of them the model's; the run takes 900 at most."""
+    layer = torch.nn.Linear(10, 10, bias=False)
+    tied = torch.nn.ModuleList([layer, torch.nn.Linear(10, 10, bias=False)])
+    tied[1].weight = layer.weight
+    done = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: done.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 7000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7900)
+    assert clock.peak_bytes(lambda: done.append("ran"), torch.device("cuda"), layer, tied) == 900 + 400
+    assert done == ["reset", "ran"]
+
+
+def test_weighing_takes_no_more_memory_than_a_step(pair):
+    """What the backward pass lets go of is not kept by the count of what the forward pass kept."""
+    dense = pair[0].train()
+    forward = train.our_forwards(dense, make_batch(SIZE, CPU, torch.float32))["model"]
+
+    def most(run) -> int:
+        seen = [0]
+        with StorageCount() as counted:
+            counted.on_change = lambda: seen.append(counted.total)
+            run()
+        return max(seen)
+
+    def step() -> None:
+        forward().backward()
+        dense.zero_grad(set_to_none=True)
+
+    assert most(lambda: train.weigh(dense, forward, CPU)) <= 1.02 * (most(step) + clock.bytes_of(dense))
