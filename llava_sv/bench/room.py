@@ -16,7 +16,6 @@ import torch
 from llava_sv.bench.checkpoint import views_of
 from llava_sv.bench.memory_trace import Work, trace
 from llava_sv.bench.models import freeze_encoder, make_config
-from llava_sv.bench.peers import has_peer
 from llava_sv.bench.sizes import BenchSize
 from llava_sv.errors import UserError
 from llava_sv.model.language_model.decoders import model_class
@@ -134,7 +133,7 @@ def of_train(size: BenchSize, dtype: torch.dtype, with_peers: bool, device: torc
     # a layer's are kept for its backward pass; three more come and go
     scores = scores_of(size, dtype, device, length, at_once=size.llm.num_hidden_layers + 3)
     logits = size.batch * length * size.llm.vocab_size
-    peer = logits * (dtype.itemsize + PEERS_LOGIT_BYTES) if with_peers and has_peer(size) else 0
+    peer = logits * (dtype.itemsize + PEERS_LOGIT_BYTES) if with_peers else 0
     return _estimate(
         step.weight_bytes,
         {

@@ -38,8 +38,16 @@ def test_a_training_steps_estimate_is_near_what_it_takes(wide):
     parts = room.of_train(wide, torch.float32, False).parts
     planned = parts["weights"] + parts["gradients"] + parts["activations"]
     assert planned == pytest.approx(peak, rel=0.15)
-    # transformers keeps logits of all positions
-    assert room.of_train(wide, torch.float32, True).total > room.of_train(wide, torch.float32, False).total
+
+
+@pytest.mark.parametrize("family", SIZES["tiny"])
+def test_the_outside_control_s_logits_count(family):
+    """transformers keeps those of all positions, its language model alone too: as made, and three of float32 each."""
+    size = SIZES["tiny"][family]
+    dense = {"llava": 64, "llava_hd": 320, "cos": 84}[family]
+    logits = size.batch * (size.text_tokens + dense) * size.llm.vocab_size
+    assert room.of_train(size, torch.bfloat16, True).parts["the peer's logits"] == logits * (2 + 12)
+    assert room.of_train(size, torch.bfloat16, False).parts["the peer's logits"] == 0
 
 
 def test_the_optimizers_states_are_two_of_each_gradient(wide):
