@@ -21,19 +21,13 @@ families=${FAMILIES:-llava llava_hd cos}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 mkdir -p "$out"
 failed=0
-made=()
 
 bench() { # what, name of the result, flags
     local what=$1 result="$out/$2"
     shift 2
     echo "== bench $what $* =="
-    if "$python" -m "llava_sv.bench.$what" --device cpu --dtype bf16 --overwrite --json "$result.json" "$@" 2>"$result.err"
-    then
-        made+=("$result.json")
-    else
-        tail -n 5 "$result.err"
-        failed=1 # and what an earlier call left there is no result of this one: it stays out of the table
-    fi
+    "$python" -m "llava_sv.bench.$what" --device cpu --dtype bf16 --overwrite --json "$result.json" "$@" \
+        2>"$result.err" || { tail -n 5 "$result.err"; rm -f "$result.json"; failed=1; } # an older one is no result of it
 }
 
 for family in $families; do
@@ -48,9 +42,9 @@ if [ "${LONG:-1}" = 1 ]; then
     bench infer "infer-$size-text" --size "$size" --batch 1 --text-tokens 4096 --new-tokens 64 --repeats "${REPEATS:-5}" --no-peers
 fi
 
-if [ "${#made[@]}" -gt 0 ]; then
+if compgen -G "$out/*-$size-*.json" >/dev/null; then
     echo "== tables =="
-    "$python" -m llava_sv.bench.table "${made[@]}" | tee "$out/table.md"
+    "$python" -m llava_sv.bench.table "$out"/*-"$size"-*.json | tee "$out/table.md"
 fi
 
 if [ "${SWEEP:-1}" = 1 ]; then

@@ -44,3 +44,15 @@ def test_an_unknown_option_is_refused():
     )
     assert done.returncode == 2
     assert done.stderr == "bench_cpu: unknown option '--quick'; known: --help\n"
+
+
+def test_what_an_earlier_call_left_is_no_result_of_one_that_failed(tmp_path):
+    """A stand-in for Python, whose benchmarks fail: nothing is measured, and nothing is put into a table."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\ncase $2 in *table) echo a table of $3;; *) echo broken >&2; exit 1;; esac\n")
+    python.chmod(0o755)
+    (tmp_path / "train-tiny-llava.json").write_text("{}")
+    done = run_script(PYTHON=str(python), OUT=str(tmp_path), SIZE="tiny", FAMILIES="llava", LONG="0", SWEEP="0")
+    assert done.returncode == 1
+    assert "broken" in done.stdout
+    assert "a table of" not in done.stdout
