@@ -28,7 +28,7 @@ bench() { # what, name of the result, flags
     shift 2
     echo "== bench $what $* =="
     "$python" -m "llava_sv.bench.$what" --device cpu --dtype bf16 --overwrite --json "$result.json" "$@" \
-        2>"$result.err" || { tail -n 5 "$result.err"; failed=1; }
+        2>"$result.err" || { tail -n 5 "$result.err"; rm -f "$result.json"; failed=1; } # an older one is no result of it
 }
 
 for family in $families; do
@@ -43,8 +43,10 @@ if [ "${LONG:-1}" = 1 ]; then
     bench infer "infer-$size-text" --size "$size" --batch 1 --text-tokens 4096 --new-tokens 64 --repeats "${REPEATS:-5}" --no-peers
 fi
 
-echo "== tables =="
-"$python" -m llava_sv.bench.table "$out"/*-"$size"-*.json | tee "$out/table.md"
+if compgen -G "$out/*-$size-*.json" >/dev/null; then
+    echo "== tables =="
+    "$python" -m llava_sv.bench.table "$out"/*-"$size"-*.json | tee "$out/table.md"
+fi
 
 if [ "${SWEEP:-1}" = 1 ]; then
     echo "== sweep =="

@@ -33,10 +33,15 @@ Step = Callable[[], dict[str, float]]
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device asked for, or CUDA where there is one; `UserError` where it is not there or cannot be measured."""
+    """The device asked for, or CUDA where there is one; `UserError` where it is not there or cannot be measured.
+
+    A GPU that is named by its number becomes the current one.
+    """
     device = find_device(name)
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: times and memory are measured on cpu and cuda only; use one of them")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 
@@ -68,14 +73,18 @@ def cpu_ms() -> float:
 
 
 def rounds(steps: dict[str, Step], repeats: int, warmup: int, what: str) -> dict[str, list[dict[str, float]]]:
-    """Run every step once a round, `warmup` unmeasured rounds first, in turning order; what each measured, by round."""
+    """Run every step once a round, `warmup` unmeasured rounds first; what each measured, by round.
+
+    The order turns, and every other round runs backwards: nobody comes first, or after the same one, more often.
+    """
     names = list(steps)
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     with tqdm(total=(warmup + repeats) * len(names), desc=what, unit="run", leave=False) as bar:
         for index in range(warmup + repeats):
             gc.collect()
-            shift = index % len(names)
-            for name in names[shift:] + names[:shift]:
+            shift = index // 2 % len(names)
+            order = names[shift:] + names[:shift]
+            for name in reversed(order) if index % 2 else order:
                 result = steps[name]()
                 if index >= warmup:
                     measured[name].append(result)
@@ -178,14 +187,16 @@ class SavedBytes:
 def peak_bytes(run: Callable[[], Any], device: torch.device, *models: torch.nn.Module) -> int:
     """The most that tensors took during one run, the weights of `models` included.
 
-    CUDA: its own counter. CPU: bytes of live tensors, counted as operations run; what a kernel takes and gives back
-    inside one does not show.
+    CUDA: its own counter, less what others than the models held before. CPU: bytes of live tensors, counted as
+    operations run; what a kernel takes and gives back inside one does not show.
     """
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         run()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device) - before + bytes_of(*models)
     most = [0]
     with StorageCount() as counted:
 
@@ -197,6 +208,12 @@ def peak_bytes(run: Callable[[], Any], device: torch.device, *models: torch.nn.M
         run()
         held.clear()
     return most[0]
+
+
+def bytes_of(*models: torch.nn.Module) -> int:
+    """Bytes of parameters and buffers, those that models share counted once."""
+    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from llava_sv.bench import clock
 from llava_sv.bench.data_mix import measure_mix
 from llava_sv.bench.data_records import write_records
 from llava_sv.errors import UserError
-from llava_sv.files import write_json
+from llava_sv.files import keep_existing, write_json
 
 EXAMPLE = """example:
   llava-sv bench data --records 9000000 --json data.json"""
@@ -159,7 +159,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the records and the order of reading [0]")
     parser.add_argument("--json", metavar="FILE", help="write the report here")
+    parser.add_argument("--overwrite", action="store_true", help="replace what --json names, where it exists")
     args = parser.parse_args(argv)
+    keep_existing(args.json, args.overwrite)
     if args.records < 1:
         raise UserError(f"--records: expected 1 or more, got {args.records}")
     if args.workers is not None and args.workers < 1:

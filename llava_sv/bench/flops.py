@@ -195,6 +195,11 @@ def _check(question: Question) -> None:
     )
     check_budget(setting.dense_tokens, budget.retained, max(budget.skipped, 0))
     _check_counts(counts)
+    if question.supervised_tokens > question.text_tokens:
+        raise UserError(
+            f"--supervised-tokens {question.supervised_tokens}: there are {question.text_tokens} text tokens; "
+            "lower it, or raise --text-tokens"
+        )
 
 
 def _check_counts(counts: Iterable[tuple[str, int, int]]) -> None:
@@ -202,11 +207,6 @@ def _check_counts(counts: Iterable[tuple[str, int, int]]) -> None:
     wrong = [f"{name} {value}: at least {least}" for name, value, least in counts if value < least]
     if wrong:
         raise UserError(f"{', '.join(wrong)}; counts are whole numbers")
-    if question.supervised_tokens > question.text_tokens:
-        raise UserError(
-            f"--supervised-tokens {question.supervised_tokens}: there are {question.text_tokens} text tokens; "
-            "lower it, or raise --text-tokens"
-        )
 
 
 def _is_table(args: argparse.Namespace) -> bool:

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -65,13 +66,18 @@ class Row:
     argv: tuple[str, ...]
     file: str
 
+    @property
+    def log(self) -> str:
+        """The file that what it prints goes to."""
+        return self.file.replace(".json", ".log")
+
     def command(self, out: Path) -> list[str]:
         """The process."""
         return [sys.executable, "-m", f"llava_sv.{self.module}", *self.argv, "--json", str(out / self.file)]
 
 
 def rows_of(args: argparse.Namespace, device: str) -> list[Row]:
-    """What runs, what is quick and certain first."""
+    """What runs on the device of this name, what is quick and certain first."""
     parity = Row(
         "parity", "bench.gpu_parity", ("--device", device, "--families", ",".join(args.families)), "parity.json"
     )
@@ -106,7 +112,7 @@ def _bench_rows(size: str, args: argparse.Namespace, device: str) -> list[Row]:
 def run_row(row: Row, out: Path, limit_s: float) -> dict[str, Any]:
     """Run it for `limit_s` seconds at most; its status, seconds, and the last line where something is wrong."""
     start = time.monotonic()
-    log, environment = out / row.file.replace(".json", ".log"), _environment()
+    log, environment = out / row.log, _environment()
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             row.command(out), cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
@@ -151,12 +157,12 @@ def judge(code: int | None, said: str, limit_s: float) -> tuple[str, str]:
     return "failed", last if code > 0 else f"ended by signal {-code}. {last}".strip()
 
 
-def run_all(rows: list[Row], out: Path, minutes: float, device: str, note: Callable[[dict[str, Any]], None]) -> None:
-    """Every row that the time allows, in order; `note` is called with each result."""
+def run_all(rows: list[Row], out: Path, minutes: float, kind: str, note: Callable[[dict[str, Any]], None]) -> None:
+    """Every row that the time allows, in order; `note` is called with each result. kind: cpu or cuda."""
     deadline = time.monotonic() + 60 * minutes
     for index, row in enumerate(rows):
         left = deadline - time.monotonic()
-        if left < LEAST_S[device]:
+        if left < LEAST_S[kind]:
             words = f"no time left of {minutes:g} minutes: ask for more with --minutes"
             note({"name": row.name, "status": "left out", "seconds": 0.0, "note": words, "file": None})
             continue
@@ -170,8 +176,10 @@ def describe(device: str | None) -> dict[str, Any]:
     command = [sys.executable, "-m", "llava_sv.bench.gpu_parity", "--describe", *asked]
     done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False)
     if done.returncode:
-        said = done.stderr.strip().splitlines() or ["it said nothing"]
-        raise UserError(said[-1].removeprefix("error: "))
+        said = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
+        # advice may follow what an exception says
+        telling = [line for line in said if re.match(r"error: |[\w.]*(Error|Exception): ", line)] or said
+        raise UserError(telling[-1].removeprefix("error: "))
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
@@ -187,7 +195,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", metavar="DIR", required=True, help="folder of the results")
     parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier check there")
     parser.add_argument("--minutes", type=float, default=9.0, help="rows that do not fit are left out and named [9]")
-    parser.add_argument("--device", help="cpu or cuda [cuda where there is one]")
+    parser.add_argument("--device", help="cpu, cuda, or one of several GPUs, cuda:1 [cuda where there is one]")
     parser.add_argument("--sizes", help=f"of {', '.join(KNOWN)}, joined by commas [{SIZES['cuda']}; cpu on a CPU]")
     parser.add_argument("--families", default=",".join(FAMILIES), help="joined by commas [all]")
     parser.add_argument("--dtype", default="bf16", help="precision of the benchmarks [bf16]")
@@ -206,30 +214,41 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def prepare(out: Path, overwrite: bool) -> None:
-    """Make the folder ready: what an earlier check left there is kept, unless it may be replaced."""
+def check_folder(out: Path, overwrite: bool) -> None:
+    """`UserError` where the results of an earlier check are there and may not be replaced, or none can be written."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder")
     keep_existing(str(out / REPORT), overwrite, "--out")
     check_can_write("--out", out / REPORT)
+
+
+def make_room(out: Path, rows: list[Row], overwrite: bool) -> None:
+    """Make the folder ready for these rows: what an earlier check left there is kept, unless it may be replaced.
+
+    A check that was stopped in its first row has left that row's files, and no report.
+    """
+    names = [PAGE, *(name for row in rows for name in (row.file, row.log))]
     if (out / REPORT).exists():
-        known: Any = {}
-        with contextlib.suppress(ValueError):  # it is to be replaced, whatever it is
+        # a file that is a report by its name alone names no other
+        with contextlib.suppress(ValueError, KeyError, AttributeError, TypeError):
             known = json.loads((out / REPORT).read_text(encoding="utf-8"))
-        for row in known.get("rows", []) if isinstance(known, dict) else []:
-            for name in (row.get("file"), row.get("log")):
-                if name:
-                    (out / Path(name).name).unlink(missing_ok=True)
+            names += [Path(row[key]).name for row in known["rows"] for key in ("file", "log") if row.get(key)]
+    for name in names:
+        keep_existing(str(out / name), overwrite, "--out")
+        (out / name).unlink(missing_ok=True)
 
 
 def main(argv: list[str]) -> int:
     """Exit code 1 where a row failed, ran out of memory or had to be stopped."""
     args = parse(argv)
     out = Path(args.out).resolve()
-    prepare(out, args.overwrite)
+    check_folder(out, args.overwrite)
     machine = describe(args.device)
-    device = "cuda" if "capability" in machine else "cpu"
-    args.sizes = args.sizes or SIZES[device].split(",")
+    kind = "cuda" if "capability" in machine else "cpu"
+    device = args.device or kind
+    args.sizes = args.sizes or SIZES[kind].split(",")
+    rows = rows_of(args, device)
+    make_room(out, rows, args.overwrite)
     asked = {"device": device, "sizes": args.sizes, "families": args.families, "minutes": args.minutes}
     report: dict[str, Any] = {"environment": machine, **asked, "dtype": args.dtype, "seconds": 0.0, "rows": []}
     start = time.monotonic()
@@ -241,12 +260,17 @@ def main(argv: list[str]) -> int:
         write_text(out / PAGE, gpu_page.render(report, out))
         print(f"{result['name']}: {result['status']}, {result['seconds']:.0f} s. {result['note']}".strip(), flush=True)
 
-    rows = rows_of(args, device)
     print(f"{machine['device']}: {len(rows)} rows in {args.minutes:g} minutes at most, into {out}", flush=True)
-    run_all(rows, out, args.minutes, device, note)
+    run_all(rows, out, args.minutes, kind, note)
     print(f"\n{gpu_page.render(report, out)}")
     return int(any(row["status"] in BAD for row in report["rows"]))
 
 
+def _end_with_the_row(number: int, frame: Any) -> None:
+    """A row is in a session of its own: what ends this process must end the row as well (see `run_row`)."""
+    raise SystemExit(128 + number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _end_with_the_row)
     sys.exit(exit_on_any_trouble(main, sys.argv[1:]))

@@ -26,7 +26,16 @@ SDPA: dict[str, SDPBackend] = {
 KERNELS = ("auto", *SDPA, FLASH_ATTN)
 """`auto`: what torch's sdpa chooses, which is what users run; then its kernels one by one; the package of that name."""
 
-REFUSALS = ("no available kernel", "no viable backend", "no execution plans", "not compiled", "invalid backend")
+REFUSALS = (
+    "no available kernel",
+    "no viable backend",
+    "no execution plans",
+    "no valid engine",
+    "not compiled",
+    "invalid backend",
+    "cudnn frontend error",
+    "cudnn_status_not_supported",
+)
 """What torch says, in lower case, where a kernel cannot serve a call."""
 
 Attention = Callable[[], contextlib.AbstractContextManager[Any]]

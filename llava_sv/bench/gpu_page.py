@@ -65,7 +65,7 @@ def _why(result: dict[str, Any]) -> str:
 
 def _saved(report: dict[str, Any]) -> list[list[str]]:
     """A line a region of one benchmark's report."""
-    name = f"{report['size']}, {report['family']}"
+    name = ", ".join(filter(None, [report["size"], report["family"], report.get("slice")]))
     lines = []
     for region, figures in report["regions"].items():
         time_saved, flops_saved = figures["time_saved"], figures["flops_saved"]

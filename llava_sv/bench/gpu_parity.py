@@ -165,11 +165,14 @@ def main(argv: list[str]) -> int:
         if args.json:
             write_json(args.json, report)
 
-    failed = 0
+    failed: list[Result] = []
     for result in run_all(device, families, kernels):
         note(result)
-        failed += result.status == "failed"
-    return int(failed > 0)
+        failed += [result] if result.status == "failed" else []
+    if failed:
+        first = f"{failed[0].check}, {failed[0].family}, {failed[0].dtype}, {failed[0].kernel}"
+        print(f"{len(failed)} of {len(report['results'])} checks failed, the first: {first}", file=sys.stderr)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

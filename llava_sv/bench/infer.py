@@ -257,7 +257,7 @@ def run(
 
 def measure(job: Job) -> dict[str, Any]:
     """The report of a job, its settings at the head. Raises `UserError` where it does not fit into memory."""
-    needed = room.of_infer(job.size, job.dtype, max(job.new_tokens))
+    needed = room.of_infer(job.size, job.dtype, max(job.new_tokens), job.device)
     room.check_room(needed, job.device, job.label, "infer", job.with_peers)
 
     def work() -> dict[str, Any]:

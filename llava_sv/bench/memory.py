@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from llava_sv.bench.memory_cases import Case, every_case, plan_of, ranked_cases
 from llava_sv.bench.memory_measure import peak_of, train_steps
 from llava_sv.bench.memory_ranks import measure
 from llava_sv.errors import UserError, exit_on_user_error
-from llava_sv.files import write_json
+from llava_sv.files import keep_existing, write_json
 
 EXAMPLE = """example:
   llava-sv bench memory --family llava --json memory.json
@@ -42,6 +43,12 @@ def compare(case: Case, measured: int) -> dict[str, Any]:
         "phase": planned.phase,
         "parts": planned.parts,
     }
+
+
+def on_device(cases: list[Case], device: torch.device) -> list[Case]:
+    """The cases as they can be compared there: on CUDA in bf16, as GPUs train. The plan follows a fused attention, and
+    CUDA has none for grouped heads in float32: scores of all pairs are kept there."""
+    return [replace(case, precision="bf16") for case in cases] if device.type == "cuda" else cases
 
 
 def run_alone(case: Case, device: torch.device) -> dict[str, Any]:
@@ -76,14 +83,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--ranks", action="store_true", help="the runs over two processes (DDP, ZeRO-1 to 3) instead")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one; --ranks: cpu)")
     parser.add_argument("--json", metavar="FILE", help="write the rows here")
+    parser.add_argument("--overwrite", action="store_true", help="replace what --json names, where it exists")
     args = parser.parse_args(argv)
+    keep_existing(args.json, args.overwrite)
     cases = [case for case in (ranked_cases() if args.ranks else every_case()) if args.family in (None, case.family)]
     if not cases:
         raise UserError(f"--family: unknown family {args.family!r}; known: llava, llava_hd, cos")
     if args.every < 1:
         raise UserError(f"--every {args.every}: expected 1 or more")
-    cases = cases[:: args.every]
     device = clock.pick_device("cpu" if args.ranks else args.device)
+    cases = on_device(cases, device)[:: args.every]
     rows = run_ranked(cases) if args.ranks else [run_alone(case, device) for case in tqdm(cases, unit="run")]
     environment = clock.environment(device, torch.float32)
     print(render(rows))

@@ -1,6 +1,6 @@
 """The memory that real training steps take: a config and a `Work` in, bytes out. The yardstick of the plan.
 
-On CUDA the allocator's own peak; on CPU every allocation and release that torch's CPU allocator reports to the
+On CUDA what was asked of the allocator; on CPU every allocation and release that torch's CPU allocator reports to the
 profiler, added up. Called by `bench memory` and by tests.
 """
 
@@ -42,15 +42,20 @@ def train_steps(config: Any, work: Work, prepare: Prepare, device: torch.device)
 
 
 def peak_of(run: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes that torch's allocator had given out at once during `run`, which makes all it uses itself."""
+    """The most bytes that torch's allocator was asked for at once during `run`, which makes all it uses itself.
+
+    CUDA: in a second run, since the first also makes what libraries keep for good, cuBLAS' workspaces above all.
+    """
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        run()
+        gc.collect()
+        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        before = torch.cuda.memory_stats(device)["requested_bytes.all.current"]
         run()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return torch.cuda.memory_stats(device)["requested_bytes.all.peak"] - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         run()
         gc.collect()

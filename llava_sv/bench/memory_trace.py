@@ -156,7 +156,8 @@ def make_inputs(config: Any, work: Work) -> dict[str, Any]:
 
 def forward(model: Any, inputs: dict[str, Any], work: Work) -> Tensor:
     """The loss, under the precision that training would use."""
-    narrow = contextlib.nullcontext() if work.autocast is None else torch.autocast("cpu", dtype=work.autocast)
+    device = inputs["input_ids"].device.type
+    narrow = contextlib.nullcontext() if work.autocast is None else torch.autocast(device, dtype=work.autocast)
     with narrow:
         return model(**inputs, num_items_in_batch=work.batch * work.text_tokens, use_cache=False).loss
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from llava_sv.bench import clock, infer, room, sweep_page, train
@@ -34,6 +35,9 @@ NEW_TOKENS = "16,64,256"
 TEXTS = (0.5, 1, 4)
 """Text lengths by default, as multiples of the size's own."""
 
+DRAWINGS = ("--markdown", "--png")
+"""Made anew each time of all rows; a file that the sweep did not draw itself is kept."""
+
 Point = tuple[str, Job]
 """`train` or `infer`, and what it is to measure."""
 
@@ -49,7 +53,7 @@ def budgets(args: argparse.Namespace) -> list[tuple[int | None, int | None]]:
     pairs = [part.strip().split("+") for part in args.budgets.split(",")]
     if not all(len(pair) == 2 and all(value.isascii() and value.isdigit() for value in pair) for pair in pairs):
         raise UserError(f"--budgets {args.budgets}: expected retained+skipped, such as 100+156 or 100+156,256+320")
-    return [(int(retained), int(skipped)) for retained, skipped in pairs]
+    return list(dict.fromkeys((int(retained), int(skipped)) for retained, skipped in pairs))
 
 
 def optional(flag: str, text: str | None) -> list[int | None]:
@@ -68,7 +72,7 @@ def grid(args: argparse.Namespace) -> list[Point]:
     """Every point that the arguments ask for, checked, in the order in which they are measured."""
     points: list[Point] = []
     what = known_words("--what", args.what, MEASURES)
-    for family in [part.strip() for part in args.family.split(",")]:
+    for family in dict.fromkeys(part.strip() for part in args.family.split(",")):
         size = find_size(args.size, family)
         for layers, batch, text, (retained, skipped) in itertools.product(
             optional("--layers", args.layers),
@@ -93,7 +97,11 @@ def fitting(points: list[Point], rows: Rows) -> list[Point]:
             continue
         longest = max(job.new_tokens, default=0)
         peers = job.with_peers
-        of = room.of_infer(job.size, job.dtype, longest) if longest else room.of_train(job.size, job.dtype, peers)
+        of = (
+            room.of_infer(job.size, job.dtype, longest, job.device)
+            if longest
+            else room.of_train(job.size, job.dtype, peers, job.device)
+        )
         try:
             room.check_room(of, job.device, f"{job.label}, {job.size.text_tokens} text tokens", what, peers)
             kept.append((what, job))
@@ -119,7 +127,7 @@ def run(points: list[Point], rows: Rows) -> list[dict[str, Any]]:
                 fresh += 1
                 asked = job.settings
                 bar.set_postfix_str(f"{what}, {asked['family']}, batch {asked['batch']}, text {asked['text_tokens']}")
-                gc.collect()  # the models of the point before
+                _let_go(job.device)
                 try:
                     row = rows.add(what, job, environment, MEASURES[what](job))
                 except OutOfMemory as error:
@@ -132,6 +140,13 @@ def run(points: list[Point], rows: Rows) -> list[dict[str, Any]]:
     there = len(found) - (fresh - len(lost))
     print(f"{fresh - len(lost)} measured" + (f", {there} were there already" if there else ""), file=sys.stderr)
     return found
+
+
+def _let_go(device: torch.device) -> None:
+    """The models of the point before, and the memory in pieces of their sizes."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -152,8 +167,10 @@ def main(argv: list[str]) -> int:
     if args.json:
         check_can_write("--json", Path(args.json))
     rows = Rows(args.json, anew=args.overwrite)
-    if not rows.rows:  # else its drawings are redrawn
-        check_outputs(args, "--markdown", "--png")
+    for flag in DRAWINGS:
+        path = getattr(args, flag.removeprefix("--"))
+        if path is not None and not rows.drew(path):
+            check_outputs(args, flag)
     found = run(fitting(points, rows), rows)
     page = sweep_page.render(found)
     print(page)
@@ -161,6 +178,7 @@ def main(argv: list[str]) -> int:
         write_text(args.markdown, page + "\n")
     if args.png:
         sweep_page.draw(found, args.png)
+    rows.note_drawn([path for path in (args.markdown, args.png) if path])
     return 0
 
 

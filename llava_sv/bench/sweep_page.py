@@ -26,6 +26,9 @@ KINDS = {
 
 CURVES = {"training step": "A training step", "answer": "An answer, end to end"}
 MARKERS = {"llava": "o", "llava_hd": "s", "cos": "^"}
+MOST_SIZES = 4
+"""Sizes, and slices of them, that a picture's title names."""
+
 MOST_NAMED = 8
 """Curves of a panel that get a line of the legend each."""
 
@@ -128,6 +131,8 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     _scatter(axes[0][0], points)
     for (kind, axis), one in zip(panels, axes[0][1:]):
         _curves(one, points, kind, axis)
+    sizes = list(dict.fromkeys(point["size"] for point in points))
+    figure.suptitle("; ".join(sizes[:MOST_SIZES]) + ("; ..." if len(sizes) > MOST_SIZES else ""), fontsize=9)
     for one in axes[0]:
         one.spines[["top", "right"]].set_visible(False)
         one.grid(alpha=0.25)

@@ -119,7 +119,9 @@ def weigh(model: torch.nn.Module, forward: Forward, device: torch.device) -> dic
     flops = clock.count_flops(once)
     saved = clock.SavedBytes(model)
     with saved.watch():
-        forward().backward()
+        loss = forward()
+    loss.backward()  # not watched: the watch would keep to the end what this lets go of
+    del loss
     model.zero_grad(set_to_none=True)
     peak = clock.peak_bytes(once, device, model)
     return {"flops": flops, "activation_bytes": saved.total, "peak_bytes": peak}
@@ -202,7 +204,7 @@ def run(
 
 def measure(job: Job) -> dict[str, Any]:
     """The report of a job, its settings at the head. Raises `UserError` where it does not fit into memory."""
-    needed = room.of_train(job.size, job.dtype, job.with_peers)
+    needed = room.of_train(job.size, job.dtype, job.with_peers, job.device)
     room.check_room(needed, job.device, job.label, "train", job.with_peers)
     left_out = room.without_optimizer(needed, job.device)
     if left_out:

@@ -14,6 +14,7 @@ from llava_sv.bench.peers import LLM_PEER, PEER, make_stock_llama, make_stock_ll
 from llava_sv.bench.presets import FAMILIES
 from llava_sv.bench.sizes import SIZES
 from llava_sv.bench.train import llama_forwards
+from llava_sv.errors import UserError
 from llava_sv.model.loading import check_config
 
 SIZE = SIZES["tiny"]["llava"]
@@ -181,9 +182,15 @@ def test_rounds_run_everyone_once_a_round_in_turning_order():
     def step(name):
         return lambda: order.append(name) or {"ms": float(len(order))}
 
-    measured = clock.rounds({name: step(name) for name in "abc"}, repeats=2, warmup=1, what="test")
-    assert order == list("abc") + list("bca") + list("cab")
-    assert [result["ms"] for result in measured["a"]] == [6.0, 8.0]
+    measured = clock.rounds({name: step(name) for name in "abc"}, repeats=5, warmup=1, what="test")
+    runs = ["".join(order[start : start + 3]) for start in range(0, 18, 3)]
+    assert runs == ["abc", "cba", "bca", "acb", "cab", "bac"]
+    assert [result["ms"] for result in measured["a"]] == [6.0, 9.0, 10.0, 14.0, 17.0]
+    # over a whole turn each comes first equally often, and after each of the others too
+    assert {name: sum(run[0] == name for run in runs) for name in "abc"} == dict.fromkeys("abc", 2)
+    assert {pair: sum(pair in run for run in runs) for pair in ("ab", "ba", "ac", "ca", "bc", "cb")} == dict.fromkeys(
+        ("ab", "ba", "ac", "ca", "bc", "cb"), 2
+    )
 
 
 def test_ratios_are_taken_within_a_round():
@@ -213,6 +220,7 @@ def test_saved_bytes_count_each_storage_once_and_no_parameter():
         (["--dtype", "int8"], "unknown precision 'int8'; known: fp32, bf16"),
         (["--repeats", "0"], "--repeats 0: at least one round"),
         (["--device", "tpu"], "--device tpu: unknown device; known: cpu, cuda, cuda:N"),
+        (["--device", "cuda:x"], "--device cuda:x: unknown device; known: cpu, cuda, cuda:N"),
         (["--device", "meta"], "--device meta: computes nothing; use cpu, cuda or cuda:N"),
         (["--device", "mps"], "--device mps: times and memory are measured on cpu and cuda only"),
     ],
@@ -240,3 +248,15 @@ def test_on_a_gpu(command, tmp_path):
     report = json.loads(target.read_text())
     assert report["environment"]["device"] == torch.cuda.get_device_name(0)
     assert report["skip"]["peak_bytes"] > 0
+
+
+def test_one_of_several_gpus_is_the_one_that_runs(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert clock.pick_device("cuda:1") == torch.device("cuda", 1)
+    assert clock.pick_device("cuda") == clock.pick_device(None) == torch.device("cuda")
+    assert chosen == [torch.device("cuda", 1)]
+    with pytest.raises(UserError, match="--device cuda:2: GPUs here are cuda:0 to cuda:1; name one"):
+        clock.pick_device("cuda:2")

@@ -54,3 +54,15 @@ def test_an_interrupt_ends_it_even_where_it_missed_the_process_that_ran(tmp_path
     done = run_script(OUT=str(tmp_path / "out"), SIZE="tiny", PYTHON=str(python))
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
     assert (tmp_path / "runs").read_text() == "ran\n"
+
+
+def test_what_an_earlier_call_left_is_no_result_of_one_that_failed(tmp_path):
+    """A stand-in for Python, whose benchmarks fail: nothing is measured, and nothing is put into a table."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\ncase $2 in *table) echo a table of $3;; *) echo broken >&2; exit 1;; esac\n")
+    python.chmod(0o755)
+    (tmp_path / "train-tiny-llava.json").write_text("{}")
+    done = run_script(PYTHON=str(python), OUT=str(tmp_path), SIZE="tiny", FAMILIES="llava", LONG="0", SWEEP="0")
+    assert done.returncode == 1
+    assert "broken" in done.stdout
+    assert "a table of" not in done.stdout

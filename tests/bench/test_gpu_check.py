@@ -120,7 +120,11 @@ def test_limits_by_hand():
 
 
 def test_only_a_kernel_s_refusal_is_no_failure():
-    for words in ("No available kernel. Aborting execution.", "cuDNN Frontend error: No execution plans support it"):
+    for words in (
+        "No available kernel. Aborting execution.",
+        "cuDNN Frontend error: No execution plans support it",
+        "cuDNN Frontend error: [cudnn_frontend] Error: No valid engine configs for Matmul_",
+    ):
         with pytest.raises(Unavailable), only(SDPA["flash"]):
             raise RuntimeError(words)
     with pytest.raises(RuntimeError, match="misaligned"), only(SDPA["flash"]):
@@ -213,7 +217,7 @@ def test_a_row_that_is_stopped_takes_its_own_processes_along(tmp_path):
 
 def test_rows_that_the_time_does_not_allow_are_named(tmp_path):
     rows, found = [fake(name, "import time; time.sleep(3)") for name in "abc"], []
-    gpu_check.run_all(rows, tmp_path, minutes=6 / 60, device="cpu", note=found.append)
+    gpu_check.run_all(rows, tmp_path, minutes=6 / 60, kind="cpu", note=found.append)
     assert [row["status"] for row in found] == ["ok", "left out", "left out"]
     assert found[1]["note"] == "no time left of 0.1 minutes: ask for more with --minutes"
 
@@ -221,7 +225,7 @@ def test_rows_that_the_time_does_not_allow_are_named(tmp_path):
 def test_a_failure_loses_no_other_row(tmp_path):
     found: list[dict] = []
     rows = [fake("a", "1 / 0"), fake("b", "open(OUT, 'w').write('{}')")]
-    gpu_check.run_all(rows, tmp_path, minutes=5, device="cpu", note=found.append)
+    gpu_check.run_all(rows, tmp_path, minutes=5, kind="cpu", note=found.append)
     assert [row["status"] for row in found] == ["failed", "ok"]
     assert "ZeroDivisionError" in found[0]["note"]
 
@@ -266,7 +270,7 @@ def test_an_earlier_check_is_kept_unless_it_may_be_replaced(tmp_path, capsys):
         (tmp_path / name).write_text("{}")
     assert run(gpu_check.main, "--out", str(tmp_path)) == 2
     assert "gpu_check.json: exists; give another name, or --overwrite" in capsys.readouterr().err
-    gpu_check.prepare(tmp_path, overwrite=True)
+    gpu_check.make_room(tmp_path, [], overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"gpu_check.json", "mine.txt"}
     for broken in ("half a rep", "[]"):
         (tmp_path / "gpu_check.json").write_text(broken)
@@ -361,3 +365,80 @@ def test_the_script_s_help_needs_no_gpu():
     )
     assert done.returncode == 0
     assert b"--minutes" in done.stdout
+
+
+def test_what_a_check_that_was_stopped_left_is_kept_unless_it_may_be_replaced(tmp_path, capsys):
+    """It was stopped in its first row: a part of that row's results, and no report."""
+    (tmp_path / "parity.json").write_text("{}")
+    argv = ["--out", str(tmp_path), "--device", "cpu", "--sizes", "tiny", "--families", "llava", "--minutes", "0.01"]
+    assert run(gpu_check.main, *argv) == 2
+    assert f"--out {tmp_path}/parity.json: exists; give another name, or --overwrite" in capsys.readouterr().err
+    (tmp_path / "gpu_check.json").write_text("no report")
+    assert run(gpu_check.main, *argv, "--overwrite") == 0  # no time for any row
+    report = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert {row["status"] for row in report["rows"]} == {"left out"}
+    assert not (tmp_path / "parity.json").exists()
+
+
+def test_every_row_runs_on_the_device_that_was_asked_for(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(gpu_check, "describe", lambda device: {"device": "two of them", "capability": "9.0"})
+    monkeypatch.setattr(gpu_check, "run_all", lambda rows, out, minutes, kind, note: found.append((kind, rows)))
+    assert run(gpu_check.main, "--out", str(tmp_path), "--device", "cuda:1", "--families", "cos,cos") == 0
+    ((kind, rows),) = found
+    assert kind == "cuda"
+    assert [row.argv[row.argv.index("--device") + 1] for row in rows] == ["cuda:1"] * len(rows)
+    assert len({row.file for row in rows}) == len(rows)
+
+
+def test_a_check_that_is_ended_ends_its_row(tmp_path):
+    """SIGTERM, as `timeout` and batch systems send it: the row has a session of its own and would live on."""
+    mark = tmp_path / "mark"
+    code = f"""
+import signal, sys
+from pathlib import Path
+from llava_sv.bench import gpu_check
+class Row(gpu_check.Row):
+    def command(self, out):
+        return [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(4); open({str(mark)!r}, 'w')"]
+signal.signal(signal.SIGTERM, gpu_check._end_with_the_row)
+gpu_check.run_row(Row("row", "", (), "row.json"), Path({str(tmp_path)!r}), 60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    log = tmp_path / "row.log"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(timeout=30) == 143
+    time.sleep(5)
+    assert not mark.exists()
+
+
+def test_a_page_says_how_much_of_the_model_ran(tmp_path):
+    region = {"time_saved": 0.5, "flops_saved": 0.5, "dense": {}, "skip": {}}
+    train = {"size": "gpu-8b-4layers", "family": "cos", "slice": "4 of 32 layers", "regions": {"llm": region}}
+    (tmp_path / "train.json").write_text(json.dumps({**train, "environment": {}}))
+    rows = [{"name": "train, x, cos", "status": "ok", "seconds": 3.0, "note": "", "file": "train.json"}]
+    page = gpu_page.render({"environment": {}, "seconds": 3.0, "minutes": 1, "rows": rows}, tmp_path)
+    assert "| gpu-8b-4layers, cos, 4 of 32 layers, llm | 50.0% |" in page
+
+
+def test_parity_ends_with_how_many_failed(case, monkeypatch, capsys):
+    """The check's report shows the last line of a row that failed."""
+    monkeypatch.setattr(gpu_parity, "run_all", lambda *_: iter(found))
+    found = [
+        gpu_parity.Result("a", "llava", "fp32", "auto", "ok"),
+        gpu_parity.Result("b", "cos", "bf16", "math", "failed"),
+    ]
+    found.append(gpu_parity.Result("c", "cos", "bf16", "cudnn", "unavailable"))
+    assert run(gpu_parity.main, "--device", "cpu") == 1
+    assert capsys.readouterr().err == "1 of 3 checks failed, the first: b, cos, bf16, math\n"
+
+
+def test_what_is_wrong_with_the_machine_is_said_not_the_advice_after_it(tmp_path, monkeypatch, capsys):
+    said = "Traceback:\n  File\nImportError: needs hub>=1.5,<2.0\nTry: something else\n"
+    failed = subprocess.CompletedProcess([], 1, "", said)
+    monkeypatch.setattr(gpu_check.subprocess, "run", lambda *args, **kwargs: failed)
+    assert run(gpu_check.main, "--out", str(tmp_path)) == 2
+    assert capsys.readouterr().err == "error: ImportError: needs hub>=1.5,<2.0\n"

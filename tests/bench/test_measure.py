@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import weakref
 
 import pytest
 import torch
 
 from llava_sv import cli
-from llava_sv.bench import break_even, cells, clock, infer, matmul, split, table
+from llava_sv.bench import break_even, cells, clock, infer, matmul, split, table, train
 from llava_sv.bench.feed import Feed
 from llava_sv.bench.models import freeze_encoder, make_batch, make_pair
 from llava_sv.bench.sizes import SIZES
@@ -259,3 +261,42 @@ def test_a_long_sequence_has_its_positions():
 
 def test_freezing_is_the_recipes(pair):
     assert not any(p.requires_grad for p in freeze_encoder(pair[0], "llava").get_model().vision_tower.parameters())
+
+
+def test_peak_bytes_on_a_gpu_leave_out_what_others_hold(monkeypatch):
+    """7,000 bytes are held before, 400 of them the model's; the run takes 900 at most."""
+    layer = torch.nn.Linear(10, 10, bias=False)
+    tied = torch.nn.ModuleList([layer, torch.nn.Linear(10, 10, bias=False)])
+    tied[1].weight = layer.weight
+    done = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: done.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 7000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7900)
+    assert clock.peak_bytes(lambda: done.append("ran"), torch.device("cuda"), layer, tied) == 900 + 400
+    assert done == ["reset", "ran"]
+
+
+def test_weighing_lets_go_of_activations_as_a_step_does(monkeypatch):
+    """What the forward pass kept is gone after the backward pass, though all of it was counted."""
+    kept, watching, alive = torch.nn.Linear(8, 8), [], []
+
+    class Watched(clock.SavedBytes):
+        @contextlib.contextmanager
+        def watch(self):
+            watching.append(True)
+            with super().watch():
+                yield self
+            watching.pop()
+
+    def forward() -> torch.Tensor:
+        hidden = kept(torch.ones(4, 8)).exp()  # keeps its result
+        if watching:
+            reference = weakref.ref(hidden.untyped_storage())
+            kept.weight.register_post_accumulate_grad_hook(lambda _: alive.append(reference()))
+        return hidden.sum()
+
+    monkeypatch.setattr(clock, "SavedBytes", Watched)
+    found = train.weigh(kept, forward, CPU)
+    assert found["activation_bytes"] == 4 * (4 * 8 + 4 * 8)  # the input of the layer, the result of exp
+    assert alive[0] is None  # later ones are of the peak, which nobody watches so

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from llava_sv.bench import memory
-from llava_sv.bench.memory_cases import Case, plan_of
+from llava_sv import cli
+from llava_sv.bench import memory, memory_measure
+from llava_sv.bench.memory_cases import Case, every_case, plan_of
 from llava_sv.bench.memory_measure import peak_of, peak_of_tensors, train_steps
 from llava_sv.bench.memory_ranks import measure
 from llava_sv.bench.memory_states import Layout, layout_of
-from llava_sv.bench.memory_trace import trace
+from llava_sv.bench.memory_trace import Work, forward, trace
 from llava_sv.errors import UserError
 
 CPU = torch.device("cpu")
@@ -101,3 +105,50 @@ def test_two_processes_are_within_the_tolerance():
 def test_unknown_family():
     with pytest.raises(UserError, match="unknown family 'qwen'; known: llava, llava_hd, cos"):
         memory.main(["--family", "qwen"])
+
+
+def test_precision_is_that_of_the_device_that_runs(monkeypatch):
+    """On CUDA the CPU's autocast would leave everything in float32."""
+    kinds = []
+
+    def autocast(kind, dtype):
+        kinds.append((kind, dtype))
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch, "autocast", autocast)
+    for kind in ("cpu", "cuda"):
+        inputs = {"input_ids": SimpleNamespace(device=torch.device(kind))}
+        forward(lambda **_: SimpleNamespace(loss=0), inputs, Work(1, 4, autocast=torch.bfloat16))
+    assert kinds == [("cpu", torch.bfloat16), ("cuda", torch.bfloat16)]
+
+
+def test_on_a_gpu_the_second_run_counts_and_what_was_asked_for(monkeypatch):
+    """The first leaves 32 MiB behind, as cuBLAS does; the second asks for 5 beside them."""
+    state = {"requested_bytes.all.current": 0, "requested_bytes.all.peak": 0}
+    runs = []
+
+    def run() -> None:
+        runs.append(1)
+        state["requested_bytes.all.current"] = 32
+        state["requested_bytes.all.peak"] = 32 + 5
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: state)
+    assert memory_measure.peak_of(run, torch.device("cuda")) == 5
+    assert len(runs) == 2
+
+
+def test_on_a_gpu_cases_run_in_its_precision():
+    cases = list(every_case())
+    assert {case.precision for case in memory.on_device(cases, torch.device("cuda"))} == {"bf16"}
+    assert memory.on_device(cases, torch.device("cpu")) == cases
+
+
+@pytest.mark.parametrize("command", ["memory", "data"])
+def test_a_report_that_exists_is_kept(command, tmp_path, capsys):
+    target = tmp_path / "old.json"
+    target.write_text("mine")
+    assert cli.main(["bench", command, "--json", str(target)]) == 2
+    assert capsys.readouterr().err == f"error: --json {target}: exists; give another name, or --overwrite\n"
+    assert target.read_text() == "mine"

@@ -38,8 +38,16 @@ def test_a_training_steps_estimate_is_near_what_it_takes(wide):
     parts = room.of_train(wide, torch.float32, False).parts
     planned = parts["weights"] + parts["gradients"] + parts["activations"]
     assert planned == pytest.approx(peak, rel=0.15)
-    # transformers keeps logits of all positions
-    assert room.of_train(wide, torch.float32, True).total > room.of_train(wide, torch.float32, False).total
+
+
+@pytest.mark.parametrize("family", SIZES["tiny"])
+def test_the_outside_control_s_logits_count(family):
+    """transformers keeps those of all positions, its language model alone too: as made, and three of float32 each."""
+    size = SIZES["tiny"][family]
+    dense = {"llava": 64, "llava_hd": 320, "cos": 84}[family]
+    logits = size.batch * (size.text_tokens + dense) * size.llm.vocab_size
+    assert room.of_train(size, torch.bfloat16, True).parts["the peer's logits"] == logits * (2 + 12)
+    assert room.of_train(size, torch.bfloat16, False).parts["the peer's logits"] == 0
 
 
 def test_the_optimizers_states_are_two_of_each_gradient(wide):
@@ -116,9 +124,57 @@ def test_free_memory_is_within_the_control_groups_limit(monkeypatch, tmp_path):
     (tmp_path / "memory.max").write_text("5000000\n")
     (tmp_path / "memory.current").write_text("4000000\n")
     monkeypatch.setattr(room, "CGROUP", tmp_path)
+    monkeypatch.setattr(room, "OWN_GROUPS", tmp_path / "none")
     assert room.available_bytes(CPU) == 1000000
     (tmp_path / "memory.max").write_text("max\n")
     assert room.available_bytes(CPU) > 2**20
+
+
+def group(folder, **files: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / f"memory.{name}").write_text(text)
+
+
+def test_a_batch_system_s_limit_lies_between_the_process_and_the_top(monkeypatch, tmp_path):
+    """Version 2: the job's limit, not its step's, which has none; pages of files that the kernel gives up are free."""
+    monkeypatch.setattr(room, "CGROUP", tmp_path)
+    own = tmp_path / "own"
+    own.write_text("0::/slurm/job_7/step_0\n")
+    monkeypatch.setattr(room, "OWN_GROUPS", own)
+    group(tmp_path / "slurm/job_7/step_0", max="max\n", current="9\n")
+    group(tmp_path / "slurm/job_7", max="5000000\n", current="4000000\n", stat="anon 7\ninactive_file 300000\n")
+    group(tmp_path / "slurm/job_8", max="10\n", current="0\n")
+    assert room.available_bytes(CPU) == 1300000
+
+
+def test_limits_of_version_1_count(monkeypatch, tmp_path):
+    monkeypatch.setattr(room, "CGROUP", tmp_path)
+    own = tmp_path / "own"
+    own.write_text("5:devices:/x\n4:memory:/box/1\n1:cpu,cpuacct:/box/1\n0::/\n")
+    monkeypatch.setattr(room, "OWN_GROUPS", own)
+    unlimited = {"limit_in_bytes": "9223372036854771712\n", "usage_in_bytes": "1000\n"}
+    group(tmp_path / "memory", **unlimited)
+    group(tmp_path / "memory/box/1", **unlimited)
+    alone = room.available_bytes(CPU)
+    assert 2**20 < alone < 2**60
+    stat = "total_inactive_file 50\n"
+    group(tmp_path / "memory/box/1", limit_in_bytes="9000\n", usage_in_bytes="2000\n", stat=stat)
+    assert room.available_bytes(CPU) == 7050
+
+
+def test_scores_are_counted_where_no_fused_kernel_serves():
+    """float32 on CUDA with grouped heads: of all pairs of positions, a layer's each and three more."""
+    cuda = torch.device("cuda")
+    length = TINY.text_tokens + 64
+    scores = TINY.batch * TINY.llm.num_attention_heads * length**2 * 4
+    on_gpu = room.of_train(TINY, torch.float32, False, cuda)
+    assert on_gpu.parts["attention's scores"] == scores * (TINY.llm.num_hidden_layers + 3)
+    assert room.of_infer(TINY, torch.float32, 4, cuda).parts["attention's scores"] == 3 * scores
+    for dtype, device in ((torch.bfloat16, cuda), (torch.float32, CPU), (torch.float32, None)):
+        assert room.of_train(TINY, dtype, False, device).parts["attention's scores"] == 0
+    ungrouped = replace(TINY, llm=replace(TINY.llm, num_key_value_heads=TINY.llm.num_attention_heads))
+    assert room.of_train(ungrouped, torch.float32, False, cuda).parts["attention's scores"] == 0
 
 
 def test_resized_keeps_what_is_not_given():

@@ -249,3 +249,47 @@ def test_a_sweep_that_measures(tmp_path):
         "answer",
         "answer",
     ]
+
+
+@pytest.mark.parametrize("flag", ["--markdown", "--png"])
+def test_a_sweep_that_goes_on_replaces_its_own_drawings_alone(flag, measured, tmp_path, capsys):
+    target, mine = tmp_path / "sweep.json", tmp_path / "mine"
+    argv = [*BASE, "--what", "train", "--text-tokens", "16", "--json", str(target)]
+    drawn = [flag, str(tmp_path / "drawn")]
+    assert cli.main([*argv, *drawn]) == 0
+    mine.write_text("mine")
+    capsys.readouterr()
+    assert cli.main([*argv, flag, str(mine)]) == 2
+    assert capsys.readouterr().err == f"error: {flag} {mine}: exists; give another name, or --overwrite\n"
+    assert mine.read_text() == "mine"
+    # its own is drawn again, unless somebody has changed it since
+    assert cli.main([*argv, *drawn, "--batch", "1"]) == 0
+    (tmp_path / "drawn").write_text("changed by hand")
+    assert cli.main([*argv, *drawn]) == 2
+    assert (tmp_path / "drawn").read_text() == "changed by hand"
+    assert len(measured[0]) == 2
+
+
+def test_a_place_that_cannot_be_written_is_said_before_any_work(measured, tmp_path, capsys):
+    assert cli.main([*BASE, "--json", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error == f"error: --json {tmp_path}: is a folder; name a file in it\n"
+    assert measured[0] == []
+
+
+def test_what_is_named_twice_is_measured_and_shown_once(measured, capsys):
+    argv = ["--what", "train", "--text-tokens", "16", "--family", "llava,llava", "--budgets", "8+12,8+12"]
+    assert cli.main([*BASE, *argv]) == 0
+    assert len(measured[0]) == 1
+    assert capsys.readouterr().out.count("| tiny |") == 1
+
+
+def test_the_picture_says_of_what_size_it_is(measured, tmp_path, monkeypatch):
+    """And how many of its layers ran, where there is but one point and so no legend of curves."""
+    from matplotlib.figure import Figure
+
+    titles = []
+    monkeypatch.setattr(Figure, "suptitle", lambda self, text, **_: titles.append(text))
+    argv = ["--what", "train", "--text-tokens", "16", "--layers", "1", "--png", str(tmp_path / "sweep.png")]
+    assert cli.main([*BASE, *argv, "--family", "llava,cos"]) == 0
+    assert titles == ["tiny, 1 of 2 layers; tiny, cos, 1 of 2 layers"]
