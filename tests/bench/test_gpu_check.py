@@ -274,7 +274,7 @@ def test_an_earlier_check_is_kept_unless_it_may_be_replaced(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"gpu_check.json", "mine.txt"}
     for broken in ("half a rep", "[]"):
         (tmp_path / "gpu_check.json").write_text(broken)
-        gpu_check.prepare(tmp_path, overwrite=True)
+        gpu_check.make_room(tmp_path, [], overwrite=True)
     (tmp_path / "file").write_text("")
     assert run(gpu_check.main, "--out", str(tmp_path / "file")) == 2
     assert "is a file; name a folder" in capsys.readouterr().err
