@@ -45,7 +45,8 @@ def group_llava(
     if skip is None:
         return as_groups([(TokenRole.RETAINED, tokens)])
     if skip.adaptive:
-        return group_by_content(owner, tokens, features)
+        assert owner.summary is not None  # every projector that skips has it
+        return group_by_content(tokens, features, skip, owner.summary)
     keep_index, rest_index = split_by_score(get_selector(skip.selection)(features), skip.mean_retained)
     retained = gather_tokens(tokens, keep_index)
     skipped = gather_tokens(tokens, rest_index)

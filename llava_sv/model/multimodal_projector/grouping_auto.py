@@ -7,28 +7,24 @@ V views (one an image), N patches, C LLM width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from llava_sv.model.compression.adaptive import choose_counts, raster_split
 from llava_sv.model.compression.merge import merge_tokens
 from llava_sv.model.compression.select import VisionFeatures, gather_tokens, get_selector
+from llava_sv.model.compression.summary import SummaryTokens
+from llava_sv.model.config import SkipVisionConfig
 from llava_sv.model.token_groups import TokenGroups, TokenRole
-
-if TYPE_CHECKING:
-    from llava_sv.model.multimodal_projector.grouping import Projecting
 
 Part = tuple[Tensor, Tensor, Tensor]
 """Tokens [V, n, C], whether each is there [V, n], and its role [V, n]."""
 
 
-def group_by_content(owner: Projecting, tokens: Tensor, features: VisionFeatures) -> list[TokenGroups]:
+def group_by_content(
+    tokens: Tensor, features: VisionFeatures, skip: SkipVisionConfig, summary: SummaryTokens
+) -> list[TokenGroups]:
     """[retained][former summary][skipped][latter summary] of each image, the counts its own. tokens: [V, N, C]."""
-    skip, summary = owner.skip, owner.summary
-    assert skip is not None
-    assert summary is not None
     patches = tokens.shape[1]
     together = skip.mean_retained + skip.skipped_of(patches)
     scores = get_selector(skip.selection)(features)
