@@ -150,12 +150,12 @@ def check_outputs(args: argparse.Namespace, *flags: str) -> None:
 
 
 def finish(args: argparse.Namespace, report: dict[str, Any], text: str, markdown: str) -> int:
-    """Print the report, write it where asked."""
-    print(text)
+    """Write the report where asked, then print it: nobody who stops reading loses a file."""
     if args.json:
         write_json(args.json, report)
     if args.markdown:
         write_text(args.markdown, markdown + "\n")
+    print(text)
     return 0
 
 

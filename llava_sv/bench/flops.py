@@ -252,9 +252,9 @@ def main(argv: list[str]) -> int:
     if args.json:
         check_can_write("--json", Path(args.json))
     report, text = _report(args)
-    print(text)
     if args.json:
         write_json(args.json, report)
+    print(text)
     return 0
 
 
