@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.train.runs import heed_ctrl_c
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -20,6 +22,7 @@ def run_script(**environment: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         check=False,
+        preexec_fn=heed_ctrl_c,
     )
 
 
