@@ -2,7 +2,7 @@
 
 A checkpoint under DeepSpeed holds counters and moments that only DeepSpeed reads, with Python's full unpickler: what is
 called in such a file is run. Each is read here first by torch's restricted unpickler, without its values: it knows
-tensors, plain values and the few classes that DeepSpeed writes, and stops at anything else. Called by `resume` and
+tensors, plain values and the few classes that DeepSpeed writes, and stops at anything else. Called by `train` and
 `universal`.
 """
 

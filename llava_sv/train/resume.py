@@ -10,7 +10,6 @@ from typing import Any
 from llava_sv.cluster.agree import gather
 from llava_sv.errors import UserError
 from llava_sv.train import checkpoint, lora, universal
-from llava_sv.train.pickles import check_pickles
 from llava_sv.train.stopping import restarted
 
 
@@ -155,8 +154,6 @@ def _anew(output: Path) -> Plan:
 def _go_on(args: Any, folder: Path, asked: dict[str, Any]) -> Plan:
     marker = checkpoint.read_marker(folder)
     from_universal = universal.needs_universal(folder, marker["world_size"], args)
-    if args.deepspeed:
-        check_pickles(folder)
     was = marker.get("settings", {})
     lora.refuse_other(was, asked, folder)
     if "batch" in was and asked.get("batch", was["batch"]) != was["batch"]:

@@ -223,7 +223,11 @@ REFUSED = [
     ("v15", {"s2": True}, "s2 True: an encoder run at several scales (S2) is not supported"),
     ("v15", {"mm_resampler_type": "qformer"}, "mm_resampler_type 'qformer': a resampler after the encoder"),
     ("v15", {"mm_projector_type": "mlp2x_res2x_gelu"}, "mm_projector_type: unknown projector 'mlp2x_res2x_gelu'"),
-    ("v15", {"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type 'spatial_unpad' with image_aspect_ratio 'pad'"),
+    (
+        "v15",
+        {"mm_patch_merge_type": "spatial_unpad"},
+        "mm_patch_merge_type 'spatial_unpad' with image_aspect_ratio 'pad'",
+    ),
     ("v16", {"mm_patch_merge_type": "flat"}, "mm_patch_merge_type 'flat' with image_aspect_ratio 'anyres'"),
     ("v16", {"mm_patch_merge_type": None}, "mm_patch_merge_type 'flat' with image_aspect_ratio 'anyres'"),
     ("v16", {"mm_patch_merge_type": "spatial"}, "mm_patch_merge_type 'spatial' with image_aspect_ratio 'anyres'"),
@@ -299,7 +303,7 @@ def test_a_held_encoder_takes_its_description_from_the_given_folder(v16, clip, t
 def test_a_described_encoder_needs_no_folder(v15, clip, tmp_path):
     for part in load(v15[0])[:3]:
         part.save_pretrained(tmp_path / "ours")
-    with pytest.raises(UserError, match="holds its encoder.*drop --vision-tower"):
+    with pytest.raises(UserError, match=r"holds its encoder.*drop --vision-tower"):
         load(tmp_path / "ours", vision_tower=str(clip))
 
 
@@ -315,7 +319,9 @@ def test_a_projector_on_its_base(v15, clip, tmp_path):
     whole = load(v15[0])[1]
     images = torch.linspace(-1, 1, 3 * SIDE * SIDE).view(1, 3, SIDE, SIDE).sin()
     with torch.no_grad():
-        ours, expected = (one(input_ids=torch.tensor([[1, -200, 7, 8]]), images=images).logits for one in (model, whole))
+        ours, expected = (
+            one(input_ids=torch.tensor([[1, -200, 7, 8]]), images=images).logits for one in (model, whole)
+        )
     assert torch.equal(ours, expected)
     assert tokenizer("a red").input_ids[0] == 1
 
