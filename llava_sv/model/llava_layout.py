@@ -38,6 +38,9 @@ YI_VOCABULARY = 64000
 
 UNPAD = "spatial_unpad"
 
+OURS = ("mm_family", "skip_vision", "vision_config")
+"""Fields of this project's config.json, any of which LLaVA's own has not."""
+
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Files that hold or list a whole checkpoint's weights, in the order in which transformers looks for them."""
 
@@ -52,8 +55,8 @@ SWITCHES = {
 
 
 def is_foreign(values: dict[str, Any]) -> bool:
-    """Whether a LLaVA's config.json is not this project's: that always names its family."""
-    return "mm_family" not in values and "mm_vision_tower" in values
+    """Whether a LLaVA's config.json is not this project's, which has fields that LLaVA's has not."""
+    return "mm_vision_tower" in values and not any(name in values for name in OURS)
 
 
 def as_ours(values: dict[str, Any]) -> dict[str, Any]:
