@@ -3,6 +3,7 @@ wherever something is loaded. One line and exit code 2, and the file is never wr
 
 from __future__ import annotations
 
+import ast
 import json
 import pickle
 import re
@@ -283,3 +284,15 @@ def test_no_source_file_loads_unsafely():
         if hits:
             found[name] = hits
     assert found == {}
+
+
+def test_every_auto_class_is_told_not_to_run_code():
+    """Without the argument, transformers asks on the terminal, and waits."""
+    silent = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("Auto"):
+                made = ast.unparse(node.func).endswith((".from_pretrained", ".from_config"))
+                if made and not any(word.arg == "trust_remote_code" for word in node.keywords):
+                    silent.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
+    assert silent == [], "pass trust_remote_code=False"

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from llava_sv.errors import UserError
 from llava_sv.files import read_json
-from llava_sv.model.checkpoint_io import UNREADABLE
+from llava_sv.model.checkpoint_io import UNREADABLE, out_of_reach
 from llava_sv.tiling import ANYRES
 
 NEWLINE, OUR_NEWLINE = "model.image_newline", "model.mm_projector.image_newline"
@@ -152,7 +152,7 @@ def find_file(path: str, name: str) -> str | None:
     from transformers.utils import cached_file
 
     try:
-        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        found = cached_file(path, name, local_files_only=out_of_reach(), _raise_exceptions_for_missing_entries=False)
     except OSError:
         return None
     return None if found is None else str(found)

@@ -83,7 +83,8 @@ def read(source: Path, vision_tower: str | None = None, base: str | None = None)
     plan = Plan(source, "llava", ours, entries, notes=[said])
     if values.get("conv_template") is None:
         plan.notes.append(
-            f"conv_template {ours['conv_template']}: LLaVA's config.json names none, its language model does"
+            f"prompts: conv_template {ours['conv_template']} by the language model, since LLaVA's config.json names "
+            "none; --conv-template names another"
         )
     check(plan)
     plan.tokenizer = load_tokenizer(str(base if alone else source))

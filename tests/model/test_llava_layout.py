@@ -4,6 +4,7 @@ oracles are the files' own tensors, sentencepiece, and transformers' LLaVA and L
 from __future__ import annotations
 
 import json
+import logging
 import socket
 
 import pytest
@@ -29,6 +30,7 @@ from llava_sv.mm_utils import process_images
 from llava_sv.model.builder import load_pretrained_model
 from llava_sv.model.checkpoint_io import out_of_reach
 from llava_sv.model.llava_layout import likely_template, weight_names
+from llava_sv.model.loading import read_config
 from tests.model import liuhaotian
 from tests.model.liuhaotian import SIDE, V15, V16, V16_MISTRAL, VOCABULARY
 
@@ -106,6 +108,17 @@ def stock(kind, config, base, weights, encoder):
 def of_clip(clip):
     weights = load_file(clip / "model.safetensors")
     return {k.removeprefix("vision_model."): v for k, v in weights.items() if liuhaotian.is_vision(k)}
+
+
+def test_which_encoder_is_used_is_logged(v15, v16, clip, caplog):
+    with caplog.at_level(logging.INFO, "llava_sv"):
+        read_config(str(v15[0]))
+        read_config(str(v16[0]))
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        f"{v15[0]}: the vision encoder's weights are those of {clip}",
+        f"{v16[0]}: the vision encoder's weights are those of the checkpoint itself",
+    ]
 
 
 def test_v15_has_the_files_own_weights_and_the_named_encoder(v15, clip):

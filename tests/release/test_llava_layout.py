@@ -87,7 +87,7 @@ def test_the_same_plan_gives_the_same_bytes(v15, tmp_path):
 def test_what_the_user_is_told(v15, clip, tmp_path):
     plan = from_llava.read(v15)
     assert plan.notes[0] == f"vision encoder: 55 tensors of {clip}, which the checkpoint names"
-    assert plan.notes[1].startswith("conv_template v1:")
+    assert plan.notes[1].startswith("prompts: conv_template v1 by the language model")
     written(plan, tmp_path / "llava-out")
     assert f"left out, it is {clip} unchanged" in plan.notes[2]
     assert "keep 'llava' in it" in plan.notes[3]
