@@ -88,8 +88,12 @@ def auto_map(decoder: Decoder) -> dict[str, str]:
 def code_of(decoder: Decoder) -> dict[str, str]:
     """Name of each file -> its text, for a checkpoint over `decoder`."""
     classes: list[Any] = [decoder.config, decoder.model, decoder.model.decoder_class, LlavaSvProcessor]
-    modules = closure({one.__module__ for one in classes})
-    files = {f"{flat_name(module)}.py": flattened(module) for module in sorted(modules)}
+    files: dict[str, str] = {}
+    for module in sorted(closure({one.__module__ for one in classes})):
+        name = f"{flat_name(module)}.py"
+        if name in files:
+            raise ValueError(f"{module}: two modules would be {name}; rename one")
+        files[name] = flattened(module)
     files[f"{ENTRY}.py"] = _entry(classes)
     return dict(sorted(files.items()))
 
