@@ -63,6 +63,8 @@ PADDINGS = (True, "longest", False, "do_not_pad", None)
 IMAGE_PARTS = ("image", "image_url")
 WEB_TIMEOUT = 30.0
 """Seconds to wait for a picture from the web."""
+WEB_BYTES = 128 * 2**20
+"""Most bytes of such a picture."""
 
 
 class LlavaSvProcessor(ProcessorMixin):
@@ -305,9 +307,12 @@ def _named_picture(source: str) -> Image.Image:
     if source.startswith(("http://", "https://")):
         try:
             with urlopen(source, timeout=WEB_TIMEOUT) as answer:
-                return decode_image(io.BytesIO(answer.read()), source)
+                data = answer.read(WEB_BYTES + 1)
         except OSError as error:
             raise UserError(f"picture {source}: cannot be fetched ({error})") from error
+        if len(data) > WEB_BYTES:
+            raise UserError(f"picture {source}: has more than {WEB_BYTES >> 20} MiB; fetch it, and give the file")
+        return decode_image(io.BytesIO(data), source)
     if not source.startswith("data:image/"):
         return load_image(source)
     try:

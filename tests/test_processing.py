@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import functools
+import http.server
 import io
 import json
+import threading
 import types
 
 import numpy as np
@@ -20,6 +23,7 @@ from transformers import (
 )
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from llava_sv import processing
 from llava_sv.chat_template import jinja_of
 from llava_sv.conversation import CONV_TEMPLATES, get_template, render
 from llava_sv.errors import UserError
@@ -272,6 +276,27 @@ def test_pictures_come_in_many_forms(tmp_path):
     asked = [{"role": "user", "content": [url, words("What?")]}]
     inputs = processor.apply_chat_template(asked, tokenize=True, return_dict=True, return_tensors="pt")
     assert torch.equal(inputs["images"][0], expected)
+
+
+def test_a_picture_from_the_web(tmp_path, monkeypatch):
+    picture = pictures(1)[0]
+    picture.save(tmp_path / "a.png")
+    handler = functools.partial(QuietHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert as_picture(f"{url}/a.png").tobytes() == picture.tobytes()
+        with pytest.raises(UserError, match=r"/b\.png: cannot be fetched \(HTTP Error 404"):
+            as_picture(f"{url}/b.png")
+        monkeypatch.setattr(processing, "WEB_BYTES", 100)
+        with pytest.raises(UserError, match=r"/a\.png: has more than 0 MiB; fetch it"):
+            as_picture(f"{url}/a.png")
+        server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
 
 
 def test_a_turned_picture_is_upright_once(tmp_path):

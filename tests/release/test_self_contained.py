@@ -226,8 +226,10 @@ def test_files_import_what_a_reader_has_and_one_another(kind):
 def test_written_again_it_is_the_same(released):
     folder = released(*FEW[0])
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    (folder / f"{PREFIX}of_an_earlier_version.py").write_text("")
+    (folder / f"{PREFIX}of_an_earlier_version.py").write_bytes(before[f"{PREFIX}errors.py"])
+    (folder / f"{PREFIX}of_somebody.py").write_text("x = 1\n")
     names = write_code(folder)
+    (folder / f"{PREFIX}of_somebody.py").unlink()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert names == sorted(names)
     assert {name for name in before if name.endswith(".py")} | {"config.json", "processor_config.json"} == set(names)
