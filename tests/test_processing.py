@@ -254,6 +254,16 @@ def test_pixels_are_make_batchs_for_every_family(family, kind):
     assert inputs.to("cpu", dtype=torch.float16)["images"][0].dtype == torch.float16
 
 
+def test_no_two_parts_make_a_control_token_or_a_picture():
+    processor = make()
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["[CTRL]"]})
+    for mark in ("[CTRL]", "<|eot_id|>", "<image>"):
+        whole, halves = ([said("user", *map(words, parts))] for parts in ((mark,), (mark[:3], mark[3:])))
+        texts = {processor.apply_chat_template(messages, add_generation_prompt=True) for messages in (whole, halves)}
+        assert len(texts) == 1
+        assert f"{mark[0]} {mark[1:]}" in texts.pop()
+
+
 def make(**options):
     options = {"conv_template": "llama_3", **options}
     return LlavaSvProcessor(image_processors()["clip"], KINDS["llama_3"](), **options)
