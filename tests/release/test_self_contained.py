@@ -240,6 +240,16 @@ def test_written_again_it_is_the_same(released):
     assert "auto_map" not in json.loads((folder / "tokenizer_config.json").read_text())
 
 
+def test_an_old_transformers_is_named(monkeypatch):
+    text = code_of(DECODERS["llama"])[f"{ENTRY}.py"]
+    asked = re.search(r"transformers>=[\d.]+", (Path(__file__).parents[2] / "pyproject.toml").read_text())[0]
+    (needed,) = re.findall(r"^require_version.*$", text, flags=re.M)
+    assert f'"{asked}"' in needed
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "4.57.1")
+    with pytest.raises(ImportError, match=r"transformers>=5\.13 is required .* but found transformers==4\.57\.1"):
+        exec(text.partition("from .")[0], {})
+
+
 def test_without_a_processor_it_is_left_out(released, tmp_path):
     for name in ("config.json", "preprocessor_config.json"):
         (tmp_path / name).write_bytes((released(*FEW[0]) / name).read_bytes())
