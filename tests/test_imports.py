@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "llava_sv"
 
 LEVELS: list[set[str]] = [
     {"errors", "constants"},
-    {"files", "tiling", "pixels", "decoding", "model.partitioned_loading", "model.gathering"},
+    {"files", "tiling", "pixels", "decoding", "model.partitioned_loading", "model.gathering", "model.reach"},
     {"conversation", "mm_utils", "cluster"},
     {"chat_template"},
     {"processing"},
@@ -19,6 +19,7 @@ LEVELS: list[set[str]] = [
     {"model.token_counts"},
     {"model.config"},
     {"model.compression", "model.checkpoint_io", "model.attention", "model.quantization"},
+    {"model.llava_layout"},
     {"model.adapters", "model.multimodal_encoder", "model.multimodal_projector", "model.splice"},
     {"model.llava_arch"},
     {"model.language_model"},

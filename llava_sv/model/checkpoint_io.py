@@ -20,6 +20,7 @@ from torch import Tensor
 from llava_sv.errors import UserError
 from llava_sv.model.gathering import gathered as gathered  # named here for those who write weights
 from llava_sv.model.partitioned_loading import loading_by_chunks
+from llava_sv.model.reach import out_of_reach as out_of_reach
 
 PROJECTOR_KEY = "mm_projector."
 COME_AND_GO = ("summary.", "image_newline")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from transformers import AutoConfig
@@ -11,6 +12,7 @@ from llava_sv.model.compression.select import NEEDS, SELECTORS
 from llava_sv.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava_sv.model.multimodal_encoder.siglip_encoder import SiglipVisionTower
 from llava_sv.model.multimodal_encoder.vision_tower import VisionTower
+from llava_sv.model.reach import out_of_reach
 
 VISION_TOWERS: dict[str, type[VisionTower]] = {
     "clip_vision_model": CLIPVisionTower,
@@ -60,9 +62,15 @@ def read_vision_config(path: str | None, image_size: int | None = None) -> Any:
     if not path:
         raise UserError("no vision tower is named: give --vision_tower, or mm_vision_tower in config.json")
     try:
-        source = AutoConfig.from_pretrained(path)
+        offline = not os.path.isdir(path) and out_of_reach()
+        source = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=offline)
     except (OSError, ValueError) as error:
-        raise UserError(f"vision tower {path}: cannot read its config.json ({str(error).splitlines()[0]})") from error
+        why = str(error).splitlines()[0]
+        if not os.path.isdir(path):
+            why += (
+                f"; fetch it where there is a network (hf download {path}), or say where it lies: --vision-tower FOLDER"
+            )
+        raise UserError(f"vision tower {path}: cannot read its config.json ({why})") from error
     vision = getattr(source, "vision_config", source)
     tower_class(vision.model_type, path)
     if image_size is not None and image_size != vision.image_size:
