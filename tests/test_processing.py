@@ -466,6 +466,23 @@ def test_a_checkpoint_without_a_template(checkpoint, tmp_path):
         AutoProcessor.from_pretrained(tmp_path)
 
 
+def test_an_image_processor_that_only_the_encoder_has(checkpoint, tmp_path):
+    for path in checkpoint.iterdir():
+        if path.suffix == ".json" and path.name != "preprocessor_config.json":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((checkpoint / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"mm_vision_image_size": 64}))
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    assert processor(images=pictures(1))["images"][0].shape == (3, 64, 64)
+    processor.save_pretrained(tmp_path)
+    assert AutoProcessor.from_pretrained(tmp_path)(images=pictures(1))["images"][0].shape == (3, 64, 64)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"mm_vision_tower": None}))
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=r"cannot read the image processor, preprocessor_config\.json"):
+        AutoProcessor.from_pretrained(tmp_path)
+
+
 CALLS = {
     "nothing": (dict(), "neither text nor images were given"),
     "marks without pictures": (dict(text="<image> a"), r"hold 1 <image> mark\(s\), but 0 image\(s\) came"),
