@@ -8,54 +8,25 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava_sv.errors import UserError
+from llava_sv.model.gathering import gathered as gathered  # named here for those who write weights
 from llava_sv.model.partitioned_loading import loading_by_chunks
+from llava_sv.model.reach import out_of_reach as out_of_reach
 
 PROJECTOR_KEY = "mm_projector."
 COME_AND_GO = ("summary.", "image_newline")
 """Projector weights that a file may lack (they start fresh) or leave over: skipping and dense `anyres` have them."""
 UNREADABLE = (OSError, SafetensorError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError)
 """What torch.load and safetensors raise for a file that is torn, or is something else."""
-
-
-def out_of_reach() -> bool:
-    """Whether the hub's name leads nowhere on this machine: asking it would be half a minute of retries."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return True
-    if any(getproxies().values()):
-        return False
-    try:
-        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
-    except OSError:
-        return True
-    return False
-
-
-@contextmanager
-def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Whole parameters inside, also under ZeRO-3 (rank 0's changes are broadcast); a no-op without it."""
-    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
-    if not partitioned:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0):
-        yield
 
 
 def load_strictly(

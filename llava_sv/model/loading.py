@@ -25,9 +25,9 @@ from llava_sv.model.llava_layout import KEY_MAPPING, as_ours, holds_encoder, is_
 from llava_sv.model.multimodal_encoder.builder import (
     check_selected_state,
     check_selection,
-    load_vision_tower,
     read_vision_config,
 )
+from llava_sv.model.multimodal_encoder.pretrained import load_vision_tower
 from llava_sv.model.multimodal_projector.builder import check_projector_type
 from llava_sv.model.multimodal_projector.families import get_grouping
 from llava_sv.model.splice import PADDING_SIDES
@@ -77,7 +77,8 @@ def read_config(model_path: str, vision_tower: str | None = None) -> LlavaFields
         refuse_delta(model_path, values)
     try:
         values = as_ours(values) if foreign else values
-        config = strict_config(lambda: decoder.config.from_dict({k: v for k, v in values.items() if k != "model_type"}))
+        known = {k: v for k, v in values.items() if k not in ("model_type", "auto_map")}  # code beside it is not run
+        config = strict_config(lambda: decoder.config.from_dict(known))
         if vision_tower is not None:
             _name_encoder(config, vision_tower, model_path)
         vision = config.vision_config

@@ -275,7 +275,7 @@ def test_where_the_encoder_lies(v15, clip, tmp_path, monkeypatch, capfd):
 
     for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("llava_sv.model.checkpoint_io.getproxies", dict)
+    monkeypatch.setattr("llava_sv.model.reach.getproxies", dict)
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     assert out_of_reach()
     asked = []
