@@ -87,9 +87,9 @@ def limits(config: Any, fine: list[str], card_file: CardFile, book: Book) -> lis
         lines += [f"Figures of this checkpoint on fine detail: {NOT_RECORDED}.", ""]
     if skip is not None:
         lines += [
-            f"Its budget is {skip.mean_retained} retained tokens{' on average' if skip.adaptive else ''}. Another can be "
-            "set in config.json without training again; answers then change, with fewer retained tokens first where "
-            "detail is fine, and the figures above no longer hold: evaluate again.",
+            f"Its budget is {skip.mean_retained} retained tokens{' on average' if skip.adaptive else ''}. Another can "
+            "be set in config.json without training again; answers then change, with fewer retained tokens first "
+            "where detail is fine, and the figures above no longer hold: evaluate again.",
             "",
         ]
     lines += [
