@@ -119,6 +119,9 @@ def evaluation_section(
     if not reports:
         book.lacks("evaluation (llava-sv eval --json)")
         return [f"Evaluation: {NOT_RECORDED}.", ""]
+    for one in dense:
+        if own and (one.values.get("checkpoint") or {}) == own:
+            raise UserError(f"{one.path}: is of this checkpoint itself, not of a dense control; give it as its own")
     lines: list[str] = []
     for report in reports:
         known = check_own(report, checkpoint, own)

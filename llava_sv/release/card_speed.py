@@ -116,6 +116,8 @@ def _compared(rows: Sequence[tuple[Any, ...]], head: tuple[str, ...] = HEAD) -> 
     return table(head, cells)
 
 
+REGIONS = {"llm": "decoder", "model": "whole model", "end_to_end": "end to end"}
+
 ANSWER = (
     ("time to first token (image, prefill)", "time_to_first_token_ms", milliseconds),
     ("each further token (decode)", "decode_ms_per_token", milliseconds),
@@ -230,7 +232,7 @@ def _saved(report: Report) -> list[str]:
         quartiles = found.get("time_saved_quartiles")
         spread = interval(*quartiles) if quartiles else "-"
         shares = [numeric(found, key, str(report.path)) for key in ("time_saved", "flops_saved")]
-        rows.append((region.replace("_", " "), *("-" if s is None else percent(s) for s in shares), spread))
+        rows.append((REGIONS.get(region, region), *("-" if s is None else percent(s) for s in shares), spread))
     return table(("region", "time saved", "FLOPs saved", "quartiles of the time saved"), rows)
 
 

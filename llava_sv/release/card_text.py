@@ -10,7 +10,6 @@ from llava_sv.release.card_format import NOT_RECORDED, Book
 from llava_sv.release.card_sources import CardFile
 
 AUTO = """```python
-import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)

@@ -171,7 +171,7 @@ def flags(parts: tuple[Any, ...], settings: Mapping[str, Any]) -> dict[str, Any]
     for part in parts:
         for one in fields(part):
             value = plain(getattr(part, one.name, None))
-            hidden = one.name in NOT_FLAGS or one.name in settings or one.name.startswith("_")
+            hidden = one.name in NOT_FLAGS or one.name in settings or one.name.endswith("_token")
             default = plain(_default(one))
             same = value == default or (value in EMPTY and default in EMPTY)
             if not hidden and value is not MISSING and not same:
