@@ -191,8 +191,8 @@ def _settings(report: Report, known: str, control: Report | None, book: Book) ->
         book.lacks(f"generation settings ({named(report.path)})")
     level = made.get("skip_kv") or values.get("skip_kv") or "the checkpoint's own"
     answers = (
-        f"greedy, at most {plain(made.get('max_new_tokens'))} new tokens, batches of {plain(made.get('batch_size'))}, "
-        f"attention {plain(made.get('attention'))}" + (", quantised weights" if made.get("quantized") else "")
+        f"greedy, at most {plain(made.get('max_new_tokens'))} new tokens, batches of "
+        f"{plain(made.get('batch_size'))}" + (", quantised weights" if made.get("quantized") else "")
         if made
         else NOT_RECORDED
     )

@@ -33,6 +33,7 @@ MADE_BY = "llava-sv bench train|infer --json FILE, or python -m llava_sv.eval.ti
 HEAD = ("", "dense", "this model", "this / dense")
 OF_DENSE = ("", "this model, dense", "Skip-Vision", "Skip-Vision / this")
 """Heads of a table, on the card of a skipping model, and of a dense one."""
+ALONE = ("", "this model")
 PAIR = ("", "dense", "Skip-Vision", "Skip-Vision / dense")
 """Of `bench`, whose models are neither."""
 
@@ -108,7 +109,9 @@ def speed_section(
 
 
 def _compared(rows: Sequence[tuple[Any, ...]], head: tuple[str, ...] = HEAD) -> list[str]:
-    """A table: (what, dense, this model, how to write them)."""
+    """A table: (what, dense, this model, how to write them). head `ALONE`: this model's figures only."""
+    if head == ALONE:
+        return table(head, [(what, "-" if after is None else write(after)) for what, _, after, write in rows])
     cells = []
     for what, before, after, write in rows:
         share = ratio(after / before) if before and after is not None else "-"
@@ -148,7 +151,9 @@ def _pair(report: Report, checkpoint: Path, own: dict[str, str] | None, skips: b
     told = mapping(mapping(values, "checkpoints", where), "skip" if skips else "dense", where)
     known = "whether this checkpoint is one of the two cannot be told: the report does not name them"
     if told:
-        known = "this checkpoint, " + held_against(report.path, told.get("model_path"), told, checkpoint, own)
+        known = "whether it is this checkpoint: " + held_against(
+            report.path, told.get("model_path"), told, checkpoint, own
+        )
     side = mapping(values, "skip", where)
     env = mapping(values, "environment", where)
     if not env:
@@ -172,6 +177,7 @@ def _alone(report: Report, dense: list[Report]) -> list[str]:
     other = next(
         (one for one in dense if one.values["task"] == report.values["task"] and one.values.get("timing")), None
     )
+    head = HEAD if other else ALONE
     apart = "" if other is None else "; the dense control in a run of its own"
     env = mapping(report.values, "environment", where)
     return [
@@ -179,7 +185,7 @@ def _alone(report: Report, dense: list[Report]) -> list[str]:
         "",
         f"Medians of {plain(timing.get('repeats'))} runs on each of {plain(timing.get('samples'))} questions{apart}.",
         "",
-        *_compared(_answer_rows(mapping(other.values, "timing", where) if other else {}, timing, where)),
+        *_compared(_answer_rows(mapping(other.values, "timing", where) if other else {}, timing, where), head),
         f"On: {environment_of(env) if env else NOT_RECORDED}.",
         "",
     ]

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from llava_sv.cluster.agree import gather
-from llava_sv.errors import UserError
 from llava_sv.files import sha256_of, write_text
 
 STARTS = "starts.jsonl"
@@ -215,19 +214,21 @@ def data(path: str | None) -> dict[str, Any] | None:
         return None
     if not isinstance(values, dict) or values.get("kind") != "mixture":
         return None
-    try:
-        return {
-            "manifest_sha256": sha256_of(manifest),
-            "recipe": values["recipe"]["name"],
-            "records": values["records"],
-            "contaminated": {
-                source["source"]: source["contaminates"]
-                for source in values["sources"]
-                if source["contaminates"] and source["taken"]
-            },
-            "left_out_as_contaminated": [
-                left["source"] for left in values["left_out"] if left["why"] == "contaminated"
-            ],
-        }
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{manifest}: is not whole (no {error}); make it again by llava-sv data mix") from error
+    sources, left_out = _rows(values.get("sources")), _rows(values.get("left_out"))
+    recipe = values.get("recipe")
+    return {
+        "manifest_sha256": sha256_of(manifest),
+        "recipe": recipe.get("name") if isinstance(recipe, dict) else None,
+        "records": values.get("records"),
+        "contaminated": {
+            str(source.get("source")): source["contaminates"]
+            for source in sources
+            if source.get("contaminates") and source.get("taken")
+        },
+        "left_out_as_contaminated": [left.get("source") for left in left_out if left.get("why") == "contaminated"],
+    }
+
+
+def _rows(value: Any) -> list[dict[str, Any]]:
+    """The objects in a list; a manifest that was written by hand stops no training."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []

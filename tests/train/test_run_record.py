@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from llava_sv import __version__
-from llava_sv.errors import UserError
 from llava_sv.files import sha256_of
 from llava_sv.train import run_record
 from llava_sv.train.train import train
@@ -128,8 +127,8 @@ def test_a_mixture_is_known_by_its_manifest(world, tmp_path):
     values = json.loads((folder / "manifest.json").read_text())
     del values["recipe"]
     (folder / "manifest.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match="is not whole"):
-        run_record.data(str(folder))
+    found = run_record.data(str(folder))  # written by hand, say: no training ends for it
+    assert (found["recipe"], found["manifest_sha256"]) == (None, sha256_of(folder / "manifest.json"))
 
 
 def test_other_data_have_no_manifest(world, tmp_path):
