@@ -6,7 +6,7 @@ Nothing is typed in: what no file says is "not recorded". The same files give th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llava_sv.errors import UserError
@@ -24,20 +24,16 @@ class CardOptions:
 
     name: str | None = None
     """The model's name; None: the folder's."""
-    evals: Sequence[Path] = ()
+    eval_reports: Sequence[Path] = ()
     """`llava-sv eval --json` of this checkpoint."""
-    dense_evals: Sequence[Path] = ()
+    dense_reports: Sequence[Path] = ()
     """The same of a dense control, shown beside."""
-    speeds: Sequence[Path] = ()
+    speed_reports: Sequence[Path] = ()
     """`llava_sv.eval.timing`, `llava-sv bench train|infer`."""
     data_manifest: Path | None = None
     """A mixture's manifest.json or its folder; None: found where the run's data_path is a mixture."""
-    card: Path | None = None
+    card_file: Path | None = None
     """YAML with what no run knows: `card_sources.CardFile` has the keys."""
-    license: str | None = None
-    """Of these weights; before the card file's."""
-    base_license: str | None = None
-    """Of the first base, the language model; before the card file's."""
     base_models: Sequence[str] = ()
     """Names of the language model and the encoder; empty: as the run's settings name them."""
     pretrain_run: Path | None = None
@@ -67,12 +63,12 @@ def make_card(checkpoint: Path, options: CardOptions | None = None) -> Card:
     model = card_model.read_model(checkpoint)
     pretrain = None if options.pretrain_run is None else _pretrain(Path(options.pretrain_run))
     bases = card_model.bases_of(options.base_models, run, model)
-    card_file = _with_licences(read_card_file(options.card), options, bases)
+    card_file = read_card_file(options.card_file)
     found = find_manifest(options.data_manifest, run)
     manifest = None if found is None else read_manifest(found, run)
-    reports = card_eval.read_reports(options.evals)
-    dense = card_eval.read_reports(options.dense_evals)
-    speeds = card_speed.read_speeds(options.speeds)
+    reports = card_eval.read_reports(options.eval_reports)
+    dense = card_eval.read_reports(options.dense_reports)
+    speeds = card_speed.read_speeds(options.speed_reports)
     own, name, book = identity(checkpoint), options.name or checkpoint.resolve().name, Book()
     sections = {
         "": [card_model.summary_line(model, name), "", *_authors(card_file, book)],
@@ -106,18 +102,6 @@ def _pretrain(folder: Path) -> Run:
     if not run.summary:
         raise UserError(f"pretraining run {folder}: has no train_summary.json; name the OUTPUT of a finished run")
     return run
-
-
-def _with_licences(card_file: CardFile, options: CardOptions, bases: list[str]) -> CardFile:
-    """The card file with the licences that were given beside it."""
-    if options.base_license and not bases:
-        raise UserError(f"base licence {options.base_license}: no base model is known; name it (base_models)")
-    of_bases = {bases[0]: options.base_license} if options.base_license else {}
-    return replace(
-        card_file,
-        license=options.license or card_file.license,
-        base_licenses={**card_file.base_licenses, **of_bases},
-    )
 
 
 def _authors(card_file: CardFile, book: Book) -> list[str]:

@@ -54,11 +54,11 @@ class Sources:
     def options(self, **more) -> CardOptions:
         given = {
             "name": "tiny",
-            "evals": [self.skip],
-            "dense_evals": [self.dense],
-            "speeds": [self.timing, self.infer, self.train],
+            "eval_reports": [self.skip],
+            "dense_reports": [self.dense],
+            "speed_reports": [self.timing, self.infer, self.train],
             "data_manifest": self.manifest,
-            "card": self.root / "card.yaml",
+            "card_file": self.root / "card.yaml",
             "pretrain_run": self.pretrain,
         }
         return CardOptions(**{**given, **more})

@@ -243,7 +243,7 @@ FOLLOWED = [
 def test_a_changed_file_changes_the_card(card, copy, name, keys, value, title, shown):
     change(copy.root / name, *keys, value=value)
     # another budget is another model, which the reports are not of
-    options = copy.options(evals=[], speeds=[]) if name == "out/config.json" else copy.options()
+    options = copy.options(eval_reports=[], speed_reports=[]) if name == "out/config.json" else copy.options()
     changed = make_card(copy.checkpoint, options)
     assert shown in section(changed.text, title)
     assert section(changed.text, title) != section(card.text, title)
@@ -329,15 +329,17 @@ def test_a_checkpoint_inside_a_run_is_told_as_one(copy):
     inside.mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(copy.checkpoint / name, inside / name)
-    card = make_card(inside, copy.options(evals=[], speeds=[]))
+    card = make_card(inside, copy.options(eval_reports=[], speed_reports=[]))
     training = section(card.text, "Training")
     assert row(training, "Steps")[1] == "2"
     assert row(training, "Final loss")[1].endswith("(mean of the last 2 logged)")
     assert "checkpoint of step 2 of that run" in training
 
 
-def test_flags_of_the_card_go_before_the_card_file(made):
-    card = make_card(made.checkpoint, made.options(license="my own terms", base_license="llama3", base_models=("a/b",)))
+def test_another_licence_goes_under_its_name(copy):
+    (copy.root / "card.yaml").write_text("license: My own terms\nbase_licenses: {a/b: llama3}")
+    card = make_card(copy.checkpoint, copy.options(base_models=("a/b",)))
     data = yaml.safe_load(card.text.split("---\n")[1])
     assert (data["license"], data["license_name"], data["base_model"]) == ("other", "my-own-terms", ["a/b"])
     assert row(section(card.text, "Licences"), "a/b") == ["llama3"]
+    assert row(section(card.text, "Licences"), "these weights") == ["My own terms"]

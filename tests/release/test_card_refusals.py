@@ -4,7 +4,6 @@ wrong kinds."""
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -73,7 +72,7 @@ def test_a_report_of_other_weights_is_refused(made, copy):
     save_file(values, path, metadata={"format": "pt"})
     said = refusal(copy)
     assert said.startswith(f"{copy.skip}: is a report of another checkpoint than {copy.checkpoint}: other weights")
-    assert refusal(copy, evals=[]).startswith(f"{copy.timing}: is a report of another checkpoint")
+    assert refusal(copy, eval_reports=[]).startswith(f"{copy.timing}: is a report of another checkpoint")
 
 
 def test_a_report_of_another_budget_is_refused(copy):
@@ -85,8 +84,8 @@ def test_a_report_of_another_budget_is_refused(copy):
 
 
 def test_the_control_as_the_models_own_report_is_refused(made):
-    assert "is a report of another checkpoint" in refusal(made, evals=[made.dense])
-    assert "is of this checkpoint itself" in refusal(made, dense_evals=[made.skip])
+    assert "is a report of another checkpoint" in refusal(made, eval_reports=[made.dense])
+    assert "is of this checkpoint itself" in refusal(made, dense_reports=[made.skip])
 
 
 def test_a_report_without_fingerprint_is_known_by_name(copy):
@@ -106,7 +105,7 @@ def test_a_control_asked_other_questions_is_refused(copy):
 
 
 def test_two_reports_of_the_same_are_refused(made):
-    assert "give one of the two" in refusal(made, evals=[made.skip, made.skip])
+    assert "give one of the two" in refusal(made, eval_reports=[made.skip, made.skip])
 
 
 def test_another_manifest_is_refused(copy):
@@ -116,14 +115,14 @@ def test_another_manifest_is_refused(copy):
 
 
 def test_what_is_no_report_of_speed_is_refused(copy, tmp_path):
-    assert "is no report of speed" in refusal(copy, speeds=[copy.skip])
+    assert "is no report of speed" in refusal(copy, speed_reports=[copy.skip])
     flops = tmp_path / "flops.json"
     flops.write_text('{"paper_ratio": 0.3}')
-    assert "measures nothing; leave it out" in refusal(copy, speeds=[flops])
+    assert "measures nothing; leave it out" in refusal(copy, speed_reports=[flops])
     values = json.loads(copy.infer.read_text())
     copy.infer.write_text(json.dumps({**values, "family": "cos"}))
     assert "was measured on family cos, this checkpoint is llava" in refusal(copy)
-    assert "no field task" in refusal(copy, evals=[copy.train])
+    assert "no field task" in refusal(copy, eval_reports=[copy.train])
 
 
 @pytest.mark.parametrize(
@@ -147,8 +146,8 @@ def test_a_card_file_is_read_strictly(copy, text, said):
 
 
 def test_paths_that_are_not_there(copy, tmp_path):
-    assert "no such file" in refusal(copy, evals=[tmp_path / "gone.json"])
-    assert "no such file" in refusal(copy, card=tmp_path / "gone.yaml")
+    assert "no such file" in refusal(copy, eval_reports=[tmp_path / "gone.json"])
+    assert "no such file" in refusal(copy, card_file=tmp_path / "gone.yaml")
     assert "has no train_summary.json" in refusal(copy, pretrain_run=tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         make_card(tmp_path / "gone", copy.options())
@@ -164,15 +163,3 @@ def test_a_torn_file_of_weights_is_named(copy):
 
 def test_names(made):
     assert "is empty or more than a line" in refusal(made, name="a\nb")
-    assert "no base model is known" in refusal_without_bases(made)
-
-
-def refusal_without_bases(made) -> str:
-    folder = made.root / "bare"
-    folder.mkdir(exist_ok=True)
-    shutil.copy(made.checkpoint / "model.safetensors", folder)
-    values = json.loads((made.checkpoint / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**values, "mm_vision_tower": None}))
-    with pytest.raises(UserError) as caught:
-        make_card(folder, made.options(base_license="llama3", evals=[], speeds=[], pretrain_run=None))
-    return str(caught.value)
