@@ -20,22 +20,13 @@ from llava_sv.files import sha256_of
 from llava_sv.release.card import CardOptions, make_card
 from llava_sv.release.card_eval import wilson
 from llava_sv.release.card_format import NOT_RECORDED
-from tests.release.card_runs import HUB, make_sources
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return make_sources(tmp_path_factory.mktemp("card"))
+from tests.release.card_runs import HUB
+from tests.train.tiny import SKIPPING, World
 
 
 @pytest.fixture(scope="module")
 def card(made):
     return make_card(made.checkpoint, made.options())
-
-
-@pytest.fixture
-def copy(made, tmp_path):
-    return made.copy(tmp_path)
 
 
 def section(text: str, title: str) -> str:
@@ -343,3 +334,66 @@ def test_another_licence_goes_under_its_name(copy):
     assert (data["license"], data["license_name"], data["base_model"]) == ("other", "my-own-terms", ["a/b"])
     assert row(section(card.text, "Licences"), "a/b") == ["llama3"]
     assert row(section(card.text, "Licences"), "these weights") == ["My own terms"]
+
+
+# -- other kinds of checkpoints ---------------------------------------------------------------------------------------
+
+
+def test_a_dense_checkpoint(made):
+    options = CardOptions(eval_reports=(made.dense,), speed_reports=(made.timing,))
+    card = make_card(made.root / "tiny-dense", options)
+    assert row(section(card.text, "Token budget"), "any") == ["16", "16", "0", "0", "16", "16", "16"]
+    assert "skip-vision" not in ModelCard(card.text).data.tags
+    report = json.loads(made.timing.read_text())
+    shown = row(section(card.text, "Measured speed"), "time to first token (image, prefill)")
+    assert shown[0] == f"{report['dense']['time_to_first_token_ms']:,.2f} ms"
+    assert "whether it is this checkpoint: yes, by its fingerprint" in card.text
+
+
+def test_a_projector_alone(made):
+    card = make_card(made.pretrain, CardOptions())
+    assert row(section(card.text, "Training"), "What trained") == ["pretraining: the projector alone"]
+    assert "adapters or a projector" in section(card.text, "What it is")
+
+
+@pytest.mark.parametrize("family", ["llava_hd", "cos"])
+def test_families(tmp_path, family):
+    world = World(tmp_path)
+    output = tmp_path / family
+    assert cli.main(["train", *world.flags("sft", output, "--max_steps", "1", *SKIPPING[family])]) == 0
+    card = make_card(output, CardOptions())
+    budget = section(card.text, "Token budget")
+    if family == "cos":
+        assert row(budget, "any")[:4] == ["80", "16", "8", "2"]
+    else:
+        assert row(budget, "overview only") == ["16", "16", "0", "1", "17", "17", "17"]
+        assert row(budget, "2 x 2 tiles")[:5] == ["80", "16", "8", "2", "26"]
+
+
+def test_adapters(tmp_path):
+    world = World(tmp_path)
+    flags = world.flags("skip", tmp_path / "lora", "--max_steps", "1", "--lora_enable", "True", "--lora_r", "4")
+    assert cli.main(["train", *flags]) == 0
+    card = make_card(tmp_path / "lora", CardOptions())
+    training = section(card.text, "Training")
+    assert row(training, "What trained") == [
+        "fine-tuning: LoRA adapters of the language model and the projector with its summaries"
+    ]
+    assert "r 4" in row(training, "LoRA")[0]
+    assert "the whole model has" in section(card.text, "What it is")
+
+
+@pytest.mark.slow
+def test_real_reports_of_speed(made, tmp_path):
+    """`llava-sv bench` writes what the card reads."""
+    for kind, what in (("infer", "prefill (image and first token)"), ("train", "step, decoder")):
+        path = tmp_path / f"{kind}.json"
+        assert cli.main(["bench", kind, "--size", "tiny", "--repeats", "1", "--json", str(path)]) == 0
+        card = make_card(made.checkpoint, CardOptions(speed_reports=(path,)))
+        speed = section(card.text, "Measured speed")
+        report = json.loads(path.read_text())
+        side = report if kind == "infer" else report["regions"]["llm"]
+        key = "prefill_ms" if kind == "infer" else "step_ms"
+        assert row(speed, what)[1] == f"{side['skip'][key]:,.2f} ms"
+        assert "Measured at 8 retained and 12 skipped tokens; this checkpoint has 4 and 5." in speed
+        assert report["environment"]["torch"] in speed
