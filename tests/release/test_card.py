@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,12 @@ from PIL import Image
 from safetensors import safe_open
 
 from llava_sv import cli
+from llava_sv.errors import UserError
 from llava_sv.files import sha256_of
 from llava_sv.release.card import CardOptions, make_card
 from llava_sv.release.card_eval import wilson
 from llava_sv.release.card_format import NOT_RECORDED
+from llava_sv.release.card_sources import CardFile, read_card_file
 from tests.release.card_runs import HUB
 from tests.train.tiny import SKIPPING, World
 
@@ -381,6 +384,39 @@ def test_adapters(tmp_path):
     ]
     assert "r 4" in row(training, "LoRA")[0]
     assert "the whole model has" in section(card.text, "What it is")
+
+
+def test_other_budgets(made, tmp_path):
+    asked = ("--budgets", "2/5,4/5,dense", "--data-path", str(made.root / "bench"), "--limit", "4", "--device", "cpu")
+    folder = ("--model-path", str(made.checkpoint), "--output", str(tmp_path))
+    assert cli.main(["analyze", "tradeoff", *folder, *asked]) == 0
+    path = tmp_path / "tradeoff.json"
+    report = json.loads(path.read_text())
+
+    def weak():
+        return section(
+            make_card(made.checkpoint, CardOptions(speed_reports=(path,))).text, "Known weak spots and limits"
+        )
+
+    assert "4 questions of toy (of this checkpoint: yes, by its fingerprint)" in weak()
+    for one, name in zip(report["rows"], ("2/5", "4/5 (as trained)", "dense")):
+        shown = row(weak(), name)
+        assert shown[:2] == [str(one["visual_tokens"]), f"{100 * one['accuracy']:.1f}%"]
+        assert shown[3] == f"{one['flops_ratio']:.3f}"
+    change(path, "rows", 0, "accuracy", value=0.4321)
+    assert row(weak(), "2/5")[1] == "43.2%"
+    change(path, "identity", "weights", value="0")
+    with pytest.raises(UserError, match=r"tradeoff.json: is a report of another checkpoint"):
+        weak()
+
+
+def test_the_pages_card_file_is_one(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "ModelCard.md").read_text()
+    path = tmp_path / "card.yaml"
+    path.write_text(re.search(r"```yaml\n(.*?)```", page, re.S)[1])
+    read = read_card_file(path)
+    assert read.license == "apache-2.0"
+    assert all(getattr(read, one.name) for one in fields(CardFile))
 
 
 @pytest.mark.slow
