@@ -1,0 +1,326 @@
+"""The model zoo as a page: recipes, their costs and releases arrive, Markdown leaves. Called by `release.zoo`.
+
+Each `..._table` is a list of lines for `markdown`. Nothing is computed here that a reader could not follow from the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llava_sv.bench.cells import markdown, percent
+from llava_sv.release.zoo_recipes import DEVICES, Checkpoint, Paper, Stage, Zoo
+from llava_sv.release.zoo_released import RELEASED, Released
+
+MADE_WITH = "llava-sv zoo --markdown docs/MODEL_ZOO.md --overwrite"
+GB = 1e9
+MIB = 2**20
+FAMILY = {"llava": "LLaVA", "llava_hd": "LLaVA-HD", "cos": "CoS"}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that the page says. costs: row -> `zoo_cost.cost_of`; memory: row -> (SFT's, pretraining's) `memory_of`."""
+
+    zoo: Zoo
+    costs: dict[str, dict[str, Any]]
+    memory: dict[str, tuple[dict[str, Any], dict[str, Any]]]
+    checks: dict[str, list[dict[str, Any]]]
+    released: list[Released]
+    devices: tuple[str, ...]
+    assumed: str = ""
+    """What differs from the recipes' own assumptions, in words."""
+
+
+def page(facts: Facts) -> str:
+    """docs/MODEL_ZOO.md."""
+    parts = [
+        "# Model zoo",
+        f"Made by `{MADE_WITH}` from the recipes in `llava_sv/release/zoo.yaml`; a test holds the two together. FLOPs, "
+        "hours, memory and sizes are counted by the project's own code, and what is assumed is listed below. "
+        "Scores, hours and latencies under *the paper's* are the paper's, not measured here.",
+        *([facts.assumed] if facts.assumed else []),
+        *_released(facts),
+        *_planned(facts),
+        *_checks(facts),
+        *_assumptions(facts),
+        *_papers(facts),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def terminal(facts: Facts) -> str:
+    """What `llava-sv zoo` prints: releases and plans, without the reasons."""
+    parts = [markdown(*released_table(facts.released))] if facts.released else []
+    return "\n\n".join([*parts, markdown(*training_table(facts, facts.zoo.checkpoints)), *([facts.assumed] * bool(facts.assumed))])
+
+
+def one_row(facts: Facts, name: str) -> str:
+    """One checkpoint: its commands and all its figures."""
+    one = facts.zoo.checkpoints[name]
+    only = {name: one}
+    return "\n\n".join(
+        [
+            f"{name}: {one.label}, Table {one.table}; planned",
+            commands(facts.zoo, one),
+            markdown(*training_table(facts, only)),
+            markdown(*memory_table(facts, only)),
+            markdown(*using_table(facts, only)),
+            markdown(*paper_table([(one.label, one.name, one.paper)])),
+        ]
+    )
+
+
+def _released(facts: Facts) -> list[str]:
+    parts = ["## Released"]
+    if not facts.released:
+        return [*parts, f"None yet: `bash scripts/zoo_tiny.sh` makes the tiny ones, in `{RELEASED}`."]
+    whole = sum(one.bytes for one in facts.released)
+    parts += [
+        f"In the repository, under `{RELEASED}` ({whole / 1e6:.1f} MB): the tiny models that `bash scripts/families.sh` "
+        "trains on toy pictures, brought through the whole pipeline by `bash scripts/zoo_tiny.sh`: released, evaluated as "
+        "released, released again with what was found, verified. They show what a release is; they know toy shapes only.",
+        markdown(*released_table(facts.released)),
+        "Accuracy: the toy benchmark, asked of the released weights; `fine detail` is its part of small words and tiny shapes.",
+    ]
+    name = next((one.name for one in facts.released if "skip" in one.name), facts.released[0].name)
+    lines = [
+        f"llava-sv chat --model-path {RELEASED}/{name} --image-file {RELEASED}/example.jpg",
+        f"llava-sv verify {RELEASED}/{name}",
+    ]
+    return [*parts, "```bash\n" + "\n".join(lines) + "\n```"]
+
+
+def released_table(released: Sequence[Released]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines."""
+    head = ["checkpoint", "family", "tokens of an image", "weights", "MB", "accuracy", "fine detail", "questions"]
+    lines = []
+    for one in released:
+        found = one.evaluation or {}
+        lines.append(
+            [
+                f"`{one.name}`",
+                FAMILY.get(one.family, one.family),
+                one.tokens,
+                one.dtype,
+                f"{one.bytes / 1e6:.1f}",
+                percent(found.get("accuracy")),
+                percent(found.get("per_category", {}).get("fine_detail")),
+                str(found.get("questions", "-")),
+            ]
+        )
+    return head, lines
+
+
+def _planned(facts: Facts) -> list[str]:
+    rows = facts.zoo.checkpoints
+    return [
+        "## Planned",
+        "Every row of the paper's Tables 2, 3 and 5 that is this method's or its control's. None is trained yet; each "
+        "becomes `checkpoints/NAME` by its two commands, and then `llava-sv release checkpoints/NAME --out DIR` makes it "
+        "what others load.",
+        "### Work and time",
+        markdown(*training_table(facts, rows)),
+        f"FLOPs: of SFT, two a multiply-add, without recomputation. `of dense`: over its control's on the same data. Hours: "
+        f"pretraining + SFT on {DEVICES} GPUs, `FLOPs / ({DEVICES} x peak x MFU)`, at the MFU that the paper's own dense run "
+        "implies (below): what would be reached if every FLOP that is saved became time. Pretraining is shared: one run "
+        "serves all checkpoints of its family and language model. The paper's hours are of SFT alone.",
+        "### Memory",
+        markdown(*memory_table(facts, rows)),
+        f"What each of {DEVICES} GPUs needs at the script's batch, planned as `llava-sv doctor --plan` plans it for a sample "
+        "of the full `--model_max_length` (docs/Memory.md); fewest: GPUs that hold SFT under the same ZeRO stage with one "
+        "sample at a time.",
+        "### Size",
+        markdown(*using_table(facts, rows)),
+        "Weights in bfloat16, encoder included. Cache: keys and values of the largest picture in bfloat16; `kept`: after the "
+        "prefill, once skipped tokens are removed.",
+        "### Recipes",
+        *(part for one in rows.values() for part in (f"`{one.name}`", f"```bash\n{commands(facts.zoo, one)}\n```")),
+    ]
+
+
+def commands(zoo: Zoo, one: Checkpoint) -> str:
+    """Both stages, a line each."""
+    return f"{zoo.pretraining[one.pretrain].command}\n{one.sft.command}"
+
+
+def tokens_of(stage: Stage) -> str:
+    """`100 + 156 of 576`; the largest picture's."""
+    budget, dense = stage.budget(), stage.setting.dense_tokens
+    return str(dense) if budget is None else f"{budget.retained} + {budget.skipped} of {dense}"
+
+
+def training_table(facts: Facts, rows: dict[str, Checkpoint]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines."""
+    zoo = facts.zoo
+    head = ["checkpoint", "Table", "tokens of an image", "data", "records", "FLOPs", "of dense", "MFU"]
+    head += [f"hours, {DEVICES} x {zoo.devices[name].title}" for name in facts.devices]
+    head += ["the paper's hours", "status"]
+    lines = []
+    for name, one in rows.items():
+        cost = facts.costs[name]
+        spans = [cost["hours"][device] for device in facts.devices]
+        lines.append(
+            [
+                f"`{name}`",
+                str(one.table),
+                tokens_of(one.sft),
+                f"`{one.sft.data}`",
+                f"{cost['records']:,}",
+                f"{cost['flops']['sft']:.2e}",
+                percent(cost["flops_of_dense"]),
+                percent(cost["mfu"]),
+                *(f"{span['pretrain']:.1f} + {span['sft']:.1f}" for span in spans),
+                paper_hours(one.paper),
+                "planned",
+            ]
+        )
+    return head, lines
+
+
+def paper_hours(paper: Paper) -> str:
+    """With the number of GPUs where it is not the usual one."""
+    if paper.hours is None:
+        return "-"
+    return f"{paper.hours:g}" + (f" on {paper.gpus}" if paper.gpus != DEVICES else "")
+
+
+def memory_table(facts: Facts, rows: dict[str, Checkpoint]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines."""
+    zoo = facts.zoo
+    head = ["checkpoint", "SFT: batch of a GPU", "SFT: GiB", "pretraining: GiB"]
+    head += [f"fits {zoo.devices[name].title}" for name in facts.devices]
+    head += [f"fewest of {label} GB" for label in zoo.smaller_cards]
+    lines = []
+    for name, one in rows.items():
+        sft, pretrain = facts.memory[name]
+        most = max(sft["gib"], pretrain["gib"])
+        lines.append(
+            [
+                f"`{name}`",
+                f"{one.sft.per_device_batch}, {sft['layout']}",
+                f"{sft['gib']:.1f}",
+                f"{pretrain['gib']:.1f}, {pretrain['layout']}",
+                *("yes" if most <= zoo.devices[device].gib else "no" for device in facts.devices),
+                *(str(sft["fewest"][str(label)] or "-") for label in zoo.smaller_cards),
+            ]
+        )
+    return head, lines
+
+
+def using_table(facts: Facts, rows: dict[str, Checkpoint]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines."""
+    head = ["checkpoint", "language model", "encoder", "weights, GB", "cache, MiB: dense", "after the prefill", "kept"]
+    lines = []
+    for name, one in rows.items():
+        cost, cache = facts.costs[name], facts.costs[name]["kv_bytes"]
+        lines.append(
+            [
+                f"`{name}`",
+                facts.zoo.decoders[one.sft.decoder].title,
+                facts.zoo.encoders[one.sft.encoder].title,
+                f"{cost['bytes'] / GB:.2f}",
+                *(f"{cache[part] / MIB:.1f}" for part in ("dense", "prefill", "kept")),
+            ]
+        )
+    return head, lines
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.0%}"
+
+
+def _hours(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _checks(facts: Facts) -> list[str]:
+    found = facts.checks
+    dense = [
+        [f"`{row['name']}`", f"{row['paper_hours']:g}", percent(row["mfu"]), percent(row["hfu"])]
+        + [_hours(row["hours_by_first"]), _signed(row["error"])]
+        for row in found["dense"]
+    ]
+    skipping = [
+        [f"`{row['name']}`", f"{row['paper_hours']:g}", percent(row["flops_of_dense"])]
+        + [cell for key in ("", "_by_share", "_by_other") for cell in (_hours(row.get("hours" + key)), _signed(row.get("error" + key)))]
+        + [percent(row["papers_share"])]
+        for row in found["skipping"]
+    ]
+    data = [
+        [f"`{row['name']}`", f"`{row['from']}`", f"{row['paper_hours']:g} on {row['gpus']}", _hours(row["hours"])]
+        + [_signed(row["error"])]
+        for row in found["data"]
+    ]
+    head = ["checkpoint", "the paper's hours"]
+    errors = ["FLOPs alone", "error", "with the share measured here", "error", "with the other budget's share", "error"]
+    return [
+        "## How far the estimate holds",
+        f"The paper reports hours of SFT on LLaVA-665K. It calls them GPU hours; on one A100 they would be beyond the peak, so "
+        f"they are read as wall-clock hours of {DEVICES} (its appendix names 8 A100s for that data). What its dense runs imply:",
+        markdown([*head, "MFU", "HFU", "hours by LLaVA's MFU", "error"], dense),
+        "HFU counts the layers that gradient checkpointing runs again as well. One MFU for all families would be off by the "
+        "last column: longer sequences run closer to the peak. So each family is calibrated by its own dense run.",
+        "The skipping rows are then a test. Hours from the dense run's, by FLOPs alone, and where only the share of the FLOPs "
+        "saved became time that it became on a CPU here (docs/Benchmarks.md), or that it became in the paper's other run of "
+        "the family; last, what share it became in this one:",
+        markdown([*head, "FLOPs of dense", *errors, "the paper's own share"], skipping),
+        "The paper took longer than its FLOPs ask for: 41% to 81% of what it saves became time. Data loading, ZeRO's "
+        "communication and the optimizer take as long as before. On GPUs this project's own share is not measured yet: "
+        "between the two columns of hours is where to expect a run.",
+        "With more data, from the paper's hours for the same model on fewer records, by their number:",
+        markdown(["checkpoint", "from", "the paper's hours", "estimate", "error"], data),
+    ]
+
+
+def _assumptions(facts: Facts) -> list[str]:
+    zoo, said = facts.zoo, facts.zoo.assumptions
+    lines = [
+        [f"`{name}`", f"{one.records:,}", f"{one.text_tokens:g}", f"{one.text_only:,}", f"{one.text_only_tokens:g}", one.why]
+        for name, one in zoo.data.items()
+    ]
+    head = ["data", "records", "text tokens", "without an image", "their text tokens", "why"]
+    devices = "; ".join(f"{one.title}: {one.tflops:g} TFLOP/s in bfloat16, {one.gib:g} GiB" for one in zoo.devices.values())
+    shares = ", ".join(f"{FAMILY[name]} {percent(share)}" for name, share in zoo.assumptions.time_share.items())
+    return [
+        "## Assumed",
+        markdown(head, lines),
+        "\n".join(
+            [
+                f"- {percent(said.supervised_share)}: {said.supervised_why}.",
+                f"- {said.hd_dense_tokens:,}: {said.hd_why}.",
+                f"- Share of FLOPs saved that became time, measured here: {shares}.",
+                f"- {devices}. The H200 is given the MFU of the A100; faster cards wait more for memory and for one another.",
+                "- No padding, no waiting for data, no evaluation. A mean length stands for all: attention, which grows with "
+                "the square, is counted a little low.",
+            ]
+        ),
+        "`llava-sv zoo --text-tokens 300`, `--mfu 0.4` and `--device h200` count with other assumptions; `--mfu` is what "
+        "training logs as `mfu` (docs/Throughput.md). `llava-sv data stats` counts the tokens of your own data.",
+    ]
+
+
+def paper_table(rows: Sequence[tuple[str, str, Paper]]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of (label, planned checkpoint or nothing, what the paper gives); columns that any of them has."""
+    benchmarks = list(dict.fromkeys(name for _, _, paper in rows for name in paper.scores))
+    timed = any(paper.hours or paper.latency for _, _, paper in rows)
+    head = ["the paper's row", "here", *benchmarks, *(["hours", "FLOPs", "latency, ms"] if timed else [])]
+    lines = []
+    for label, name, paper in rows:
+        line = [label, f"`{name}`" if name else "not this project's"]
+        line += [f"{paper.scores[one]:g}" if one in paper.scores else "-" for one in benchmarks]
+        if timed:
+            line += [paper_hours(paper), "-" if paper.flops is None else f"{paper.flops:g}%"]
+            line += ["-" if paper.latency is None else f"{paper.latency:g}"]
+        lines.append(line)
+    return head, lines
+
+
+def _papers(facts: Facts) -> list[str]:
+    parts = ["## The paper's figures", "Of this project's checkpoints, none is measured yet: these are the paper's alone."]
+    for table in (2, 3, 5):
+        ours = [(one.label, one.name, one.paper) for one in facts.zoo.checkpoints.values() if one.table == table]
+        others = [(one.label, "", one.paper) for one in facts.zoo.others if one.table == table]
+        parts += [f"### Table {table}", markdown(*paper_table([*ours, *others]))]
+    return parts
