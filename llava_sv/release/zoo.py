@@ -30,8 +30,8 @@ EXAMPLE = """example:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llava-sv zoo",
-        description="List the model zoo: every checkpoint of the paper's tables as a recipe, with the FLOPs, hours, memory "
-        "and size that it takes, counted; and the checkpoints that are released.",
+        description="List the model zoo: every checkpoint of the paper's tables as a recipe, with the FLOPs, hours, "
+        "memory and size that it takes, counted; and the checkpoints that are released.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--markdown", metavar="FILE", help="write the page here")
     parser.add_argument("--json", metavar="FILE", help="write all figures here")
     parser.add_argument("--overwrite", action="store_true", help="replace what --markdown and --json name")
-    parser.add_argument("--plan-memory", action="store_true", help="plan all memory anew, and keep the plans in the package")
+    parser.add_argument("--plan-memory", action="store_true", help="plan all memory anew; the package keeps the plans")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""What a recipe of the model zoo costs: FLOPs of a whole training, hours, bytes of a checkpoint and of an image's cache.
+"""What a recipe of the model zoo costs: FLOPs of a whole training, hours, bytes of a checkpoint and of an image's KV.
 
 Called by `release.zoo`; plain arithmetic on `bench.exact`'s counts. FLOPs are two a multiply-add. `model`: what the
 samples need; `run`: with the layers that gradient checkpointing runs again. No padding is counted.
@@ -107,7 +107,7 @@ PAPERS = "a100-80gb"
 
 
 def calibrated_mfu(zoo: Zoo, checkpoint: Checkpoint) -> tuple[float, str]:
-    """(MFU, name of the dense row whose hours in the paper imply it): the control's own; LLaVA's where that has none."""
+    """(MFU, name of the dense row whose hours in the paper imply it): the control's; the family's where it has none."""
     control = control_of(zoo, checkpoint)
     if control.paper.hours is None:
         control = next(
@@ -144,7 +144,9 @@ def kv_of_image(checkpoint: Checkpoint) -> dict[str, int]:
     }
 
 
-def cost_of(zoo: Zoo, checkpoint: Checkpoint, mfu: float | None = None, text_tokens: float | None = None) -> dict[str, Any]:
+def cost_of(
+    zoo: Zoo, checkpoint: Checkpoint, mfu: float | None = None, text_tokens: float | None = None
+) -> dict[str, Any]:
     """One row: FLOPs of both stages, hours of both on each device, the MFU that they assume, bytes."""
     sft = training_work(zoo, checkpoint.sft, text_tokens)
     pretrain = training_work(zoo, zoo.pretraining[checkpoint.pretrain])
@@ -172,55 +174,71 @@ def saved_in_time(dense_hours: float, ratio: float, share: float) -> float:
 
 
 def checks(zoo: Zoo) -> dict[str, list[dict[str, Any]]]:
-    """The estimate against the paper's hours. `dense`: what MFU each dense row implies, and its hours by LLaVA's.
-    `skipping`: hours from the dense row's and the FLOPs. `data`: hours from the same model's on fewer records."""
-    a100 = zoo.devices[PAPERS]
+    """The estimate against hours that are known. `dense`: what MFU each dense row implies, and its hours by LLaVA's.
+    `skipping`: hours from the dense row's and the FLOPs. `data`: from the same model's on fewer records. `reported`:
+    others' runs, at the MFU of the paper's."""
     timed = [one for one in zoo.checkpoints.values() if one.paper.hours]
     work = {one.name: training_work(zoo, one.sft) for one in timed}
-    dense_rows = [one for one in timed if one.dense is None]
-    first = calibrated_mfu(zoo, dense_rows[0])[0]
-    found: dict[str, list[dict[str, Any]]] = {"dense": [], "skipping": [], "data": []}
-    for one in dense_rows:
-        took = float(one.paper.hours or 0)
-        by_first = hours(work[one.name].model, a100, first)
-        found["dense"].append(
+    skipping = [one for one in timed if one.dense and one.sft.data == control_of(zoo, one).sft.data]
+    rows = [
+        _of_flops(zoo, one, work[one.name], work[control.name])
+        for one in skipping
+        if (control := control_of(zoo, one)).paper.hours
+    ]
+    for row in rows:
+        # the share of the FLOPs saved that became time, off the paper's other budget of the same family
+        rest = [other for other in rows if other is not row and other["family"] == row["family"]]
+        if rest:
+            row["hours_by_other"] = saved_in_time(row["dense_hours"], row["flops_of_dense"], rest[0]["papers_share"])
+            row["error_by_other"] = row["hours_by_other"] / row["paper_hours"] - 1
+    return {
+        "dense": _of_dense(zoo, [one for one in timed if one.dense is None], work),
+        "skipping": rows,
+        "data": _of_data(zoo, [one for one in timed if one.dense and one not in skipping], skipping),
+        "reported": _of_others(zoo),
+    }
+
+
+def _of_dense(zoo: Zoo, rows: list[Checkpoint], work: dict[str, Work]) -> list[dict[str, Any]]:
+    a100 = zoo.devices[PAPERS]
+    first = calibrated_mfu(zoo, rows[0])[0]
+    found = []
+    for one in rows:
+        took, flops = float(one.paper.hours or 0), work[one.name]
+        by_first = hours(flops.model, a100, first)
+        found.append(
             {
                 "name": one.name,
                 "paper_hours": took,
-                "mfu": implied_share(work[one.name].model, a100, took),
-                "hfu": implied_share(work[one.name].run, a100, took),
+                "mfu": implied_share(flops.model, a100, took),
+                "hfu": implied_share(flops.run, a100, took),
                 "hours_by_first": by_first,
                 "error": by_first / took - 1,
             }
         )
-    base = {_method(one): one for one in timed if one.dense and one.sft.data == control_of(zoo, one).sft.data}
-    for one in timed:
-        control = control_of(zoo, one)
-        if one.dense is None or not control.paper.hours:
-            continue
-        took = float(one.paper.hours or 0)
-        if one.sft.data == control.sft.data:
-            found["skipping"].append(_of_flops(zoo, one, control.paper.hours, work[one.name], work[control.name]))
-            continue
-        other = base[_method(one)]
+    return found
+
+
+def _of_data(zoo: Zoo, rows: list[Checkpoint], known: list[Checkpoint]) -> list[dict[str, Any]]:
+    by_method = {_method(one): one for one in known}
+    found = []
+    for one in rows:
+        other, took = by_method[_method(one)], float(one.paper.hours or 0)
         ratio = zoo.data[one.sft.data].records / zoo.data[other.sft.data].records
-        hours_of_one = float(other.paper.hours or 0) * ratio * DEVICES / one.paper.gpus
-        found["data"].append(
-            {
-                "name": one.name,
-                "from": other.name,
-                "gpus": one.paper.gpus,
-                "paper_hours": took,
-                "hours": hours_of_one,
-                "error": hours_of_one / took - 1,
-            }
-        )
-    for row in found["skipping"]:
-        # the share of the FLOPs saved that became time, off the paper's other budget of the same family
-        rest = [other for other in found["skipping"] if other is not row and other["family"] == row["family"]]
-        if rest:
-            row["hours_by_other"] = saved_in_time(row["dense_hours"], row["flops_of_dense"], rest[0]["papers_share"])
-            row["error_by_other"] = row["hours_by_other"] / row["paper_hours"] - 1
+        estimate = float(other.paper.hours or 0) * ratio * other.paper.gpus / one.paper.gpus
+        row = {"name": one.name, "from": other.name, "gpus": one.paper.gpus, "paper_hours": took}
+        found.append(row | {"hours": estimate, "error": estimate / took - 1})
+    return found
+
+
+def _of_others(zoo: Zoo) -> list[dict[str, Any]]:
+    found = []
+    for one in zoo.reported:
+        checkpoint = zoo.checkpoints[one.checkpoint]
+        stage = checkpoint.sft if one.trains == "sft" else zoo.pretraining[checkpoint.pretrain]
+        flops = training_work(zoo, replace(stage, decoder=one.decoder)).model
+        estimate = hours(flops, zoo.devices[PAPERS], calibrated_mfu(zoo, checkpoint)[0])
+        found.append({**vars(one), "estimate": estimate, "error": estimate / one.hours - 1})
     return found
 
 
@@ -229,8 +247,9 @@ def _method(checkpoint: Checkpoint) -> tuple[Any, ...]:
     return stage.family, stage.preset, stage.retained, stage.skipped
 
 
-def _of_flops(zoo: Zoo, one: Checkpoint, dense_hours: float, work: Work, dense: Work) -> dict[str, Any]:
+def _of_flops(zoo: Zoo, one: Checkpoint, work: Work, dense: Work) -> dict[str, Any]:
     took, ratio = float(one.paper.hours or 0), work.model / dense.model
+    dense_hours = float(control_of(zoo, one).paper.hours or 0)
     by_flops = dense_hours * ratio
     by_share = saved_in_time(dense_hours, ratio, zoo.assumptions.time_share[one.sft.family])
     return {

@@ -1,8 +1,8 @@
 """Whether a recipe of the model zoo fits its devices, and how few would do: a stage arrives, GiB leave.
 
-The plan is `train.memory_plan`'s; the base models' configs are written out of `bench.presets`' sizes, so that nothing is
-fetched. A sample has one image of most tokens and the text that `max_length` leaves. A plan takes seconds, so those of
-zoo.yaml's stages are kept in zoo_memory.json, each beside the flags that it is of. Called by `release.zoo`.
+The plan is `train.memory_plan`'s; the base models' configs are written out of `bench.presets`' sizes, so that nothing
+is fetched. A sample has one image of most tokens and the text that `max_length` leaves. A plan takes seconds, so those
+of zoo.yaml's stages are kept in zoo_memory.json, each beside the flags that it is of. Called by `release.zoo`.
 """
 
 from __future__ import annotations
@@ -105,8 +105,6 @@ def plan_memory(zoo: Zoo, stage: Stage) -> dict[str, Any]:
         "layout": own.name,
         "fewest": fewest,
     }
-
-
 
 
 def memory_of(zoo: Zoo, stage: Stage) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The model zoo as a page: recipes, their costs and releases arrive, Markdown leaves. Called by `release.zoo`.
 
-Each `..._table` is a list of lines for `markdown`. Nothing is computed here that a reader could not follow from the row.
+Each `..._table` is a head and lines for `markdown`.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def page(facts: Facts) -> str:
     parts = [
         "# Model zoo",
         f"Made by `{MADE_WITH}` from the recipes in `llava_sv/release/zoo.yaml`; a test holds the two together. FLOPs, "
-        "hours, memory and sizes are counted by the project's own code, and what is assumed is listed below. "
-        "Scores, hours and latencies under *the paper's* are the paper's, not measured here.",
+        "hours, memory and sizes are counted by the project's own code; what is assumed is listed below. Scores, hours "
+        "and latencies that are called the paper's are the paper's, not measured here.",
         *([facts.assumed] if facts.assumed else []),
         *_released(facts),
         *_planned(facts),
@@ -52,8 +52,9 @@ def page(facts: Facts) -> str:
 
 def terminal(facts: Facts) -> str:
     """What `llava-sv zoo` prints: releases and plans, without the reasons."""
-    parts = [markdown(*released_table(facts.released))] if facts.released else []
-    return "\n\n".join([*parts, markdown(*training_table(facts, facts.zoo.checkpoints)), *([facts.assumed] * bool(facts.assumed))])
+    released = markdown(*released_table(facts.released)) if facts.released else ""
+    planned = markdown(*training_table(facts, facts.zoo.checkpoints))
+    return "\n\n".join(filter(None, (released, planned, facts.assumed)))
 
 
 def one_row(facts: Facts, name: str) -> str:
@@ -78,11 +79,13 @@ def _released(facts: Facts) -> list[str]:
         return [*parts, f"None yet: `bash scripts/zoo_tiny.sh` makes the tiny ones, in `{RELEASED}`."]
     whole = sum(one.bytes for one in facts.released)
     parts += [
-        f"In the repository, under `{RELEASED}` ({whole / 1e6:.1f} MB): the tiny models that `bash scripts/families.sh` "
-        "trains on toy pictures, brought through the whole pipeline by `bash scripts/zoo_tiny.sh`: released, evaluated as "
-        "released, released again with what was found, verified. They show what a release is; they know toy shapes only.",
+        f"In the repository, under `{RELEASED}` ({whole / 1e6:.1f} MB): tiny models that `bash scripts/families.sh` "
+        "trains on toy pictures, brought through the whole pipeline by `bash scripts/zoo_tiny.sh`: released, evaluated "
+        "as released, released again with what was found, verified. They show what a release is; they know toy shapes "
+        "only.",
         markdown(*released_table(facts.released)),
-        "Accuracy: the toy benchmark, asked of the released weights; `fine detail` is its part of small words and tiny shapes.",
+        "Accuracy: the toy benchmark, asked of the released weights; `fine detail` is its part of small words and tiny "
+        "shapes.",
     ]
     name = next((one.name for one in facts.released if "skip" in one.name), facts.released[0].name)
     lines = [
@@ -118,24 +121,26 @@ def _planned(facts: Facts) -> list[str]:
     return [
         "## Planned",
         "Every row of the paper's Tables 2, 3 and 5 that is this method's or its control's. None is trained yet; each "
-        "becomes `checkpoints/NAME` by its two commands, and then `llava-sv release checkpoints/NAME --out DIR` makes it "
-        "what others load.",
+        "becomes `checkpoints/NAME` by its two commands, and `llava-sv release checkpoints/NAME --out DIR` then makes "
+        "it what others load.",
         "### Work and time",
         markdown(*training_table(facts, rows)),
-        f"FLOPs: of SFT, two a multiply-add, without recomputation. `of dense`: over its control's on the same data. Hours: "
-        f"pretraining + SFT on {DEVICES} GPUs, `FLOPs / ({DEVICES} x peak x MFU)`, at the MFU that the paper's own dense run "
-        "implies (below): what would be reached if every FLOP that is saved became time. Pretraining is shared: one run "
-        "serves all checkpoints of its family and language model. The paper's hours are of SFT alone.",
+        "FLOPs: of SFT, two a multiply-add, without recomputation. `of dense`: over its control's on the same data. "
+        f"Hours: pretraining + SFT on {DEVICES} GPUs, `FLOPs / ({DEVICES} x peak x MFU)`, at the MFU that the paper's "
+        "own dense run implies (below): what would be reached if every FLOP that is saved became time. Pretraining is "
+        "shared: one run serves all checkpoints of its family and language model. The paper's hours are of SFT alone.",
         "### Memory",
         markdown(*memory_table(facts, rows)),
-        f"What each of {DEVICES} GPUs needs at the script's batch, planned as `llava-sv doctor --plan` plans it for a sample "
-        "of the full `--model_max_length` (docs/Memory.md); fewest: GPUs that hold SFT under the same ZeRO stage with one "
-        "sample at a time.",
+        f"What each of {DEVICES} GPUs needs at the script's batch, planned as `llava-sv doctor --plan` plans it, for "
+        "samples of the full `--model_max_length` ([Memory.md](Memory.md)). `fewest`: GPUs that hold SFT under the "
+        "same ZeRO stage with one sample at a time.",
         "### Size",
         markdown(*using_table(facts, rows)),
-        "Weights in bfloat16, encoder included. Cache: keys and values of the largest picture in bfloat16; `kept`: after the "
-        "prefill, once skipped tokens are removed.",
+        "Weights in bfloat16, encoder included. Cache: keys and values of the largest picture in bfloat16; `kept`: "
+        "after the prefill, once skipped tokens are removed.",
         "### Recipes",
+        "From the repository's root; what they need below `playground/data`, [Mixtures.md](Mixtures.md) says. SV-9M on "
+        "two nodes, as the paper trained it: [MultiNode.md](MultiNode.md).",
         *(part for one in rows.values() for part in (f"`{one.name}`", f"```bash\n{commands(facts.zoo, one)}\n```")),
     ]
 
@@ -228,7 +233,7 @@ def using_table(facts: Facts, rows: dict[str, Checkpoint]) -> tuple[list[str], l
 
 
 def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.0%}"
+    return "-" if value is None else f"{round(100 * value) or 0:+d}%"
 
 
 def _hours(value: float | None) -> str:
@@ -237,52 +242,102 @@ def _hours(value: float | None) -> str:
 
 def _checks(facts: Facts) -> list[str]:
     found = facts.checks
-    dense = [
-        [f"`{row['name']}`", f"{row['paper_hours']:g}", percent(row["mfu"]), percent(row["hfu"])]
-        + [_hours(row["hours_by_first"]), _signed(row["error"])]
-        for row in found["dense"]
-    ]
-    skipping = [
-        [f"`{row['name']}`", f"{row['paper_hours']:g}", percent(row["flops_of_dense"])]
-        + [cell for key in ("", "_by_share", "_by_other") for cell in (_hours(row.get("hours" + key)), _signed(row.get("error" + key)))]
-        + [percent(row["papers_share"])]
-        for row in found["skipping"]
-    ]
-    data = [
-        [f"`{row['name']}`", f"`{row['from']}`", f"{row['paper_hours']:g} on {row['gpus']}", _hours(row["hours"])]
-        + [_signed(row["error"])]
-        for row in found["data"]
-    ]
-    head = ["checkpoint", "the paper's hours"]
-    errors = ["FLOPs alone", "error", "with the share measured here", "error", "with the other budget's share", "error"]
+    gpu_hours = DEVICES * found["dense"][0]["mfu"]
+    shares = [row["papers_share"] for row in found["skipping"]]
     return [
         "## How far the estimate holds",
-        f"The paper reports hours of SFT on LLaVA-665K. It calls them GPU hours; on one A100 they would be beyond the peak, so "
-        f"they are read as wall-clock hours of {DEVICES} (its appendix names 8 A100s for that data). What its dense runs imply:",
-        markdown([*head, "MFU", "HFU", "hours by LLaVA's MFU", "error"], dense),
-        "HFU counts the layers that gradient checkpointing runs again as well. One MFU for all families would be off by the "
-        "last column: longer sequences run closer to the peak. So each family is calibrated by its own dense run.",
-        "The skipping rows are then a test. Hours from the dense run's, by FLOPs alone, and where only the share of the FLOPs "
-        "saved became time that it became on a CPU here (docs/Benchmarks.md), or that it became in the paper's other run of "
-        "the family; last, what share it became in this one:",
-        markdown([*head, "FLOPs of dense", *errors, "the paper's own share"], skipping),
-        "The paper took longer than its FLOPs ask for: 41% to 81% of what it saves became time. Data loading, ZeRO's "
-        "communication and the optimizer take as long as before. On GPUs this project's own share is not measured yet: "
-        "between the two columns of hours is where to expect a run.",
+        "The paper gives hours of SFT on LLaVA-665K and calls them GPU hours. On one A100, LLaVA's would be "
+        f"{gpu_hours:.0%} of the peak; so they are read as wall-clock hours of {DEVICES}, which its appendix names for "
+        "that data. What its dense runs imply:",
+        markdown(*_dense_table(found["dense"])),
+        "HFU counts what gradient checkpointing runs again as well. With one MFU for all families the last column "
+        "would be the error: longer sequences run closer to the peak. So each family is calibrated by its own dense "
+        "run; other people's hours for LLaVA-1.5's recipe on 8 A100s, which had no part in that:",
+        markdown(*_reported_table(found["reported"])),
+        "The skipping rows are a test. From the dense run's hours: by FLOPs alone; with the share of the FLOPs saved "
+        "that became time on a CPU here ([Benchmarks.md](Benchmarks.md)); with the share that became time in the "
+        "paper's other run of the family. Last, the share that became time in this one:",
+        markdown(*_skipping_table(found["skipping"])),
+        f"The paper took longer than its FLOPs ask for: {min(shares):.0%} to {max(shares):.0%} of what it saves became "
+        "time. What does not shrink with the tokens is the likely rest: loading data, ZeRO's communication, the "
+        "optimizer. This project's own share on GPUs is not measured yet; expect a run between the hours above and the "
+        "paper's.",
         "With more data, from the paper's hours for the same model on fewer records, by their number:",
-        markdown(["checkpoint", "from", "the paper's hours", "estimate", "error"], data),
+        markdown(*_data_table(found["data"])),
+    ]
+
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def _dense_table(rows: list[dict[str, Any]]) -> Table:
+    head = ["checkpoint", "the paper's hours", "MFU", "HFU", "hours by LLaVA's MFU", "error"]
+    return head, [
+        [
+            f"`{row['name']}`",
+            f"{row['paper_hours']:g}",
+            percent(row["mfu"]),
+            percent(row["hfu"]),
+            _hours(row["hours_by_first"]),
+            _signed(row["error"]),
+        ]
+        for row in rows
+    ]
+
+
+def _reported_table(rows: list[dict[str, Any]]) -> Table:
+    head = ["recipe", "stage", "reported by", "hours", "estimate", "error"]
+    return head, [
+        [
+            f"LLaVA-1.5, {row['decoder']}",
+            {"sft": "SFT", "pretrain": "pretraining"}[row["trains"]],
+            row["source"],
+            f"{row['hours']:g}",
+            _hours(row["estimate"]),
+            _signed(row["error"]),
+        ]
+        for row in rows
+    ]
+
+
+def _skipping_table(rows: list[dict[str, Any]]) -> Table:
+    head = ["checkpoint", "the paper's hours", "FLOPs of dense", "by FLOPs alone", "error", "with the share here"]
+    head += ["error", "with the other run's share", "error", "the paper's own share"]
+    lines = []
+    for row in rows:
+        estimates = [
+            text
+            for way in ("", "_by_share", "_by_other")
+            for text in (_hours(row.get(f"hours{way}")), _signed(row.get(f"error{way}")))
+        ]
+        first = [f"`{row['name']}`", f"{row['paper_hours']:g}", percent(row["flops_of_dense"])]
+        lines.append([*first, *estimates, percent(row["papers_share"])])
+    return head, lines
+
+
+def _data_table(rows: list[dict[str, Any]]) -> Table:
+    head = ["checkpoint", "from", "the paper's hours", "estimate", "error"]
+    return head, [
+        [
+            f"`{row['name']}`",
+            f"`{row['from']}`",
+            f"{row['paper_hours']:g} on {row['gpus']}",
+            _hours(row["hours"]),
+            _signed(row["error"]),
+        ]
+        for row in rows
     ]
 
 
 def _assumptions(facts: Facts) -> list[str]:
     zoo, said = facts.zoo, facts.zoo.assumptions
     lines = [
-        [f"`{name}`", f"{one.records:,}", f"{one.text_tokens:g}", f"{one.text_only:,}", f"{one.text_only_tokens:g}", one.why]
+        [f"`{name}`", f"{one.text_tokens:g}", f"{one.text_only:,}", f"{one.text_only_tokens:g}", one.why]
         for name, one in zoo.data.items()
     ]
-    head = ["data", "records", "text tokens", "without an image", "their text tokens", "why"]
-    devices = "; ".join(f"{one.title}: {one.tflops:g} TFLOP/s in bfloat16, {one.gib:g} GiB" for one in zoo.devices.values())
-    shares = ", ".join(f"{FAMILY[name]} {percent(share)}" for name, share in zoo.assumptions.time_share.items())
+    head = ["data", "text tokens", "records without an image", "their text tokens", "why"]
+    devices = [f"{one.title}: {one.tflops:g} TFLOP/s in bfloat16, {one.gib:g} GiB" for one in zoo.devices.values()]
+    shares = ", ".join(f"{FAMILY[name]} {percent(share)}" for name, share in said.time_share.items())
     return [
         "## Assumed",
         markdown(head, lines),
@@ -291,13 +346,17 @@ def _assumptions(facts: Facts) -> list[str]:
                 f"- {percent(said.supervised_share)}: {said.supervised_why}.",
                 f"- {said.hd_dense_tokens:,}: {said.hd_why}.",
                 f"- Share of FLOPs saved that became time, measured here: {shares}.",
-                f"- {devices}. The H200 is given the MFU of the A100; faster cards wait more for memory and for one another.",
-                "- No padding, no waiting for data, no evaluation. A mean length stands for all: attention, which grows with "
-                "the square, is counted a little low.",
+                f"- {'; '.join(devices)}. The H200 is given the MFU of the A100; faster cards wait more for memory and "
+                "for one another.",
+                "- Pretraining is given the MFU of its family's SFT.",
+                "- No padding, no waiting for data, no evaluation. A mean length stands for all: attention, which "
+                "grows with the square, is counted a little low.",
             ]
         ),
-        "`llava-sv zoo --text-tokens 300`, `--mfu 0.4` and `--device h200` count with other assumptions; `--mfu` is what "
-        "training logs as `mfu` (docs/Throughput.md). `llava-sv data stats` counts the tokens of your own data.",
+        "`llava-sv zoo --text-tokens 300`, `llava-sv zoo --mfu 0.4` and `llava-sv zoo --device h200` count with other "
+        "assumptions; MFU is what training logs as `mfu` ([Throughput.md](Throughput.md)). `llava-sv data stats` "
+        "counts the tokens of your own data. `llava-sv zoo --row llava-sv-llama-3-8b-skip-100-156` prints one row with its "
+        "commands.",
     ]
 
 
@@ -318,7 +377,7 @@ def paper_table(rows: Sequence[tuple[str, str, Paper]]) -> tuple[list[str], list
 
 
 def _papers(facts: Facts) -> list[str]:
-    parts = ["## The paper's figures", "Of this project's checkpoints, none is measured yet: these are the paper's alone."]
+    parts = ["## The paper's figures", "Of the planned checkpoints none is measured yet: these are the paper's alone."]
     for table in (2, 3, 5):
         ours = [(one.label, one.name, one.paper) for one in facts.zoo.checkpoints.values() if one.table == table]
         others = [(one.label, "", one.paper) for one in facts.zoo.others if one.table == table]

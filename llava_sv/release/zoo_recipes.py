@@ -1,7 +1,7 @@
 """The model zoo's recipes: zoo.yaml arrives, checked dataclasses leave. Called by `release.zoo` and its parts.
 
-A recipe says how a checkpoint of the paper's tables is trained here: two stages, each a script with its environment, and
-what that script is known to train with. Numbers of records are the mixtures' own (`data.recipes`).
+A recipe says how a checkpoint of the paper's tables is trained here: two stages, each a script with its environment,
+and what that script is known to train with. Numbers of records are the mixtures' own (`data.recipes`).
 """
 
 from __future__ import annotations
@@ -193,6 +193,17 @@ class Other:
 
 
 @dataclass(frozen=True)
+class Reported:
+    """Hours of a stage of `checkpoint`, with another decoder perhaps, on 8 A100s, as `source` gives them."""
+
+    checkpoint: str
+    decoder: str
+    trains: str
+    hours: float
+    source: str
+
+
+@dataclass(frozen=True)
 class Assumptions:
     """What no count gives; zoo.yaml says where each is from."""
 
@@ -216,6 +227,7 @@ class Zoo:
     pretraining: dict[str, Stage]
     checkpoints: dict[str, Checkpoint]
     others: list[Other]
+    reported: list[Reported]
 
 
 @cache
@@ -234,6 +246,7 @@ def read_zoo(path: Path = ZOO) -> Zoo:
             pretraining=_each(Stage, given["pretraining"], f"{where}: pretraining"),
             checkpoints={},
             others=[_other(one, f"{where}: others[{place}]") for place, one in enumerate(given["others"])],
+            reported=[_make(Reported, one, f"{where}: reported") for one in given["reported"]],
         )
         for place, one in enumerate(given["checkpoints"]):
             made = _checkpoint(one, f"{where}: checkpoints[{place}]")
@@ -288,7 +301,8 @@ def _check(zoo: Zoo, checkpoint: Checkpoint, where: str) -> None:
     if checkpoint.name in zoo.checkpoints:
         raise UserError(f"{where}: there twice")
     if checkpoint.dense is not None and checkpoint.dense not in zoo.checkpoints:
-        raise UserError(f"{where}: field 'dense' is {checkpoint.dense!r}; known, of those above: {_names(zoo.checkpoints)}")
+        above = _names(zoo.checkpoints)
+        raise UserError(f"{where}: field 'dense' is {checkpoint.dense!r}; known, of those above: {above}")
     if checkpoint.pretrain not in zoo.pretraining:
         raise UserError(f"{where}: field 'pretrain' is {checkpoint.pretrain!r}; known: {_names(zoo.pretraining)}")
     _check_stage(zoo, checkpoint.sft, where)
