@@ -39,7 +39,8 @@ COUNTS = (1, 2, 4, 8, 16, 32)
 
 def zero_config(stage: int) -> dict[str, Any]:
     """A DeepSpeed configuration of that stage."""
-    return {"zero_optimization": {"stage": stage, **ZERO}}
+    known = {name: value for name, value in ZERO.items() if stage == 3 or not name.startswith("stage3_")}
+    return {"zero_optimization": {"stage": stage, **known}}
 
 
 def write_configs(zoo: Zoo, stage: Stage, folder: Path) -> tuple[Path, Path]:
@@ -109,7 +110,7 @@ def plan_memory(zoo: Zoo, stage: Stage) -> dict[str, Any]:
 
 def memory_of(zoo: Zoo, stage: Stage) -> dict[str, Any]:
     """`plan_memory` as it was kept, where the stage and the cards are still those; made anew where they are not."""
-    asked = _what_matters(zoo, stage)
+    asked = what_matters(zoo, stage)
     for kept in read_json(KEPT, "llava-sv zoo --plan-memory") if KEPT.is_file() else []:
         if kept["of"] == asked:
             return kept["memory"]
@@ -120,13 +121,13 @@ def keep_all(zoo: Zoo) -> None:
     """Plan every stage anew and write zoo_memory.json."""
     found: list[dict[str, Any]] = []
     for stage in [*zoo.pretraining.values(), *(one.sft for one in zoo.checkpoints.values())]:
-        asked = _what_matters(zoo, stage)
+        asked = what_matters(zoo, stage)
         if all(one["of"] != asked for one in found):
             found.append({"of": asked, "memory": plan_memory(zoo, stage)})
     write_json(KEPT, found)
 
 
-def _what_matters(zoo: Zoo, stage: Stage) -> dict[str, str]:
+def what_matters(zoo: Zoo, stage: Stage) -> dict[str, str]:
     """The flags that memory depends on, and the cards asked about."""
     ignored = ("data_path", "image_folder", "learning_rate", "num_train_epochs", "version")
     flags = {name: value for name, value in stage.flags(zoo).items() if name not in ignored}

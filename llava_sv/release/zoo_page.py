@@ -87,7 +87,8 @@ def _released(facts: Facts) -> list[str]:
         "Accuracy: the toy benchmark, asked of the released weights; `fine detail` is its part of small words and tiny "
         "shapes.",
     ]
-    name = next((one.name for one in facts.released if "skip" in one.name), facts.released[0].name)
+    plain = [one.name for one in facts.released if one.family == "llava" and one.config.get("skip_vision")]
+    name = (plain or [facts.released[0].name])[0]
     lines = [
         f"llava-sv chat --model-path {RELEASED}/{name} --image-file {RELEASED}/example.jpg",
         f"llava-sv verify {RELEASED}/{name}",
@@ -355,8 +356,8 @@ def _assumptions(facts: Facts) -> list[str]:
         ),
         "`llava-sv zoo --text-tokens 300`, `llava-sv zoo --mfu 0.4` and `llava-sv zoo --device h200` count with other "
         "assumptions; MFU is what training logs as `mfu` ([Throughput.md](Throughput.md)). `llava-sv data stats` "
-        "counts the tokens of your own data. `llava-sv zoo --row llava-sv-llama-3-8b-skip-100-156` prints one row with its "
-        "commands.",
+        "counts the tokens of your own data. `llava-sv zoo --row llava-sv-llama-3-8b-skip-100-156` prints one row with "
+        "its commands.",
     ]
 
 
