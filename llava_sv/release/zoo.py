@@ -85,7 +85,7 @@ def report(facts: Facts) -> dict[str, Any]:
         rows[name] = {
             "table": one.table,
             "label": one.label,
-            "status": "planned",
+            "status": facts.status(name),
             "commands": commands(zoo, one).splitlines(),
             "output": one.output,
             "dense": one.dense,

@@ -32,6 +32,10 @@ class Facts:
     assumed: str = ""
     """What differs from the recipes' own assumptions, in words."""
 
+    def status(self, name: str) -> str:
+        """`released` where a folder of that name is."""
+        return "released" if any(one.name == name for one in self.released) else "planned"
+
 
 def page(facts: Facts) -> str:
     """docs/MODEL_ZOO.md."""
@@ -63,7 +67,7 @@ def one_row(facts: Facts, name: str) -> str:
     only = {name: one}
     return "\n\n".join(
         [
-            f"{name}: {one.label}, Table {one.table}; planned",
+            f"{name}: {one.label}, Table {one.table}; {facts.status(name)}",
             commands(facts.zoo, one),
             markdown(*training_table(facts, only)),
             markdown(*memory_table(facts, only)),
@@ -121,7 +125,7 @@ def _planned(facts: Facts) -> list[str]:
     rows = facts.zoo.checkpoints
     return [
         "## Planned",
-        "Every row of the paper's Tables 2, 3 and 5 that is this method's or its control's. None is trained yet; each "
+        "Every row of the paper's Tables 2, 3 and 5 that is this method's or its control's. Each "
         "becomes `checkpoints/NAME` by its two commands, and `llava-sv release checkpoints/NAME --out DIR` then makes "
         "it what others load.",
         "### Work and time",
@@ -129,7 +133,8 @@ def _planned(facts: Facts) -> list[str]:
         "FLOPs: of SFT, two a multiply-add, without recomputation. `of dense`: over its control's on the same data. "
         f"Hours: pretraining + SFT on {DEVICES} GPUs, `FLOPs / ({DEVICES} x peak x MFU)`, at the MFU that the paper's "
         "own dense run implies (below): what would be reached if every FLOP that is saved became time. Pretraining is "
-        "shared: one run serves all checkpoints of its family and language model. The paper's hours are of SFT alone.",
+        "shared: one run serves all checkpoints of its family and language model. The paper's hours are of SFT alone. "
+        "LLaVA-HD's tokens are those of the largest picture, its FLOPs those of the mean one.",
         "### Memory",
         markdown(*memory_table(facts, rows)),
         f"What each of {DEVICES} GPUs needs at the script's batch, planned as `llava-sv doctor --plan` plans it, for "
@@ -179,7 +184,7 @@ def training_table(facts: Facts, rows: dict[str, Checkpoint]) -> tuple[list[str]
                 percent(cost["mfu"]),
                 *(f"{span['pretrain']:.1f} + {span['sft']:.1f}" for span in spans),
                 paper_hours(one.paper),
-                "planned",
+                facts.status(name),
             ]
         )
     return head, lines

@@ -161,6 +161,14 @@ def test_releases_tell_of_themselves(tmp_path):
     assert [one.weights for one in read_released(tmp_path)] == [4_000_000, 4_000_000]
 
 
+def test_a_planned_checkpoint_that_is_released_says_so(tmp_path):
+    make_release(tmp_path, SKIP, mm_family="llava")
+    lines = page(gather(ZOO, released=tmp_path)).splitlines()
+    (line,) = [line for line in lines if line.startswith(f"| `{SKIP}` | 2 |")]
+    assert line.endswith("| released |")
+    assert sum(line.endswith("| planned |") for line in lines) == len(ZOO.checkpoints) - 1
+
+
 def test_without_releases_the_page_says_how_to_make_them(tmp_path):
     assert "None yet: `bash scripts/zoo_tiny.sh`" in page(gather(ZOO, released=tmp_path / "none"))
 

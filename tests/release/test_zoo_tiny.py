@@ -132,6 +132,8 @@ def test_the_script_runs_the_whole_pipeline_and_goes_on_where_it_stopped(script,
     assert commands(notes) == ["release", "eval", "release", "verify"] * 4
     lines = notes.read_text().splitlines()
     assert all("--dtype bfloat16" in line and "--force" in line for line in lines if " release " in line)
+    tested = [index for index, line in enumerate(lines) if " release " in line and "--no-smoke-test" not in line]
+    assert tested == [2, 6, 10, 14], "what stays is loaded and compared"
     assert "--pretrain-run" in lines[0], "where the pretraining is, the card reads it"
     assert "--eval" in lines[2]
     assert "--eval-dense" in lines[6], "the plain skipping model stands beside its dense control"
