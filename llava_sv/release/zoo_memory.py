@@ -98,7 +98,7 @@ def plan_memory(zoo: Zoo, stage: Stage) -> dict[str, Any]:
     dense = not planner.skips
     gib = planner.estimate(own, stage.per_device_batch, dense, True).device / GIB
     fewest: dict[str, int | None] = {}
-    for label, room in zoo.smaller_cards.items():
+    for label, room in zoo.cards.items():
         enough = [n for n in COUNTS if planner.estimate(replace(own, world=n), 1, dense, True).device / GIB <= room]
         fewest[str(label)] = min(enough, default=None)
     return {
@@ -131,4 +131,4 @@ def what_matters(zoo: Zoo, stage: Stage) -> dict[str, str]:
     """The flags that memory depends on, and the cards asked about."""
     ignored = ("data_path", "image_folder", "learning_rate", "num_train_epochs", "version")
     flags = {name: value for name, value in stage.flags(zoo).items() if name not in ignored}
-    return flags | {"cards": " ".join(f"{label}={gib}" for label, gib in zoo.smaller_cards.items())}
+    return flags | {"cards": " ".join(f"{label}={gib}" for label, gib in zoo.cards.items())}

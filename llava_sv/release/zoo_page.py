@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava_sv.bench.cells import markdown, percent
+from llava_sv.release.zoo_page_checks import checks_section
 from llava_sv.release.zoo_recipes import DEVICES, Checkpoint, Paper, Stage, Zoo
 from llava_sv.release.zoo_released import RELEASED, Released
 
@@ -47,7 +48,7 @@ def page(facts: Facts) -> str:
         *([facts.assumed] if facts.assumed else []),
         *_released(facts),
         *_planned(facts),
-        *_checks(facts),
+        *checks_section(facts.checks),
         *_assumptions(facts),
         *_papers(facts),
     ]
@@ -202,7 +203,7 @@ def memory_table(facts: Facts, rows: dict[str, Checkpoint]) -> tuple[list[str], 
     zoo = facts.zoo
     head = ["checkpoint", "SFT: batch of a GPU", "SFT: GiB", "pretraining: GiB"]
     head += [f"fits {zoo.devices[name].title}" for name in facts.devices]
-    head += [f"fewest of {label} GB" for label in zoo.smaller_cards]
+    head += [f"fewest of {label} GB" for label in zoo.cards]
     lines = []
     for name, one in rows.items():
         sft, pretrain = facts.memory[name]
@@ -214,7 +215,7 @@ def memory_table(facts: Facts, rows: dict[str, Checkpoint]) -> tuple[list[str], 
                 f"{sft['gib']:.1f}",
                 f"{pretrain['gib']:.1f}, {pretrain['layout']}",
                 *("yes" if most <= zoo.devices[device].gib else "no" for device in facts.devices),
-                *(str(sft["fewest"][str(label)] or "-") for label in zoo.smaller_cards),
+                *(str(sft["fewest"][str(label)] or "-") for label in zoo.cards),
             ]
         )
     return head, lines
@@ -236,103 +237,6 @@ def using_table(facts: Facts, rows: dict[str, Checkpoint]) -> tuple[list[str], l
             ]
         )
     return head, lines
-
-
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{round(100 * value) or 0:+d}%"
-
-
-def _hours(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
-
-
-def _checks(facts: Facts) -> list[str]:
-    found = facts.checks
-    gpu_hours = DEVICES * found["dense"][0]["mfu"]
-    shares = [row["papers_share"] for row in found["skipping"]]
-    return [
-        "## How far the estimate holds",
-        "The paper gives hours of SFT on LLaVA-665K and calls them GPU hours. On one A100, LLaVA's would be "
-        f"{gpu_hours:.0%} of the peak; so they are read as wall-clock hours of {DEVICES}, which its appendix names for "
-        "that data. What its dense runs imply:",
-        markdown(*_dense_table(found["dense"])),
-        "HFU counts what gradient checkpointing runs again as well. With one MFU for all families the last column "
-        "would be the error: longer sequences run closer to the peak. So each family is calibrated by its own dense "
-        "run; other people's hours for LLaVA-1.5's recipe on 8 A100s, which had no part in that:",
-        markdown(*_reported_table(found["reported"])),
-        "The skipping rows are a test. From the dense run's hours: by FLOPs alone; with the share of the FLOPs saved "
-        "that became time on a CPU here ([Benchmarks.md](Benchmarks.md)); with the share that became time in the "
-        "paper's other run of the family. Last, the share that became time in this one:",
-        markdown(*_skipping_table(found["skipping"])),
-        f"The paper took longer than its FLOPs ask for: {min(shares):.0%} to {max(shares):.0%} of what it saves became "
-        "time. What does not shrink with the tokens is the likely rest: loading data, ZeRO's communication, the "
-        "optimizer. This project's own share on GPUs is not measured yet; expect a run between the hours above and the "
-        "paper's.",
-        "With more data, from the paper's hours for the same model on fewer records, by their number:",
-        markdown(*_data_table(found["data"])),
-    ]
-
-
-Table = tuple[list[str], list[list[str]]]
-
-
-def _dense_table(rows: list[dict[str, Any]]) -> Table:
-    head = ["checkpoint", "the paper's hours", "MFU", "HFU", "hours by LLaVA's MFU", "error"]
-    return head, [
-        [
-            f"`{row['name']}`",
-            f"{row['paper_hours']:g}",
-            percent(row["mfu"]),
-            percent(row["hfu"]),
-            _hours(row["hours_by_first"]),
-            _signed(row["error"]),
-        ]
-        for row in rows
-    ]
-
-
-def _reported_table(rows: list[dict[str, Any]]) -> Table:
-    head = ["recipe", "stage", "reported by", "hours", "estimate", "error"]
-    return head, [
-        [
-            f"LLaVA-1.5, {row['decoder']}",
-            {"sft": "SFT", "pretrain": "pretraining"}[row["trains"]],
-            row["source"],
-            f"{row['hours']:g}",
-            _hours(row["estimate"]),
-            _signed(row["error"]),
-        ]
-        for row in rows
-    ]
-
-
-def _skipping_table(rows: list[dict[str, Any]]) -> Table:
-    head = ["checkpoint", "the paper's hours", "FLOPs of dense", "by FLOPs alone", "error", "with the share here"]
-    head += ["error", "with the other run's share", "error", "the paper's own share"]
-    lines = []
-    for row in rows:
-        estimates = [
-            text
-            for way in ("", "_by_share", "_by_other")
-            for text in (_hours(row.get(f"hours{way}")), _signed(row.get(f"error{way}")))
-        ]
-        first = [f"`{row['name']}`", f"{row['paper_hours']:g}", percent(row["flops_of_dense"])]
-        lines.append([*first, *estimates, percent(row["papers_share"])])
-    return head, lines
-
-
-def _data_table(rows: list[dict[str, Any]]) -> Table:
-    head = ["checkpoint", "from", "the paper's hours", "estimate", "error"]
-    return head, [
-        [
-            f"`{row['name']}`",
-            f"`{row['from']}`",
-            f"{row['paper_hours']:g} on {row['gpus']}",
-            _hours(row["hours"]),
-            _signed(row["error"]),
-        ]
-        for row in rows
-    ]
 
 
 def _assumptions(facts: Facts) -> list[str]:

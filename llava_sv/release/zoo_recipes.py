@@ -219,7 +219,7 @@ class Zoo:
     """All of zoo.yaml."""
 
     devices: dict[str, Device]
-    smaller_cards: dict[int, float]
+    cards: dict[int, float]
     decoders: dict[str, Base]
     encoders: dict[str, Base]
     data: dict[str, DataSet]
@@ -238,7 +238,7 @@ def read_zoo(path: Path = ZOO) -> Zoo:
     try:
         zoo = Zoo(
             devices=_each(Device, given["devices"], f"{where}: devices"),
-            smaller_cards={int(label): float(gib) for label, gib in given["smaller_cards"].items()},
+            cards={int(label): float(gib) for label, gib in given["cards"].items()},
             decoders=_each(Base, given["decoders"], f"{where}: decoders"),
             encoders=_each(Base, given["encoders"], f"{where}: encoders"),
             data=_each(DataSet, given["data"], f"{where}: data"),

@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 from llava_sv import cli
+from llava_sv.constants import GIB
 from llava_sv.release import zoo_memory
 from llava_sv.release.zoo import gather, main
 from llava_sv.release.zoo_page import page, tokens_of
 from llava_sv.release.zoo_recipes import read_zoo
 from llava_sv.release.zoo_released import read_released
+from llava_sv.train.memory_plan import Planner, read
+from tests.release.test_zoo_recipes import dry_run
 
 ROOT = Path(__file__).resolve().parents[2]
 ZOO = read_zoo()
@@ -118,15 +121,31 @@ def test_every_stages_memory_is_kept():
         assert zoo_memory.what_matters(ZOO, stage) in kept, "llava-sv zoo --plan-memory plans it"
 
 
+def hold_against_the_plan(stage):
+    """Versions of torch and transformers differ by less than a hundredth in what they keep."""
+    planned, kept = zoo_memory.plan_memory(ZOO, stage), zoo_memory.memory_of(ZOO, stage)
+    assert kept["gib"] == pytest.approx(planned["gib"], rel=0.01)
+    assert (kept["layout"], kept["fewest"]) == (planned["layout"], planned["fewest"])
+
+
 def test_kept_memory_is_what_is_planned():
-    stage = ZOO.pretraining["llava-sv-vicuna-7b-pretrain"]
-    assert zoo_memory.plan_memory(ZOO, stage) == zoo_memory.memory_of(ZOO, stage)
+    hold_against_the_plan(ZOO.pretraining["llava-sv-vicuna-7b-pretrain"])
 
 
 @pytest.mark.slow
 def test_all_kept_memory_is_what_is_planned():
     for one in ZOO.checkpoints.values():
-        assert zoo_memory.plan_memory(ZOO, one.sft) == zoo_memory.memory_of(ZOO, one.sft)
+        hold_against_the_plan(one.sft)
+
+
+def test_the_plan_is_that_of_the_scripts_own_command(tmp_path):
+    stage = ZOO.checkpoints["llava-sv-cos-llama-3-8b-skip-272-256"].sft
+    llm, clip = zoo_memory.write_configs(ZOO, stage, tmp_path)
+    flags = dry_run(f"LLM={llm} VISION_TOWER={clip} {stage.command}")
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    planner = Planner(read([*words, "--world_size", "8", "--gpu_memory", "80"]))
+    takes = planner.estimate(planner.layout(), stage.per_device_batch, not planner.skips, True).device
+    assert takes / GIB == pytest.approx(zoo_memory.memory_of(ZOO, stage)["gib"], rel=0.01)
 
 
 def test_a_stage_that_is_not_kept_is_planned(monkeypatch):
