@@ -95,7 +95,8 @@ def _released(facts: Facts) -> list[str]:
     plain = [one.name for one in facts.released if one.family == "llava" and one.config.get("skip_vision")]
     name = (plain or [facts.released[0].name])[0]
     lines = [
-        f"llava-sv chat --model-path {RELEASED}/{name} --image-file {RELEASED}/example.jpg",
+        f"llava-sv chat --model-path {RELEASED}/{name} --image-file {RELEASED}/example.jpg "
+        '--prompt "What word is written in the image?"',
         f"llava-sv verify {RELEASED}/{name}",
     ]
     return [*parts, "```bash\n" + "\n".join(lines) + "\n```"]
