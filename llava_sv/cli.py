@@ -36,6 +36,7 @@ COMMANDS: dict[str, Command] = {
     "convert": Command(
         "llava_sv.release.convert:main", "merge adapters, or make a checkpoint fit another number of devices"
     ),
+    "zoo": Command("llava_sv.release.zoo:main", "list the model zoo: the paper's tables as recipes, their cost"),
     "chat": Command("llava_sv.serve.cli:main", "talk with a model about an image"),
     "eval": Command("llava_sv.eval.cli:main", "score a model on a benchmark, and time it"),
     "flops": Command("llava_sv.bench.flops:main", "count FLOPs of a setting, as the paper does and exactly"),
