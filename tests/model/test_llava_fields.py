@@ -11,7 +11,7 @@ from tests.model.liuhaotian import V15, V16, V16_MISTRAL
 
 def test_a_hub_that_may_be_asked(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("llava_sv.model.checkpoint_io.getproxies", dict)
+    monkeypatch.setattr("llava_sv.model.reach.getproxies", dict)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [()])
     assert not out_of_reach()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -19,7 +19,7 @@ def test_a_hub_that_may_be_asked(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: (_ for _ in ()).throw(OSError()))
     assert out_of_reach()
-    monkeypatch.setattr("llava_sv.model.checkpoint_io.getproxies", lambda: {"https": "http://proxy:3128"})
+    monkeypatch.setattr("llava_sv.model.reach.getproxies", lambda: {"https": "http://proxy:3128"})
     assert not out_of_reach(), "a proxy may know the name"
 
 
