@@ -12,6 +12,7 @@ from llava_sv import doctor, extras
 
 REQUIRES = [
     "torch>=2.11",
+    "transformers>=5.13,<6",
     "peft>=0.18",
     'tomli>=2; python_version < "3.0"',
     'deepspeed>=0.18; extra == "train"',
@@ -40,7 +41,7 @@ def test_versions_are_those_installed_and_extras_are_not_required():
     rows = {row["name"]: row for row in doctor.required_packages()}
     assert rows["torch"]["version"] == importlib.metadata.version("torch")
     assert rows["torch"]["ok"]
-    assert set(rows) == {"torch", "peft"}
+    assert set(rows) == {"torch", "transformers", "peft"}
     assert [row["name"] for row in doctor.required_packages("train")] == ["deepspeed", "wandb"]
 
 
