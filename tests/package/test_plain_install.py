@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import json
 import subprocess
 
 import pytest
+import sentencepiece
 from PIL import Image
 
 import llava_sv
@@ -12,6 +15,7 @@ from llava_sv import cli
 from llava_sv.extras import EXTRA_OF
 from tests.checkpoints import SKIP, save_checkpoint
 from tests.package.plain_environment import clean, make, run_all
+from tests.tokenizers_util import CORPUS
 
 PROMPT = "What is this?"
 TRAIN = 'which a plain install leaves out: pip install "llava-sv[train]"\n'
@@ -60,14 +64,32 @@ model = AutoModelForCausalLM.from_pretrained("model")
 ids = AutoTokenizer.from_pretrained("model")("a b c", return_tensors="pt").input_ids
 print(AutoConfig.from_pretrained("model").model_type, bool(model(ids).logits.isfinite().all()))
 print([name for name in sys.argv[1:] if importlib.util.find_spec(name)])
+print(AutoTokenizer.from_pretrained("llama")("the red square").input_ids)
 """
 
 
-def test_the_auto_classes_load_a_checkpoint(binaries, place):
+def llama_tokenizer(folder):
+    """A tokenizer as LLaMA's and LLaVA's folders have it: SentencePiece's file alone. Returns ids of a sentence."""
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_writer=written, vocab_size=80, model_type="bpe", minloglevel=2
+    )
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(written.getvalue())
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer", "add_bos_token": True})
+    )
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    own = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
+    return [own.bos_id(), *own.encode("the red square")]
+
+
+def test_the_auto_classes_load_a_checkpoint_and_a_tokenizer_of_sentencepiece(binaries, place):
+    ids = llama_tokenizer(place / "llama")
     command = [str(binaries / "python"), "-c", AUTO, *EXTRA_OF]
     done = subprocess.run(command, cwd=place, env=clean(), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["llava_llama True", "[]"]
+    assert done.stdout.splitlines() == ["llava_llama True", "[]", str(ids)]
 
 
 WORK = {
