@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from llava_sv import extras
+from llava_sv.extras import line_of_missing
 
 CANNOT_WRITE = 74
 """Exit code (EX_IOERR) of a run that could not write what it made: a full disk, a quota, a lost mount."""
@@ -61,7 +61,7 @@ def exit_on_user_error(main: Callable[..., int | None], *args, **kwargs) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return CANNOT_WRITE if isinstance(error, NoRoom) else 2
     except ModuleNotFoundError as error:
-        if not (line := extras.line_of(error)):
+        if not (line := line_of_missing(error)):
             raise
         print(f"error: {line}", file=sys.stderr, flush=True)
         return 2

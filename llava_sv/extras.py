@@ -50,7 +50,7 @@ def require(*packages: str) -> None:
             raise ModuleNotFoundError(_line(name), name=name)
 
 
-def line_of(error: ModuleNotFoundError) -> str:
+def line_of_missing(error: ModuleNotFoundError) -> str:
     """What to say of an import that failed; empty where the module comes with no extra, so that something is broken."""
     package = (error.name or "").partition(".")[0]
     if package not in EXTRA_OF or importlib.util.find_spec(package) is not None:
