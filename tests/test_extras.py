@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 
 from llava_sv import extras
 from llava_sv.analysis.common import Results
-from llava_sv.errors import exit_on_user_error
+from llava_sv.errors import UserError, exit_on_user_error
+from llava_sv.train import universal
 
 LINE = 'this needs matplotlib, which a plain install leaves out: pip install "llava-sv[train]"'
 
@@ -54,6 +56,12 @@ def test_an_analysis_asks_before_it_works(without_matplotlib, tmp_path):
     with pytest.raises(ModuleNotFoundError, match="this needs matplotlib"):
         Results(str(tmp_path / "figures"), "attention")
     assert not list(tmp_path.iterdir())
+
+
+def test_converting_for_another_number_of_processes_names_the_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "deepspeed.checkpoint", None)
+    with pytest.raises(UserError, match=r'needs DeepSpeed: pip install "llava-sv\[train\]"$'):
+        universal._run_deepspeed(tmp_path, tmp_path / "out", 1)
 
 
 def test_a_clone_has_its_script_and_a_wheel_has_pip(monkeypatch):

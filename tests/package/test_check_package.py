@@ -15,11 +15,11 @@ from tests.package.build import ROOT
 ZOO = ROOT / "playground" / "zoo" / "tiny-llava-skip"
 
 
-def check_package(*arguments: str, timeout: int = 60) -> subprocess.CompletedProcess:
+def check_package(*arguments: str, timeout: int = 60, python: str = sys.executable) -> subprocess.CompletedProcess:
     return subprocess.run(
         ["bash", "scripts/check_package.sh", *arguments],
         cwd=ROOT,
-        env={**os.environ, "PYTHON": sys.executable},
+        env={**os.environ, "PYTHON": python},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -41,6 +41,14 @@ def test_refused(arguments, message):
     assert done.returncode == 2
     assert done.stderr.startswith(f"check_package: {message}")
     assert done.stderr.count("\n") == 1
+
+
+def test_an_interpreter_without_the_packages_is_refused():
+    done = check_package("--wheel", python="/bin/false")
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "check_package: /bin/false lacks torch or transformers: bash scripts/setup.sh, or name"
+    )
 
 
 @pytest.mark.slow
