@@ -70,7 +70,7 @@ def _packages(flags: dict[str, str]) -> list[str]:
     chosen = ["deepspeed"] if flags.get("deepspeed") else []
     report_to = flags.get("report_to", "tensorboard")
     chosen += [report_to] if report_to in ("tensorboard", "wandb") else []
-    return ["datasets", "pyarrow", "matplotlib", *chosen]
+    return ["pyarrow", "matplotlib", *chosen]
 
 
 def _prepare_environment(cache_dir: str, use_cpu: bool) -> None:

@@ -102,7 +102,7 @@ WORK = {
 """Commands that work without any extra -> what they print."""
 
 WANTING = {
-    "train --model_name_or_path model": "this needs datasets, ",
+    "train --model_name_or_path model": "this needs pyarrow, ",
     "train --deepspeed zero.json --report_to wandb": "this needs wandb, ",
     "train --help": "this needs pyarrow, ",
     "data mix llava-665k --list": "this needs pyarrow, ",
