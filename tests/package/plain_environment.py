@@ -32,11 +32,11 @@ def declared(wheel: Path) -> list[str]:
         return email.message_from_bytes(file.read(name)).get_all("Requires-Dist") or []
 
 
-def closure(lines: list[str]) -> dict[str, importlib.metadata.Distribution]:
-    """Name -> distribution, of everything that pip would install for these requirements without any extra of ours."""
+def closure(lines: list[str], ours: str = "") -> dict[str, importlib.metadata.Distribution]:
+    """Name -> distribution, of everything that pip would install for these requirements with our extra `ours`."""
     found: dict[str, importlib.metadata.Distribution] = {}
     seen: set[tuple[str, str]] = set()
-    waiting = [(line, "") for line in lines]
+    waiting = [(line, ours) for line in lines]
     while waiting:
         line, extra = waiting.pop()
         requirement = Requirement(line)
@@ -55,13 +55,13 @@ def closure(lines: list[str]) -> dict[str, importlib.metadata.Distribution]:
     return found
 
 
-def make(folder: Path, wheel: Path) -> Path:
-    """The environment in `folder`; returns its `bin`."""
+def make(folder: Path, wheel: Path, extra: str = "") -> Path:
+    """The environment in `folder`, with one of the wheel's extras if it is named; returns its `bin`."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=120)
     python = folder / "bin" / "python"
     query = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = Path(subprocess.check_output([str(python), "-c", query], text=True).strip())
-    for distribution in closure(declared(wheel)).values():
+    for distribution in closure(declared(wheel), extra).values():
         tops = {Path(file).parts[0] for file in distribution.files or []} - {"..", "__pycache__"}
         for top in tops:
             here = Path(str(distribution.locate_file(top)))

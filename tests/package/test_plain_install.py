@@ -127,3 +127,21 @@ def test_what_works_without_extras_and_what_says_which_one_it_needs(binaries, pl
         if not line.startswith("train --"):  # training lists all that is missing
             assert err == f"error: {said}{TRAIN}"
     assert not (place / "figures").exists()
+
+
+@pytest.mark.slow
+def test_the_lighter_extra_is_enough_for_data_and_figures(wheel, place, tmp_path_factory):
+    binaries = make(tmp_path_factory.mktemp("lighter") / "env", wheel, extra="eval")
+    lines = [
+        "data toy --output drawn --train 12 --bench 6 --fine-train 0 --fine-bench 0",
+        "data check drawn/sft.json --image-folder drawn/images",
+        "data index drawn/sft.json",
+        "data stats drawn/sft.json --checkpoint model --plots plots",
+        "data shard drawn/sft.json --image-folder drawn/images --output shards",
+        "data mix llava-665k --list",
+        "analyze flops-share --output figures-of-flops",
+    ]
+    for line, (code, out, err) in zip(lines, run_all(binaries, place, [line.split() for line in lines]), strict=True):
+        assert code == 0, f"{line}: {code}, {out}{err}"
+    (code, _, err), *_ = run_all(binaries, place, [["train", "--deepspeed", "zero.json"]])
+    assert (code, "this needs deepspeed, " + TRAIN in err) == (2, True)
