@@ -18,6 +18,7 @@ from llava_sv.data.index import open_records
 from llava_sv.data.shard_index import image_root
 from llava_sv.data.stats import NO_SOURCE, ImageTokens, Visual, measure, report
 from llava_sv.errors import UserError, not_written
+from llava_sv.extras import require
 from llava_sv.files import write_json
 
 EXAMPLE = """examples:
@@ -103,6 +104,8 @@ def _check(args: argparse.Namespace) -> None:
                 raise UserError(f"{flag} needs --family ({', '.join(FAMILIES)}) or --checkpoint")
     if args.image_folder is not None and not Path(args.image_folder).is_dir():
         raise UserError(f"no such image folder: {args.image_folder}")
+    if args.plots is not None:
+        require("matplotlib")
     if args.plots is not None and Path(args.plots).exists() and not Path(args.plots).is_dir():
         raise UserError(f"--plots {args.plots}: is a file; name a folder")
 

@@ -1,7 +1,8 @@
 """`llava-sv doctor`: what this machine has, what is missing, and how to get it. Reads the machine; changes nothing.
 
 Arguments arrive from `llava_sv.cli`; a readable page leaves on stdout, the same facts as JSON with `--json FILE`.
-Exit code 0 when training and evaluation can run here, 1 when a required package is missing or too old.
+Exit code 0 when models can be loaded, asked and converted here, 1 when a package that this takes is missing or too old.
+What training takes beside it (the extra `train`) is listed apart.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from llava_sv.constants import GIB
+from llava_sv.extras import TRAIN, how_to_get
 from llava_sv.files import write_json
 
 OPTIONAL: dict[str, tuple[str, str]] = {
-    "flash-attn": ("flash_attention_2 kernels (CUDA)", "bash scripts/setup.sh --extra flash"),
-    "liger-kernel": ("fused RMSNorm, SwiGLU and loss kernels (CUDA)", "bash scripts/setup.sh --extra train-gpu"),
-    "bitsandbytes": ("8-bit and 4-bit loading (CUDA)", "bash scripts/setup.sh --extra train-gpu"),
+    "flash-attn": ("flash_attention_2 kernels (CUDA)", "flash"),
+    "liger-kernel": ("fused RMSNorm, SwiGLU and loss kernels (CUDA)", "train-gpu"),
+    "bitsandbytes": ("8-bit and 4-bit loading (CUDA)", "train-gpu"),
 }
-"""Package -> (what it brings, how to get it)."""
+"""Package -> (what it brings, the extra that installs it)."""
 
 
 def _installed(name: str) -> str | None:
@@ -34,14 +36,18 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def required_packages() -> list[dict[str, Any]]:
-    """One dict a required package: `name`, `wanted` (the range of pyproject.toml), `version` or None, `ok`."""
+def required_packages(extra: str = "") -> list[dict[str, Any]]:
+    """One dict a required package: `name`, `wanted` (the range of pyproject.toml), `version` or None, `ok`.
+
+    extra: those that it adds, instead.
+    """
     from packaging.requirements import Requirement
 
     rows = []
     for line in importlib.metadata.requires("llava-sv") or []:
         requirement = Requirement(line)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+        always, wanted = (requirement.marker is None or requirement.marker.evaluate({"extra": e}) for e in ("", extra))
+        if not wanted or (extra and always):
             continue
         version = _installed(requirement.name)
         ok = version is not None and requirement.specifier.contains(version, prereleases=True)
@@ -99,14 +105,23 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
-def find_missing(required: list[dict[str, Any]], optional: dict[str, str | None], gpu: dict[str, Any]) -> list[dict]:
-    """What is not there: dicts of `what`, `why`, `how`, and `required` (whether work is blocked by it)."""
+def find_missing(
+    required: list[dict[str, Any]],
+    optional: dict[str, str | None],
+    gpu: dict[str, Any],
+    training: list[dict[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """What is not there: dicts of `what`, `why`, `how`, and `required` (whether all work is blocked by it)."""
     missing = []
     for row in required:
         if not row["ok"]:
             found = f"found {row['version']}" if row["version"] else "not installed"
             what = f"{row['name']}{row['wanted']}"
-            missing.append({"what": what, "why": found, "how": "bash scripts/setup.sh", "required": True})
+            missing.append({"what": what, "why": found, "how": how_to_get(what=what), "required": True})
+    if lacking := [row for row in training or [] if not row["ok"]]:
+        what = ", ".join(row["name"] + (f" (found {row['version']})" if row["version"] else "") for row in lacking)
+        why = "what training, data files and charts take beside the rest"
+        missing.append({"what": what, "why": why, "how": how_to_get(TRAIN), "required": False})
     if gpu["driver_present"] and not gpu["devices"]:
         missing.append(
             {
@@ -119,26 +134,27 @@ def find_missing(required: list[dict[str, Any]], optional: dict[str, str | None]
     if gpu["devices"]:
         for name, version in optional.items():
             if version is None:
-                why, how = OPTIONAL[name]
-                missing.append({"what": name, "why": why, "how": how, "required": False})
+                why, extra = OPTIONAL[name]
+                missing.append({"what": name, "why": why, "how": how_to_get(extra), "required": False})
     return missing
 
 
 def collect() -> dict[str, Any]:
-    """All facts in one JSON-ready dict: machine, required, optional, gpu, attention, deepspeed, missing, ok."""
+    """All facts in one JSON-ready dict: machine, required, training, optional, gpu, attention, ..., missing, ok."""
     from llava_sv import __version__
 
-    required = required_packages()
+    required, training = required_packages(), required_packages(TRAIN)
     optional = {name: _installed(name) for name in OPTIONAL}
     have_torch = any(row["name"] == "torch" and row["version"] for row in required)
     have_transformers = any(row["name"] == "transformers" and row["version"] for row in required)
     no_gpu: dict[str, Any] = {"cuda_build": None, "driver_present": False, "devices": []}
     gpu = gpu_facts() if have_torch else no_gpu
-    missing = find_missing(required, optional, gpu)
+    missing = find_missing(required, optional, gpu, training)
     return {
         "llava_sv": __version__,
         "machine": machine_facts(),
         "required": required,
+        "training": training,
         "optional": optional,
         "gpu": gpu,
         "attention": attention_kernels() if have_torch and have_transformers else {},
@@ -169,9 +185,12 @@ def render(facts: dict[str, Any]) -> str:
     lines.append(f"  deepspeed  {facts['deepspeed']['version'] or 'missing'} on {facts['deepspeed']['accelerator']}")
     lines += ["", "packages"]
     for row in facts["required"]:
-        lines.append(f"  {'ok' if row['ok'] else '!!'}  {row['name']:<13} {row['version'] or '-':<14} {row['wanted']}")
+        lines.append(f"  {'ok' if row['ok'] else '!!'}  {row['name']:<15} {row['version'] or '-':<14} {row['wanted']}")
+    for row in facts["training"]:
+        mark = "ok" if row["ok"] else "!!" if row["version"] else "--"
+        lines.append(f"  {mark}  {row['name']:<15} {row['version'] or '-':<14} {row['wanted']} (training)")
     for name, version in facts["optional"].items():
-        lines.append(f"  {'ok' if version else '--'}  {name:<13} {version or '-':<14} optional: {OPTIONAL[name][0]}")
+        lines.append(f"  {'ok' if version else '--'}  {name:<15} {version or '-':<14} optional: {OPTIONAL[name][0]}")
     lines += ["", "missing" if facts["missing"] else "Nothing is missing."]
     for item in facts["missing"]:
         lines.append(f"  {item['what']}: {item['why']}. Get it: {item['how']}")

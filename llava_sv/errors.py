@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from llava_sv.extras import line_of_missing
+
 CANNOT_WRITE = 74
 """Exit code (EX_IOERR) of a run that could not write what it made: a full disk, a quota, a lost mount."""
 
@@ -44,6 +46,7 @@ def in_words(error: BaseException) -> str:
 def exit_on_user_error(main: Callable[..., int | None], *args, **kwargs) -> int:
     """Run `main`; a `UserError` becomes one line on stderr and exit code 2. Other exceptions are bugs and travel on.
 
+    A package that an extra would bring, and that is not installed, is the user's to install: one line, exit code 2.
     A reader that stops reading (`| head`) ends the program quietly, with exit code 1.
     """
     try:
@@ -57,6 +60,11 @@ def exit_on_user_error(main: Callable[..., int | None], *args, **kwargs) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return CANNOT_WRITE if isinstance(error, NoRoom) else 2
+    except ModuleNotFoundError as error:
+        if not (line := line_of_missing(error)):
+            raise
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        return 2
     except BrokenPipeError:
         # the interpreter flushes once more on its way out: let that go nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

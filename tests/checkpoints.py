@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -28,3 +29,7 @@ def save_checkpoint(folder: Path, skip_vision: dict | None, seed: int = 0, train
         part.save_pretrained(folder)
     (folder / "train_summary.json").write_text(json.dumps({"train_seconds": train_seconds, "steps": 1, "samples": 2}))
     return folder
+
+
+if __name__ == "__main__":  # scripts/check_package.sh: `python -m tests.checkpoints FOLDER`
+    save_checkpoint(Path(sys.argv[1]), SKIP)

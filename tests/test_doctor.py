@@ -4,8 +4,30 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from pathlib import Path
 
-from llava_sv import doctor
+import pytest
+
+from llava_sv import doctor, extras
+
+REQUIRES = [
+    "torch>=2.11",
+    "transformers>=5.13,<6",
+    "peft>=0.18",
+    'tomli>=2; python_version < "3.0"',
+    'deepspeed>=0.18; extra == "train"',
+    'wandb>=0.21; extra == "train"',
+    'llava-sv[train]; extra == "dev"',
+    'pytest>=8; extra == "dev"',
+    'flash-attn>=2.7; extra == "flash"',
+]
+"""Metadata such as the installed package's, which may be older than this tree's."""
+
+
+@pytest.fixture(autouse=True)
+def requires(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: REQUIRES)
+
 
 NO_GPU = {"cuda_build": None, "driver_present": False, "devices": []}
 ONE_GPU = {
@@ -19,21 +41,24 @@ def test_versions_are_those_installed_and_extras_are_not_required():
     rows = {row["name"]: row for row in doctor.required_packages()}
     assert rows["torch"]["version"] == importlib.metadata.version("torch")
     assert rows["torch"]["ok"]
-    assert "flash-attn" not in rows
-    assert "pytest" not in rows
+    assert set(rows) == {"torch", "transformers", "peft"}
+    assert [row["name"] for row in doctor.required_packages("train")] == ["deepspeed", "wandb"]
 
 
 def test_too_old_and_absent_packages_are_missing(monkeypatch):
-    versions = {"torch": "2.5.0", "deepspeed": None}
+    versions = {"torch": "2.5.0", "peft": None, "deepspeed": "0.17.0", "wandb": None}
     real = doctor._installed
     monkeypatch.setattr(doctor, "_installed", lambda name: versions[name] if name in versions else real(name))
     rows = {row["name"]: row for row in doctor.required_packages()}
     assert not rows["torch"]["ok"]
-    assert not rows["deepspeed"]["ok"]
-    missing = {item["what"]: item for item in doctor.find_missing(list(rows.values()), {}, NO_GPU)}
+    assert not rows["peft"]["ok"]
+    training = doctor.required_packages("train")
+    *required, last = doctor.find_missing(list(rows.values()), {}, NO_GPU, training)
+    missing = {item["what"]: item for item in required}
     assert missing["torch>=2.11"]["why"] == "found 2.5.0"
-    assert missing["deepspeed>=0.18"]["why"] == "not installed"
-    assert all(item["required"] and "setup.sh" in item["how"] for item in missing.values())
+    assert missing["peft>=0.18"]["why"] == "not installed"
+    assert all(item["required"] and item["how"] == "bash scripts/setup.sh" for item in missing.values())
+    assert (last["what"], last["required"]) == ("deepspeed (found 0.17.0), wandb", False)
 
 
 def test_gpu_extras_are_asked_for_only_where_there_is_a_gpu():
@@ -67,3 +92,13 @@ def test_a_required_package_missing_is_exit_code_1(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "_installed", lambda name: None if name == "peft" else real(name))
     assert doctor.main([]) == 1
     assert "peft>=0.18: not installed. Get it: bash scripts/setup.sh" in capsys.readouterr().out
+
+
+def test_without_what_training_takes_the_exit_code_is_0_and_pip_is_named_where_no_clone_is(monkeypatch, capsys):
+    real = doctor._installed
+    monkeypatch.setattr(doctor, "_installed", lambda name: None if name in ("deepspeed", "wandb") else real(name))
+    monkeypatch.setattr(extras, "SETUP", Path("/nowhere/setup.sh"))
+    assert doctor.main([]) == 0
+    page = capsys.readouterr().out
+    assert "  --  deepspeed       -              >=0.18 (training)\n" in page
+    assert 'deepspeed, wandb: what training, data files and charts take beside the rest. Get it: pip install "' in page

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "llava_sv"
 
 LEVELS: list[set[str]] = [
+    {"extras"},
     {"errors", "constants"},
     {"files", "tiling", "pixels", "decoding", "model.partitioned_loading", "model.gathering", "model.reach"},
     {"conversation", "mm_utils", "cluster"},

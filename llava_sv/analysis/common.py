@@ -24,6 +24,7 @@ from tqdm import tqdm
 from llava_sv.bench import clock
 from llava_sv.bench.sizes import find_dtype
 from llava_sv.errors import UserError, not_written
+from llava_sv.extras import require
 from llava_sv.files import check_can_write, replacing, write_json
 from llava_sv.generation import Assistant, PromptBatch, load_for_inference, make_batch, user_turn
 from llava_sv.mm_utils import load_image
@@ -173,7 +174,8 @@ class Results:
 
     def __init__(self, folder: str, command: str, overwrite: bool = False):
         """Raises `UserError` before any work: for files that exist (kept unless `overwrite`), and a folder that cannot
-        be written."""
+        be written; `ModuleNotFoundError` without matplotlib."""
+        require("matplotlib")
         self.paths = {kind: Path(folder, f"{command}.{kind}") for kind in ("npz", "json", "png")}
         there = [str(path) for path in self.paths.values() if path.exists()]
         if there and not overwrite:

@@ -23,6 +23,7 @@ from llava_sv.bench.flags import Job, OutOfMemory, answer_lengths, check_outputs
 from llava_sv.bench.sizes import BenchSize, find_size, known_words, resized
 from llava_sv.bench.sweep_rows import Rows
 from llava_sv.errors import UserError, exit_on_user_error
+from llava_sv.extras import require
 from llava_sv.files import check_can_write, write_text
 
 EXAMPLE = """example:
@@ -164,6 +165,8 @@ def main(argv: list[str]) -> int:
     """`llava-sv bench sweep ...`. A sweep's own `--json` is gone on with, not refused; `--overwrite` begins anew."""
     args = _parser().parse_args(argv)
     points = grid(args)
+    if args.png:
+        require("matplotlib")
     if args.json:
         check_can_write("--json", Path(args.json))
     rows = Rows(args.json, anew=args.overwrite)

@@ -22,10 +22,14 @@ SAID_AFTER = 20.0
 
 
 def cache_folder() -> Path:
-    """`llava_sv` in the `datasets` library's cache."""
-    import datasets
+    """`llava_sv` in the `datasets` library's cache, or where that would be if it were installed."""
+    try:
+        from datasets.config import HF_DATASETS_CACHE as cache
+    except ModuleNotFoundError:
+        from huggingface_hub.constants import HF_HOME
 
-    return Path(datasets.config.HF_DATASETS_CACHE) / "llava_sv"
+        cache = os.environ.get("HF_DATASETS_CACHE") or os.path.join(HF_HOME, "datasets")
+    return Path(cache) / "llava_sv"
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 from transformers.utils import is_bitsandbytes_available
 
 from llava_sv.errors import UserError
+from llava_sv.extras import how_to_get
 
 KEPT = ("lm_head", "model.mm_projector", "model.vision_tower", "mm_projector", "vision_tower")
 """Modules that are not quantised: by their place from the root on, and (older transformers) by any part of it."""
@@ -19,9 +20,7 @@ KEPT = ("lm_head", "model.mm_projector", "model.vision_tower", "mm_projector", "
 def needs(what: str) -> None:
     """`UserError` where bitsandbytes cannot be used; `what` asked for it."""
     if not is_bitsandbytes_available():
-        raise UserError(
-            f"{what}: quantised weights need bitsandbytes on a CUDA machine: bash scripts/setup.sh --extra train-gpu"
-        )
+        raise UserError(f"{what}: quantised weights need bitsandbytes on a CUDA machine: {how_to_get('train-gpu')}")
 
 
 def quantized(load_8bit: bool = False, load_4bit: bool = False) -> Any:

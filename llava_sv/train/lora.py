@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from llava_sv.errors import UserError
+from llava_sv.extras import how_to_get
 from llava_sv.model import adapters
 from llava_sv.model.quantization import four_bit, needs, quantized
 
@@ -42,7 +43,7 @@ def check(model_args: Any, args: Any) -> None:
         if args.use_cpu or not torch.cuda.is_available():
             raise UserError(
                 f"--bits {model_args.bits}: needs a CUDA device and bitsandbytes "
-                "(bash scripts/setup.sh --extra train-gpu); use --bits 16 here"
+                f"({how_to_get('train-gpu')}); use --bits 16 here"
             )
         needs(f"--bits {model_args.bits}")
     if model_args.lora_weight_path:

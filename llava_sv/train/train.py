@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from llava_sv.cluster.agree import leave
 from llava_sv.cluster.ending import in_order
 from llava_sv.errors import UserError, exit_on_user_error
+from llava_sv.extras import lacking
 from llava_sv.train.stopping import SIGNALS
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def _train(attn_implementation: str | Callable[[], str] | None, argv: list[str])
 
     if not {"-h", "--help"} & set(argv):
         _prepare_environment(preflight.read_flags(argv, ("cache_dir",)).get("cache_dir", ""), preflight.wants_cpu(argv))
-        problems = preflight.missing_inputs(argv)
+        packages = _packages(preflight.read_flags(argv, ("deepspeed", "report_to")))
+        problems = [*lacking(*packages), *preflight.missing_inputs(argv)]
         meet_ranks(preflight.message(problems) if problems else "")
         if problems:
             raise UserError(preflight.message(problems))
@@ -61,6 +63,14 @@ def _train(attn_implementation: str | Callable[[], str] | None, argv: list[str])
 
     with guarded(args), held(args):
         return run(model_args, data_args, args)
+
+
+def _packages(flags: dict[str, str]) -> list[str]:
+    """What training imports of packages that a plain install leaves out. flags: `--deepspeed`, `--report_to`."""
+    chosen = ["deepspeed"] if flags.get("deepspeed") else []
+    report_to = flags.get("report_to", "tensorboard")
+    chosen += [report_to] if report_to in ("tensorboard", "wandb") else []
+    return ["pyarrow", "matplotlib", *chosen]
 
 
 def _prepare_environment(cache_dir: str, use_cpu: bool) -> None:

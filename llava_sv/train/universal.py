@@ -23,6 +23,7 @@ import torch
 from transformers import TrainerCallback
 
 from llava_sv.errors import UserError
+from llava_sv.extras import pip_install
 from llava_sv.files import replacing, write_json
 from llava_sv.train import checkpoint
 from llava_sv.train.pickles import check_pickles, read_restricted
@@ -126,7 +127,7 @@ def _run_deepspeed(shards: Path, out: Path, workers: int) -> None:
     try:
         from deepspeed.checkpoint import ds_to_universal
     except ImportError as error:
-        raise UserError(f"{COMMAND} needs DeepSpeed: pip install deepspeed") from error
+        raise UserError(f"{COMMAND} needs DeepSpeed: {pip_install('train')}") from error
     args = Namespace(
         input_folder=str(shards),
         output_folder=str(out),

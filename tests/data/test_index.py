@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -65,6 +67,31 @@ def test_the_default_cache_is_that_of_the_datasets_library(tmp_path, monkeypatch
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
     path = write_array(tmp_path / "a.json", _mixed(2))
     assert open_index(path).index_path.parent == tmp_path / "hub" / "llava_sv"
+
+
+BOTH = """
+import sys
+sys.argv[0] = "llava-sv"
+from llava_sv.data.cache import cache_folder
+sys.modules["datasets"] = None
+print(cache_folder())
+del sys.modules["datasets"]
+print(cache_folder())
+import datasets
+print(datasets.config.HF_DATASETS_CACHE / "llava_sv")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("HF_HOME", "/a/hf"), ("HF_DATASETS_CACHE", "/a/sets"), ("XDG_CACHE_HOME", "/a/cache")]
+)
+def test_without_the_datasets_library_the_cache_is_in_the_same_place(name, value):
+    kept = {key: text for key, text in os.environ.items() if not key.startswith(("HF_", "XDG_"))}
+    command = [sys.executable, "-c", BOTH]
+    done = subprocess.run(command, env={**kept, name: value}, capture_output=True, text=True, timeout=120, check=True)
+    without, found, own = done.stdout.splitlines()
+    assert without == found == own
+    assert own.startswith(value)
 
 
 def test_a_bad_record_leaves_no_index_behind(tmp_path):
