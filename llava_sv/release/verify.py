@@ -81,8 +81,9 @@ def check(folder: Path) -> Findings:
                 _check_file(found, name, files[name], bar)
     _check_extra(found, files)
     shapes = {span.name: (name, span.shape) for name in sorted(headers) for span in headers[name]}
-    _check_index(found, {name: file for name, (file, _) in shapes.items()}, set(files) - there, sorted(headers))
-    _check_config(found, shapes, {name for file in set(files) - there for name in held.get(file, [])})
+    unread = {p.file for p in found.problems if p.file in held and p.kind in ("missing", "header") and p.tensors}
+    _check_index(found, {name: file for name, (file, _) in shapes.items()}, unread)
+    _check_config(found, shapes, {name for file in unread for name in held[file]})
     return found
 
 
@@ -111,7 +112,7 @@ def _check_weights(
         what = "; ".join(filter(None, [cut, f"its header is damaged: {error}"]))
         found.add("header", name, f"{what}; it held {_count(held)}", sorted(held))
         return []
-    _check_names(found, name, spans, tensors, held)
+    renamed = _check_names(found, name, spans, tensors, held)
     if same:
         return spans
     read = checksums(path, spans)[1]
@@ -123,14 +124,15 @@ def _check_weights(
         found.add("size", name, cut + more, short)
     if bad:
         found.add("damaged", name, f"damaged in {some(bad)} (SHA-256 differs from the manifest's)", bad)
-    if not bad and not cut:
+    if not bad and not cut and not renamed:
         found.add(
             "header", name, "its header differs from the one released; the values of all tensors it names are those"
         )
     return spans
 
 
-def _check_names(found: Findings, name: str, spans: list[Span], tensors: dict[str, Any], held: list[str]) -> None:
+def _check_names(found: Findings, name: str, spans: list[Span], tensors: dict[str, Any], held: list[str]) -> bool:
+    """Compare names, shapes and types in a file's header with the manifest's; whether they differ."""
     names = {span.name for span in spans}
     has = sorted(n for n in names if tensors.get(n, {}).get("file") != name)
     lacks = sorted(set(held) - names)
@@ -144,6 +146,7 @@ def _check_names(found: Findings, name: str, spans: list[Span], tensors: dict[st
     ]
     if other:
         found.add("key", name, f"has in another shape or type than the manifest says: {some(other)}", other)
+    return bool(has or lacks or other)
 
 
 def _check_extra(found: Findings, files: dict[str, Any]) -> None:
@@ -159,11 +162,13 @@ def _check_extra(found: Findings, files: dict[str, Any]) -> None:
             found.notes.append(f"{name.as_posix()}: is no part of the release")
 
 
-def _check_index(found: Findings, held: dict[str, str], missing: set[str], shards: list[str]) -> None:
-    """held: name of a tensor -> the file that really has it; missing: files that are not there; shards: that are."""
+def _check_index(found: Findings, held: dict[str, str], unread: set[str]) -> None:
+    """held: name of a tensor -> the file that really has it; unread: files that are missing or whose header is
+    damaged, which has been said."""
     path = found.folder / INDEX
+    shards = set(held.values())
     if not path.is_file():
-        if len(shards) > 1 and INDEX not in missing:
+        if len(shards) > 1 and INDEX not in {p.file for p in found.problems}:
             found.add("index", INDEX, f"is missing, and there are {len(shards)} files of weights")
         return
     try:
@@ -172,27 +177,25 @@ def _check_index(found: Findings, held: dict[str, str], missing: set[str], shard
         found.problems.append(Problem("index", INDEX, _about(found.folder, error)))
         return
     mapping = values.get("weight_map") if isinstance(values, dict) else None
-    if not isinstance(mapping, dict):
+    if not isinstance(mapping, dict) or not all(isinstance(file, str) for file in mapping.values()):
         found.add("index", INDEX, "has no weight_map (name of a tensor -> file)")
         return
-    lacks = sorted(n for n in mapping if n not in held and mapping[n] in shards)
-    has = sorted(n for n in held if n not in mapping)
-    if has or lacks:
-        found.add(
-            "index", INDEX, f"names what no file has: {some(lacks) or 'nothing'}; names not: {some(has) or 'nothing'}"
-        )
-    wrong = sorted(n for n in mapping if n in held and held[n] != mapping[n])
+    lists = sorted(name for name, file in mapping.items() if name not in held and file in shards)
+    lacks = sorted(name for name in held if name not in mapping)
+    if lists or lacks:
+        said = [f"lists {some(lists)}, which no file has" if lists else "", f"lacks {some(lacks)}" if lacks else ""]
+        found.add("index", INDEX, ", ".join(filter(None, said)), lists + lacks)
+    wrong = sorted(name for name, file in mapping.items() if name in held and held[name] != file)
     if wrong:
         found.add("index", INDEX, f"says another file than the one it is in for {some(wrong)}", wrong)
-    absent = sorted(
-        {str(f) for f in mapping.values() if f not in shards and f not in missing} - {p.file for p in found.problems}
-    )
+    absent = sorted(set(mapping.values()) - shards - unread)
     if absent:
-        found.add("index", INDEX, f"names files that are not there: {some(absent)}")
+        found.add("index", INDEX, f"names files of weights that are not there: {some(absent)}")
 
 
 def _check_config(found: Findings, held: dict[str, tuple[str, tuple[int, ...]]], missing: set[str]) -> None:
-    """What config.json's model needs against what is there; missing: tensors of files that were said to be missing."""
+    """What config.json's model needs against what is there; missing: tensors of files that
+    could not be read, which has been said."""
     if not (found.folder / "config.json").is_file():
         if "config.json" not in {p.file for p in found.problems}:
             found.add("config", "config.json", "is missing")
@@ -205,9 +208,8 @@ def _check_config(found: Findings, held: dict[str, tuple[str, tuple[int, ...]]],
         found.add("config", "config.json", f"no model can be built of it ({_about(found.folder, error)})")
         return
     shapes: Shapes = {name: shape for name, (_, shape) in held.items()}
-    unread = {name for p in found.problems if p.kind == "header" and p.tensors for name in p.tensors}
     different = compare(wanted, shapes)
-    lacks = [name for name in different.lacks if name not in missing and name not in unread]
+    lacks = [name for name in different.lacks if name not in missing]
     if lacks or different.has:
         where = held[different.has[0]][0] if different.has else "weights"
         found.add("key", where, f"{_has_lacks(different.has, lacks)} (by config.json)", different.has + lacks)
@@ -265,8 +267,10 @@ def main(argv: list[str]) -> int:
     if args.json:
         write_json(args.json, report(found))
     if found.problems:
-        one = len(found.problems) == 1
-        print(f"{args.folder}: {len(found.problems)} problem{'s' * (not one)}; download what is named above again")
+        count = f"{len(found.problems)} problem{'s' * (len(found.problems) != 1)}"
+        extra = all(problem.kind == "extra" for problem in found.problems)
+        mend = "remove" if extra else "download again"
+        print(f"{args.folder}: {count}; {mend} what is named above, then run llava-sv verify once more")
         return 2
     print(f"{args.folder}: whole ({found.files} files, {found.bytes:,} bytes, {found.tensors} tensors)")
     return 0
