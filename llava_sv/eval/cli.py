@@ -6,12 +6,15 @@ Called by `llava_sv.cli`; the loop is `answer_loop`, the benchmarks are `tasks`,
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava_sv.bench.clock import environment
 from llava_sv.errors import UserError
 from llava_sv.eval.answer_loop import AnswerSettings, answer_questions, fingerprint
+from llava_sv.eval.identity import identity, of_questions
 from llava_sv.eval.retained import summary
 from llava_sv.eval.tasks import TASKS, get_task
 from llava_sv.eval.tasks.base import Question, Task, accuracy, chance
@@ -91,13 +94,20 @@ def evaluate(assistant: Assistant, request: EvalRequest, questions: list[Questio
     made_by = fingerprint(request.model_path, request.task, settings)
     path = Path(request.answers_file or _default_answers_file(request))
     answers, seconds = answer_questions(assistant, task, questions, path, settings, made_by)
+    made_with = generation_of(assistant, task, settings)
     result = {
         "task": request.task,
         "model_path": request.model_path,
         "blind": settings.blind,
         "skip_kv": settings.skip_kv,
         **accuracy(task, questions, answers),
+        "questions_per_category": dict(Counter(question.category for question in questions)),
         "chance": chance(questions),
+        "limit": request.limit,
+        "questions_sha256": of_questions(questions),
+        "checkpoint": identity(request.model_path),
+        "generation": made_with,
+        "environment": environment(assistant.device, assistant.model.dtype) | {"attention": made_with["attention"]},
         "seconds": round(seconds, 3),
         "peak_memory_bytes": peak_memory_bytes(assistant.device),
         "answers_file": str(path),
@@ -110,6 +120,19 @@ def evaluate(assistant: Assistant, request: EvalRequest, questions: list[Questio
         measured = measure({"it": (assistant, prompts)}, settings.skip_kv, request.timing_repeats)
         result["timing"] = measured["it"].to_dict()
     return result
+
+
+def generation_of(assistant: Assistant, task: Task, settings: AnswerSettings) -> dict[str, Any]:
+    """How answers were made; `skip_kv` is the level in use, the checkpoint's own where none was asked for."""
+    skip = assistant.model.config.skip_vision
+    return {
+        "do_sample": False,
+        "max_new_tokens": settings.max_new_tokens or task.max_new_tokens,
+        "batch_size": settings.batch_size,
+        "skip_kv": "none" if skip is None else settings.skip_kv or skip.skip_kv,
+        "attention": str(assistant.model.config._attn_implementation),
+        "quantized": bool(getattr(assistant.model, "is_quantized", False)),
+    }
 
 
 def _default_answers_file(request: EvalRequest) -> str:

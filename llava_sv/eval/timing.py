@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 
+from llava_sv.bench.clock import environment
 from llava_sv.errors import exit_on_user_error
+from llava_sv.eval.identity import identity
 from llava_sv.eval.tasks import get_task
 from llava_sv.eval.tasks.base import Question, Task
 from llava_sv.files import write_json
@@ -181,7 +183,12 @@ def main(argv: list[str]) -> int:
         assistant = load_for_inference(getattr(args, name))
         contestants[name] = (assistant, make_prompts(assistant, task, questions, args.samples))
     result = {name: timing.to_dict() for name, timing in measure(contestants, repeats=args.repeats).items()}
-    write_json(args.json, result)
+    paths = {"dense": args.dense, "skip": args.skip}
+    about = {
+        "checkpoints": {name: {"model_path": path, **(identity(path) or {})} for name, path in paths.items()},
+        "environment": environment(assistant.device, assistant.model.dtype),
+    }
+    write_json(args.json, result | about)
     for name, timing in result.items():
         print(
             f"{name:<6} first token {timing['time_to_first_token_ms']:.1f} ms, "

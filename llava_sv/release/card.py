@@ -1,0 +1,117 @@
+"""A model card from a run's own files: a checkpoint and reports arrive; README.md's text, and files beside it, leave.
+
+Nothing is typed in: what no file says is "not recorded". The same files give the same bytes. Called by `release`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llava_sv.errors import UserError
+from llava_sv.eval.identity import identity
+from llava_sv.release import card_data, card_eval, card_model, card_speed, card_training
+from llava_sv.release.card_format import Book
+from llava_sv.release.card_front import front_matter
+from llava_sv.release.card_sources import CardFile, Run, find_manifest, read_card_file, read_manifest, read_run
+from llava_sv.release.card_text import citation, how_to_use, intended_use, limits
+
+
+@dataclass(frozen=True)
+class CardOptions:
+    """What a card is made of, beside the checkpoint's own folder."""
+
+    name: str | None = None
+    """The model's name; None: the folder's."""
+    eval_reports: tuple[Path, ...] = ()
+    """`llava-sv eval --json` of this checkpoint."""
+    dense_reports: tuple[Path, ...] = ()
+    """The same of a dense control, shown beside."""
+    speed_reports: tuple[Path, ...] = ()
+    """`llava_sv.eval.timing`, `llava-sv bench train|infer`."""
+    data_manifest: Path | None = None
+    """A mixture's manifest.json or its folder; None: found where the run's data_path is a mixture."""
+    card_file: Path | None = None
+    """YAML with what no run knows: `card_sources.CardFile` has the keys."""
+    base_models: tuple[str, ...] = ()
+    """Names of the language model and the encoder; empty: as the run's settings name them."""
+    pretrain_run: Path | None = None
+    """OUTPUT of the pretraining that the projector came from."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card. text: README.md. files: name -> bytes of what goes beside it. missing: what was not recorded."""
+
+    text: str
+    files: dict[str, bytes] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+
+def make_card(checkpoint: Path, options: CardOptions | None = None) -> Card:
+    """The card of `checkpoint`, a folder that training or converting wrote.
+
+    Raises `UserError` for a folder without a LLaVA, a file that is broken (file and line) or of another kind than it is
+    given as, and a report of another checkpoint.
+    """
+    options = options or CardOptions()
+    checkpoint = Path(checkpoint)
+    run = read_run(checkpoint)
+    model = card_model.read_model(checkpoint)
+    pretrain = None if options.pretrain_run is None else _pretrain(Path(options.pretrain_run))
+    card_file = read_card_file(options.card_file)
+    found = find_manifest(options.data_manifest, run)
+    manifest = None if found is None else read_manifest(found, run)
+    reports = card_eval.read_reports(options.eval_reports)
+    dense = card_eval.read_reports(options.dense_reports)
+    speeds = card_speed.read_speeds(options.speed_reports)
+    own, name, book = identity(checkpoint), options.name or checkpoint.resolve().name, Book()
+    bases = card_model.bases_of(options.base_models, run, model)
+    skips = model.config.skip_vision is not None
+    sections = {
+        "": [card_model.summary_line(model, name), "", *_authors(card_file, book)],
+        "What it is": card_model.about(model, bases, run, book),
+        "Token budget": card_model.tokens_section(model),
+        "How to use it": how_to_use(name, model.config),
+        "Training data": card_data.data_section(run, manifest, card_file, book),
+        "Training": card_training.training_section(run, pretrain, card_file, book),
+        "Evaluation": card_eval.evaluation_section(reports, dense, checkpoint, own, book),
+        "Measured speed": card_speed.speed_section(speeds, reports, dense, checkpoint, own, skips, book),
+        "FLOPs": card_model.flops_section(model),
+        "Intended use": intended_use(card_file, book),
+        "Known weak spots and limits": limits(model.config, card_eval.fine_detail(reports, dense), card_file, book),
+        "Licences": card_model.licences(bases, card_file, manifest, book),
+        "Settings of the run": card_training.settings_section(run, book),
+        "Citation": citation(card_file),
+    }
+    body = [f"# {name}", ""]
+    for title, lines in sections.items():
+        body += [*([f"## {title}", ""] if title else []), *lines]
+    index = card_eval.model_index(name, reports)
+    datasets = card_data.hub_datasets(manifest, card_file)
+    head = front_matter(card_file, card_model.hub_bases(bases, run), datasets, _tags(model, card_file), index)
+    picture = card_training.loss_picture(run)
+    files = {} if picture is None else {card_training.PICTURE: picture}
+    return Card(head + "\n" + "\n".join(body).rstrip() + "\n", files, book.missing)
+
+
+def _pretrain(folder: Path) -> Run:
+    run = read_run(folder)
+    if not run.summary:
+        raise UserError(f"pretraining run {folder}: has no train_summary.json; name the OUTPUT of a finished run")
+    return run
+
+
+def _authors(card_file: CardFile, book: Book) -> list[str]:
+    said = ", ".join(card_file.authors) or None
+    lines = [f"Made by: {book.say('authors (card file: authors)', said)}.", ""]
+    if card_file.homepage:
+        lines += [f"Home: {card_file.homepage}", ""]
+    return lines if not card_file.notes else [*lines, card_file.notes, ""]
+
+
+def _tags(model: card_model.Model, card_file: CardFile) -> list[str]:
+    own = ["llava-sv", "llava", model.config.mm_family, "vision-language", "custom_code"]
+    if model.config.skip_vision is not None:
+        own.insert(1, "skip-vision")
+    return list(dict.fromkeys([*own, *card_file.tags]))

@@ -1,0 +1,236 @@
+"""The card's section on evaluation: tables of `llava-sv eval --json` reports, a dense control beside, fine detail; and
+the hub's `model-index`.
+
+Reports arrive, held against the checkpoint first; markdown and plain values leave. Called by `card`.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from llava_sv.errors import UserError
+from llava_sv.release.card_format import (
+    NOT_RECORDED,
+    Book,
+    count,
+    interval,
+    mapping,
+    numeric,
+    percent,
+    plain,
+    short,
+    table,
+)
+from llava_sv.release.card_sources import Report, named, read_report
+
+MADE_BY = "llava-sv eval --json FILE"
+NEEDED = ("task", "model_path", "accuracy", "per_category", "questions")
+
+FINE = ("fine_detail", "text", "small_text", "ocr", "small_object", "count")
+"""Categories that fine detail decides, the plainest first."""
+
+Z = 1.959963984540054
+"""Of the normal distribution, for 95%."""
+
+
+def read_reports(paths: tuple[Path, ...]) -> list[Report]:
+    """Evaluations, their numbers checked."""
+    reports = []
+    for path in paths:
+        report = read_report(Path(path), MADE_BY, NEEDED)
+        where = str(path)
+        shares = {"accuracy": numeric(report.values, "accuracy", where)}
+        per = mapping(report.values, "per_category", where)
+        shares |= {f"per_category.{name}": numeric(per, name, f"{where}: per_category") for name in per}
+        for name, share in shares.items():
+            if share is None or not 0 <= share <= 1:
+                raise UserError(f"{where}: {name} is {share}, not a share between 0 and 1; evaluate again")
+        questions = numeric(report.values, "questions", where)
+        if not questions or questions < 1:
+            raise UserError(f"{where}: questions is {questions}, not a number of questions; evaluate again")
+        reports.append(report)
+    return reports
+
+
+def check_own(report: Report, checkpoint: Path, own: dict[str, str] | None) -> str:
+    """How a report is known to be of this checkpoint, in words. `UserError` where it is of another one."""
+    return held_against(report.path, report.values["model_path"], report.values.get("checkpoint"), checkpoint, own)
+
+
+def held_against(
+    path: Path, model_path: Any, recorded: dict[str, str] | None, checkpoint: Path, own: dict[str, str] | None
+) -> str:
+    """The same for any report: the path and the identity (`eval.identity`) that it recorded."""
+    mend = f"evaluate this one ({MADE_BY})"
+    if recorded and recorded.get("weights") and own:
+        for part, what in (("weights", "other weights"), ("settings", "other settings in config.json")):
+            if recorded.get(part) != own[part]:
+                raise UserError(
+                    f"{path}: is a report of another checkpoint than {checkpoint}: {what} (recorded "
+                    f"{str(recorded.get(part))[:12]}, here {own[part][:12]}; it names {model_path}); {mend}"
+                )
+        return "yes, by its fingerprint"
+    other = Path(str(model_path)).name
+    if other != checkpoint.resolve().name:
+        raise UserError(
+            f"{path}: is a report of {model_path}, without a fingerprint, and the name is not {checkpoint}'s; {mend}"
+        )
+    return "by the folder's name only: the report holds no fingerprint"
+
+
+def wilson(share: float, questions: float) -> tuple[float, float]:
+    """Wilson's 95% interval of a share of `questions` answers."""
+    square = Z * Z / questions
+    middle = (share + square / 2) / (1 + square)
+    half = Z / (1 + square) * math.sqrt(share * (1 - share) / questions + square / (4 * questions))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def evaluation_section(
+    reports: list[Report], dense: list[Report], checkpoint: Path, own: dict[str, str] | None, book: Book
+) -> list[str]:
+    """A table of each report, its settings, and how it is known to be of this checkpoint."""
+    if not reports:
+        book.lacks("evaluation (llava-sv eval --json)")
+        return [f"Evaluation: {NOT_RECORDED}.", ""]
+    lines: list[str] = []
+    for report in reports:
+        known = check_own(report, checkpoint, own)
+        control = _control(report, dense)
+        lines += [
+            f"### {title_of(report)}",
+            "",
+            *_accuracies(report, control, book),
+            *_settings(report, known, control, book),
+        ]
+    return lines
+
+
+def title_of(report: Report) -> str:
+    """The benchmark's name, and what was unusual."""
+    task, limit = str(report.values["task"]), report.values.get("limit")
+    return task + (f", the first {count(limit)} questions" if limit else "") + _blind(report)
+
+
+def _blind(report: Report) -> str:
+    return ", asked without the image" if report.values.get("blind") else ""
+
+
+def _control(report: Report, dense: list[Report]) -> Report | None:
+    """The dense report on the same benchmark; `UserError` where its questions were others."""
+    alike = [one for one in dense if one.values["task"] == report.values["task"]
+             and bool(one.values.get("blind")) == bool(report.values.get("blind"))]  # fmt: skip
+    for one in alike:
+        asked = [(each.values.get("questions"), each.values.get("questions_sha256")) for each in (one, report)]
+        if asked[0][0] != asked[1][0] or (None not in (asked[0][1], asked[1][1]) and asked[0][1] != asked[1][1]):
+            raise UserError(f"{one.path}: was asked other questions than {report.path}; evaluate both on the same data")
+    return alike[0] if alike else None
+
+
+def _accuracies(report: Report, control: Report | None, book: Book) -> list[str]:
+    values = report.values
+    numbers = mapping(values, "questions_per_category", str(report.path))
+    chance = mapping(values, "chance", str(report.path))
+    by_chance = mapping(chance, "per_category", f"{report.path}: chance")
+    head = ["category", "questions", "accuracy", "95% interval", *(["dense control"] if control else []), "chance"]
+    rows = []
+    for category, share in values["per_category"].items():
+        asked = numeric(numbers, category, f"{report.path}: questions_per_category")
+        beside = control.values["per_category"].get(category) if control else None
+        rows.append(
+            _row(category, asked, share, beside, control is not None, numeric(by_chance, category, str(report.path)))
+        )
+    if not numbers:
+        book.lacks(f"questions of each category ({named(report.path)})")
+    beside = control.values["accuracy"] if control else None
+    whole = _row("all", values["questions"], values["accuracy"], beside, control is not None,
+                 numeric(chance, "accuracy", str(report.path)))  # fmt: skip
+    return table(head, [*rows, [f"**{text}**" for text in whole]])
+
+
+def _row(
+    name: str, asked: float | None, share: float, beside: float | None, with_control: bool, chance: float | None
+) -> list[str]:
+    row = [name, NOT_RECORDED if asked is None else count(asked), percent(share)]
+    row.append("-" if not asked else interval(*wilson(share, asked)))
+    row += [percent(beside) if beside is not None else "-"] if with_control else []
+    return [*row, "-" if chance is None else percent(chance)]
+
+
+def _settings(report: Report, known: str, control: Report | None, book: Book) -> list[str]:
+    values, made = report.values, mapping(report.values, "generation", str(report.path))
+    if not made:
+        book.lacks(f"generation settings ({named(report.path)})")
+    level = made.get("skip_kv") or values.get("skip_kv") or "the checkpoint's own"
+    answers = (
+        f"greedy, at most {plain(made.get('max_new_tokens'))} new tokens, batches of {plain(made.get('batch_size'))}, "
+        f"attention {plain(made.get('attention'))}" + (", quantised weights" if made.get("quantized") else "")
+        if made
+        else NOT_RECORDED
+    )
+    rows = [
+        ("Of this checkpoint", known),
+        ("Skip KV-cache level", str(level)),
+        ("Answers", answers),
+        ("On", _environment(values, report, book)),
+        ("Questions' sha256", str(values.get("questions_sha256") or NOT_RECORDED)[:12]),
+    ]
+    if values.get("retained"):
+        kept = mapping(values, "retained", str(report.path))
+        rows.append(("Retained tokens an image", f"{kept['mean']:.1f} on average ({kept['least']} to {kept['most']})"))
+    if control:
+        rows.append(("Dense control", f"`{short(str(control.values['model_path']))}`, asked the same benchmark"))
+    return table(("", ""), rows)
+
+
+def _environment(values: dict[str, Any], report: Report, book: Book) -> str:
+    found = mapping(values, "environment", str(report.path))
+    if not found:
+        book.lacks(f"environment of the evaluation ({named(report.path)})")
+        return NOT_RECORDED
+    return environment_of(found)
+
+
+def environment_of(found: dict[str, Any]) -> str:
+    """`bench.clock.environment` in one line."""
+    return ", ".join(f"{name} {plain(value)}" for name, value in found.items())
+
+
+def fine_detail(reports: list[Report], dense: list[Report]) -> list[str]:
+    """The weak spot in the run's own numbers; no line where no report has such a category."""
+    lines = []
+    for report in reports:
+        if report.values.get("blind"):
+            continue
+        control = _control(report, dense)
+        for category in (name for name in FINE if name in report.values["per_category"]):
+            share = report.values["per_category"][category]
+            line = f"- {report.values['task']}, `{category}`: {percent(share)}"
+            line += f" (all categories: {percent(report.values['accuracy'])})"
+            if control and category in control.values["per_category"]:
+                other = control.values["per_category"][category]
+                line += f"; the dense control {percent(other)}, a difference of {100 * (share - other):+.1f} points"
+            lines.append(line)
+    return lines
+
+
+def model_index(name: str, reports: list[Report]) -> list[dict[str, Any]]:
+    """The hub's `model-index`: accuracies as shares, each benchmark once, those asked without images left out."""
+    results = []
+    for report in reports:
+        values = report.values
+        if values.get("blind"):
+            continue
+        metrics = [{"type": "accuracy", "value": round(values["accuracy"], 6), "name": "accuracy"}]
+        for category, share in values["per_category"].items():
+            metrics.append({"type": "accuracy", "value": round(share, 6), "name": f"accuracy, {category}"})
+        results.append(
+            {
+                "task": {"type": "image-text-to-text", "name": "Visual question answering"},
+                "dataset": {"type": str(values["task"]), "name": title_of(report)},
+                "metrics": metrics,
+            }
+        )
+    return [{"name": name, "results": results}] if results else []

@@ -1,0 +1,214 @@
+"""The card's section on measured speed: answers timed by `llava-sv eval --timing` and `llava_sv.eval.timing`, steps
+and answers timed by `llava-sv bench train|infer`. Prefill, decode and end to end stand apart.
+
+Reports arrive; markdown leaves. Called by `card`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_sv.errors import UserError
+from llava_sv.release.card_eval import environment_of, held_against
+from llava_sv.release.card_format import (
+    NOT_RECORDED,
+    Book,
+    count,
+    interval,
+    mapping,
+    milliseconds,
+    numeric,
+    percent,
+    plain,
+    ratio,
+    size_of,
+    table,
+)
+from llava_sv.release.card_sources import Report, named, read_object
+
+MADE_BY = "llava-sv bench train|infer --json FILE, or python -m llava_sv.eval.timing"
+HEAD = ("", "dense", "this model", "this / dense")
+
+
+def read_speeds(paths: tuple[Path, ...]) -> list[tuple[str, Report]]:
+    """(kind, report): `timing`, `infer` or `train`. `UserError` for what is none of them."""
+    return [
+        (_kind(Path(path), values := read_object(Path(path), MADE_BY)), Report(Path(path), values)) for path in paths
+    ]
+
+
+def _kind(path: Path, values: dict[str, Any]) -> str:
+    sides = [values.get(name) for name in ("dense", "skip")]
+    if all(isinstance(side, dict) and "time_to_first_token_ms" in side for side in sides):
+        return "timing"
+    regions = values.get("regions")
+    if isinstance(regions, dict) and {"prefill", "decode", "end_to_end"} <= set(regions):
+        return "infer"
+    if isinstance(regions, dict) and {"llm", "model"} <= set(regions):
+        return "train"
+    if "paper_ratio" in values:
+        raise UserError(
+            f"{path}: is of llava-sv flops, which measures nothing; leave it out, a card counts FLOPs itself"
+        )
+    raise UserError(f"{path}: is no report of speed; give the JSON of {MADE_BY}")
+
+
+def speed_section(
+    speeds: list[tuple[str, Report]],
+    evals: list[Report],
+    dense: list[Report],
+    checkpoint: Path,
+    own: dict[str, str] | None,
+    skips: bool,
+    book: Book,
+) -> list[str]:
+    """All that was timed. skips: whether this checkpoint is the skipping one of a pair."""
+    lines: list[str] = []
+    for kind, report in speeds:
+        if kind == "timing":
+            lines += _pair(report, checkpoint, own, skips, book)
+        else:
+            lines += (_infer if kind == "infer" else _train)(report, book)
+    for report in evals:
+        if report.values.get("timing"):
+            lines += _alone(report, dense)
+    if not lines:
+        book.lacks("measured speed")
+        return [f"Measured speed against dense: {NOT_RECORDED}.", ""]
+    return lines
+
+
+def _compared(rows: Sequence[tuple[Any, ...]]) -> list[str]:
+    """A table: (what, dense, this model, how to write them)."""
+    cells = []
+    for what, before, after, write in rows:
+        share = ratio(after / before) if before and after is not None else "-"
+        cells.append((what, *("-" if value is None else write(value) for value in (before, after)), share))
+    return table(HEAD, cells)
+
+
+ANSWER = (
+    ("time to first token (image, prefill)", "time_to_first_token_ms", milliseconds),
+    ("each further token (decode)", "decode_ms_per_token", milliseconds),
+    ("KV cache after prefill", "kv_bytes_prefill", size_of),
+    ("KV cache while decoding", "kv_bytes", size_of),
+    ("prompt with visual tokens", "prompt_tokens", count),
+)
+
+
+def _answer_rows(before: dict[str, Any], after: dict[str, Any], where: str) -> list[tuple]:
+    """Rows of two `eval.timing` blocks, the end to end of their answer among them."""
+    rows = [(what, *(numeric(side, key, where) for side in (before, after)), write) for what, key, write in ANSWER]
+    tokens = numeric(after, "new_tokens", where)
+    if tokens:
+        whole = [_end_to_end(side, tokens, where) for side in (before, after)]
+        rows.insert(2, (f"an answer of {count(tokens)} tokens, end to end", *whole, milliseconds))
+    return rows
+
+
+def _end_to_end(side: dict[str, Any], tokens: float, where: str) -> float | None:
+    first, further = (numeric(side, key, where) for key in ("time_to_first_token_ms", "decode_ms_per_token"))
+    return None if first is None or further is None else first + (tokens - 1) * further
+
+
+def _pair(report: Report, checkpoint: Path, own: dict[str, str] | None, skips: bool, book: Book) -> list[str]:
+    """`llava_sv.eval.timing`: two checkpoints that took turns."""
+    values, where = report.values, str(report.path)
+    told = mapping(mapping(values, "checkpoints", where), "skip" if skips else "dense", where)
+    known = "whether this checkpoint is one of the two cannot be told: the report does not name them"
+    if told:
+        known = "this checkpoint, " + held_against(report.path, told.get("model_path"), told, checkpoint, own)
+    side = mapping(values, "skip", where)
+    env = mapping(values, "environment", where)
+    if not env:
+        book.lacks(f"environment of the timing ({named(report.path)})")
+    return [
+        "### Answers of the checkpoint, beside its dense control",
+        "",
+        f"Medians of {plain(side.get('repeats'))} runs on each of {plain(side.get('samples'))} questions, one at a "
+        f"time, both checkpoints taking turns ({known}).",
+        "",
+        *_compared(_answer_rows(mapping(values, "dense", where), side, where)),
+        f"On: {environment_of(env) if env else NOT_RECORDED}.",
+        "",
+    ]
+
+
+def _alone(report: Report, dense: list[Report]) -> list[str]:
+    """`llava-sv eval --timing`: this checkpoint alone, or beside a control timed in a run of its own."""
+    where = str(report.path)
+    timing = mapping(report.values, "timing", where)
+    other = next(
+        (one for one in dense if one.values["task"] == report.values["task"] and one.values.get("timing")), None
+    )
+    apart = "" if other is None else "; the dense control in a run of its own"
+    env = mapping(report.values, "environment", where)
+    return [
+        f"### Answers to questions of {report.values['task']}",
+        "",
+        f"Medians of {plain(timing.get('repeats'))} runs on each of {plain(timing.get('samples'))} questions{apart}.",
+        "",
+        *_compared(_answer_rows(mapping(other.values, "timing", where) if other else {}, timing, where)),
+        f"On: {environment_of(env) if env else NOT_RECORDED}.",
+        "",
+    ]
+
+
+def _infer(report: Report, book: Book) -> list[str]:
+    """`llava-sv bench infer`."""
+    values, where = report.values, str(report.path)
+    sides = [mapping(values, name, where) for name in ("dense", "skip")]
+    keys = (
+        ("prefill (image and first token)", "prefill_ms", milliseconds),
+        ("each further token (decode)", "decode_ms_per_token", milliseconds),
+        (f"an answer of {plain(values.get('new_tokens'))} tokens, end to end", "end_to_end_ms", milliseconds),
+        ("KV cache while decoding", "kv_bytes", size_of),
+        ("peak memory", "peak_bytes", size_of),
+    )
+    rows = [(what, *(numeric(side, key, where) for side in sides), write) for what, key, write in keys]
+    return [*_head(report, "Answers"), *_compared(rows), *_saved(report), *_below(report, book)]
+
+
+def _train(report: Report, book: Book) -> list[str]:
+    """`llava-sv bench train`."""
+    where = str(report.path)
+    lines = _head(report, "Training steps")
+    rows = []
+    for region, name in (("llm", "decoder"), ("model", "whole model")):
+        found = mapping(mapping(report.values, "regions", where), region, where)
+        sides = [mapping(found, side, where) for side in ("dense", "skip")]
+        for what, key, write in (("step", "step_ms", milliseconds), ("peak memory", "peak_bytes", size_of)):
+            rows.append((f"{what}, {name}", *(numeric(side, key, where) for side in sides), write))
+    return [*lines, *_compared(rows), *_saved(report), *_below(report, book)]
+
+
+def _head(report: Report, what: str) -> list[str]:
+    values, settings = report.values, mapping(report.values, "settings", str(report.path))
+    asked = ", ".join(f"{name} {plain(settings[name])}" for name in sorted(settings))
+    return [
+        f"### {what} at size {plain(values.get('size'))}, family {plain(values.get('family'))}",
+        "",
+        "Random weights of that size, the same for both, not this checkpoint's: speed depends on sizes alone. "
+        f"Settings: {asked or NOT_RECORDED}.",
+        "",
+    ]
+
+
+def _saved(report: Report) -> list[str]:
+    """What was saved, with quartiles over rounds."""
+    rows = []
+    for region, found in mapping(report.values, "regions", str(report.path)).items():
+        quartiles = found.get("time_saved_quartiles")
+        spread = interval(*quartiles) if quartiles else "-"
+        shares = [numeric(found, key, str(report.path)) for key in ("time_saved", "flops_saved")]
+        rows.append((region.replace("_", " "), *("-" if s is None else percent(s) for s in shares), spread))
+    return table(("region", "time saved", "FLOPs saved", "quartiles of the time saved"), rows)
+
+
+def _below(report: Report, book: Book) -> list[str]:
+    found = mapping(report.values, "environment", str(report.path))
+    if not found:
+        book.lacks(f"environment of the measurement ({named(report.path)})")
+    return [f"On: {environment_of(found) if found else NOT_RECORDED}.", ""]
