@@ -1,6 +1,6 @@
 """llava_sv: LLaVA with Skip-Vision (arXiv 2503.21817).
 
-Importing the package registers its config and model with transformers' Auto classes.
+Importing the package registers its config, model and processor with transformers' Auto classes.
 """
 
 import os
@@ -20,4 +20,5 @@ def _is_own_program() -> bool:
 
 # own commands answer --help, or say what is missing, without waiting for torch; they import the model when they need it
 if not _is_own_program():
+    from llava_sv import auto_classes as auto_classes
     from llava_sv import model as model

@@ -210,8 +210,12 @@ def _check_turns(turns: Sequence[Mapping[str, str]], add_generation_prompt: bool
 
 
 def _clean(template: Template, value: str, markers: re.Pattern[str] | None) -> str:
-    """`value` without outer blanks, and with the template's own markers, and `markers`, broken up."""
-    value = value.strip()
+    """`value` without outer blanks, and broken up."""
+    return broken_up(template, value.strip(), markers)
+
+
+def broken_up(template: Template, value: str, markers: re.Pattern[str] | None = None) -> str:
+    """`value` with the template's own markers, and what `markers` finds, broken up."""
     for marker in template.special_tokens:
         if marker in value:
             value = value.replace(marker, break_up(marker))

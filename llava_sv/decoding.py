@@ -39,6 +39,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SAYS_ORIENTATION = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+"""Entries of a Pillow image's `info` that its orientation is read from."""
 _NOT_DECODED = ("EPS",)
 """Formats that Pillow hands to another program (Ghostscript): no data file may start one."""
 
@@ -99,13 +101,22 @@ def decode_image(file: BinaryIO, name: str | Path) -> Image.Image:
             _check_pixels(image, name, limit)
             image.load()
             _check_pixels(image, name, limit)  # an icon's size is known only now
-            orientation = orientation_of(image)
-            upright = to_rgb(image)
-        return upright.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else upright
+            return upright_rgb(image)
     except (MemoryError, ImageError):
         raise
     except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
         raise _unreadable(name, error) from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A picture that is open, as `decode_image` gives it; nothing in it says any more that it is to be turned."""
+    orientation = orientation_of(image)
+    upright = to_rgb(image)
+    if orientation in _UPRIGHT:
+        upright = upright.transpose(_UPRIGHT[orientation])
+        for name in _SAYS_ORIENTATION:
+            upright.info.pop(name, None)
+    return upright
 
 
 def open_head(file: BinaryIO, name: str | Path) -> Image.Image:

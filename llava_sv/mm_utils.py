@@ -7,6 +7,7 @@ H, W pixels of the encoder's input; V pictures; T tokens, an image being one mar
 from __future__ import annotations
 
 import io
+import logging
 import math
 import re
 import weakref
@@ -26,6 +27,8 @@ from llava_sv.decoding import ImageError as ImageError  # named here for those w
 from llava_sv.errors import UserError
 from llava_sv.pixels import fast_pixels
 from llava_sv.tiling import ANYRES, NO_TILES, cut, fit, grid_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -110,6 +113,22 @@ def markers_of(tokenizer: Any) -> re.Pattern[str] | None:
         kept = (size, re.compile("|".join(map(re.escape, longest_first))) if words else None)
         _MARKERS[tokenizer] = kept
     return kept[1]
+
+
+PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|reserved_special_token_250|>", "<pad>", "[PAD]", "<unk>")
+"""Tokens that a LLaMA vocabulary may hold and that never occur in text, best first."""
+
+
+def set_pad_token(tokenizer: Any, where: str) -> None:
+    """Give a tokenizer without a pad token one of its own tokens, and say so. Raises `UserError` where none will do."""
+    if tokenizer.pad_token_id is not None:
+        return
+    vocabulary = tokenizer.get_vocab()
+    pad = next((token for token in PAD_CANDIDATES if token in vocabulary), tokenizer.eos_token)
+    if pad is None:
+        raise UserError(f"tokenizer {where}: has no pad token, and no unk or eos token to stand in; add a pad token")
+    tokenizer.pad_token = pad
+    logger.warning("tokenizer %s has no pad token: %r is used for padding", where, pad)
 
 
 def adds_bos(tokenizer: Any) -> bool:
@@ -326,15 +345,15 @@ IMAGE_PROCESSORS: dict[str, Callable[[], type]] = {
 """`image_processor_type` of a preprocessor_config.json -> the class that makes the pixels."""
 
 
-def load_image_processor(path: str, image_size: int | None = None) -> Any:
+def load_image_processor(path: str, image_size: int | None = None, **hub: Any) -> Any:
     """The image processor saved at `path` (a folder or a Hugging Face id): CLIP's where it does not say which.
 
-    `image_size` (`mm_vision_image_size`) replaces the size that it makes pictures of. Raises `UserError` where there is
-    none, or one of another kind.
+    `image_size` (`mm_vision_image_size`) replaces the size that it makes pictures of; hub: transformers' options of a
+    download (`revision`, `token`, ...). Raises `UserError` where there is none, or one of another kind.
     """
     reader: Any = clip_image_processor_class()
     try:
-        values, _ = reader.get_image_processor_dict(path)
+        values, _ = reader.get_image_processor_dict(path, **hub)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: cannot read the image processor, preprocessor_config.json ({reason})") from error

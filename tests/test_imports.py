@@ -11,8 +11,10 @@ PACKAGE = Path(__file__).parents[1] / "llava_sv"
 
 LEVELS: list[set[str]] = [
     {"errors", "constants"},
-    {"files", "tiling", "pixels", "decoding", "model.partitioned_loading"},
+    {"files", "tiling", "pixels", "decoding", "model.partitioned_loading", "model.gathering"},
     {"conversation", "mm_utils", "cluster"},
+    {"chat_template"},
+    {"processing"},
     {"data", "model.token_groups", "model.cos_presets", "model.retained_budget"},
     {"model.token_counts"},
     {"model.config"},
@@ -21,6 +23,7 @@ LEVELS: list[set[str]] = [
     {"model.llava_arch"},
     {"model.language_model"},
     {"model"},
+    {"auto_classes"},
     {"model.loading"},
     {"model.builders"},
     {"model.builder"},

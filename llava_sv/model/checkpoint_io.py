@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava_sv.errors import UserError
+from llava_sv.model.gathering import gathered as gathered  # named here for those who write weights
 from llava_sv.model.partitioned_loading import loading_by_chunks
 
 PROJECTOR_KEY = "mm_projector."
@@ -25,19 +26,6 @@ COME_AND_GO = ("summary.", "image_newline")
 """Projector weights that a file may lack (they start fresh) or leave over: skipping and dense `anyres` have them."""
 UNREADABLE = (OSError, SafetensorError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError)
 """What torch.load and safetensors raise for a file that is torn, or is something else."""
-
-
-@contextmanager
-def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Whole parameters inside, also under ZeRO-3 (rank 0's changes are broadcast); a no-op without it."""
-    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
-    if not partitioned:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0):
-        yield
 
 
 def load_strictly(

@@ -14,8 +14,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
 from llava_sv.errors import UserError
-from llava_sv.model import retained_budget
-from llava_sv.model.retained_budget import AUTO
+from llava_sv.model.retained_budget import AUTO, check_most, complete
+from llava_sv.model.retained_budget import FIELDS as ONLY_AUTO
 from llava_sv.model.token_counts import count_tokens, most_tokens
 from llava_sv.model.token_groups import KV_LEVELS
 
@@ -84,7 +84,7 @@ class SkipVisionConfig:
             raise UserError(
                 f"skip_vision.summary_norm: unknown value {self.summary_norm!r}; known: {', '.join(SUMMARY_NORMS)}"
             )
-        retained_budget.complete(self)
+        complete(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SkipVisionConfig:
@@ -99,7 +99,7 @@ class SkipVisionConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """As stored in config.json; what belongs to `num_retained: auto` only with it."""
-        only_auto = () if self.adaptive else retained_budget.FIELDS
+        only_auto = () if self.adaptive else ONLY_AUTO
         return {name: value for name, value in asdict(self).items() if name not in only_auto}
 
     @property
@@ -115,7 +115,7 @@ class SkipVisionConfig:
     def at(self, num_retained: int) -> SkipVisionConfig:
         """The same with a fixed Nr, and as many more or fewer skipped: an image of `num_retained` by its content."""
         skipped = self.num_skipped if self.num_skipped is None else self.num_skipped + self.mean_retained - num_retained
-        without: dict[str, Any] = dict.fromkeys(retained_budget.FIELDS)
+        without: dict[str, Any] = dict.fromkeys(ONLY_AUTO)
         return replace(self, num_retained=num_retained, num_skipped=skipped, **without)
 
     def layers_that_skip(self, num_layers: int) -> list[int]:
@@ -152,7 +152,7 @@ class SkipVisionConfig:
             raise UserError(
                 f"skip_vision: {self.retained_said} leaves nothing to skip of the {num_tokens} {what}; lower it"
             )
-        retained_budget.check_most(self, num_tokens - 1, f"the {num_tokens} {what} that leaves one to skip")
+        check_most(self, num_tokens - 1, f"the {num_tokens} {what} that leaves one to skip")
 
     @property
     def retained_said(self) -> str:

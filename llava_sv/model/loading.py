@@ -23,9 +23,9 @@ from llava_sv.model.language_model.decoders import BY_MODEL_TYPE, model_class
 from llava_sv.model.multimodal_encoder.builder import (
     check_selected_state,
     check_selection,
-    load_vision_tower,
     read_vision_config,
 )
+from llava_sv.model.multimodal_encoder.pretrained import load_vision_tower
 from llava_sv.model.multimodal_projector.builder import check_projector_type
 from llava_sv.model.multimodal_projector.families import get_grouping
 from llava_sv.model.splice import PADDING_SIDES

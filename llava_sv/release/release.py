@@ -14,7 +14,7 @@ from typing import Any
 
 from llava_sv.errors import NoRoom, UserError
 from llava_sv.files import check_can_write, keep_existing, write_json
-from llava_sv.release import hub, manifest
+from llava_sv.release import card_flags, hub, manifest
 from llava_sv.release.folders import check_output, replacing_folder
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -51,7 +51,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--push-to-hub and without --out, a release",
     )
     parser.add_argument("--out", metavar="DIR", help="folder to write")
-    parser.add_argument("--name", help="the model's name on its card (default: the checkpoint's folder)")
     parser.add_argument("--force", action="store_true", help="replace DIR where it exists")
     parser.add_argument("--base", metavar="MODEL", help="base of LoRA adapters (default: the one that they remember)")
     parser.add_argument("--dtype", choices=DTYPES, help="type to store weights in (default: the checkpoint's)")
@@ -59,15 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--conv-template", metavar="NAME", help="conversation template, where the checkpoint names none"
     )
-    card = parser.add_argument_group("the model card")
-    card.add_argument("--eval", nargs="+", action="extend", default=[], metavar="FILE", help="reports of llava-sv eval")
-    card.add_argument(
-        "--speed", nargs="+", action="extend", default=[], metavar="FILE", help="reports of measured speed"
-    )
-    card.add_argument("--data-manifest", metavar="FILE", help="manifest of the training data (default: the run's)")
-    card.add_argument("--card", metavar="FILE.yaml", help="what the run cannot know: intended use, contact, ...")
-    card.add_argument("--license", metavar="ID", help="licence of these weights, such as apache-2.0")
-    card.add_argument("--base-license", metavar="ID", help="licence of the language model, such as llama3")
+    card_flags.add_flags(parser)
     push = parser.add_argument_group("a hub")
     push.add_argument(
         "--push-to-hub", metavar="OWNER/NAME", help=f"say what would be uploaded; nothing is without {hub.GO}"
@@ -98,16 +89,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"{hub.GO if args.upload else '--public'} goes with --push-to-hub OWNER/NAME")
     if args.out is None and not args.push_to_hub:
         raise UserError("--out DIR is needed: the folder to write")
-    if args.name is not None and not args.name.strip():
-        raise UserError("--name: is empty; give the model's name")
-    for flag in ("data_manifest", "card"):
-        path = getattr(args, flag)
-        if path and not Path(path).is_file():
-            raise UserError(f"--{flag.replace('_', '-')} {path}: no such file")
-    for flag in ("eval", "speed"):
-        absent = [path for path in getattr(args, flag) if not Path(path).is_file()]
-        if absent:
-            raise UserError(f"--{flag} {absent[0]}: no such file")
+    card_flags.check(args)
     if args.json:
         keep_existing(args.json, args.overwrite)
         check_can_write("--json", Path(args.json))
@@ -149,7 +131,7 @@ def make_release(args: argparse.Namespace, size: int) -> dict[str, Any]:
     name = args.name or default_name(given)
     print(f"{name}: releasing {given}" + (f", its adapters merged into {base}" if base else ""), flush=True)
     with whole_checkpoint(given, base, out.absolute().parent) as source, replacing_folder(out) as folder:
-        content = Content(source, name, args.dtype, size, args.conv_template, lambda: card_of(args, source, name))
+        content = Content(source, name, args.dtype, size, args.conv_template, lambda: card_of(args, source.given, name))
         listed = write_release(folder, content)
         home = [Path.home(), given.absolute(), given.resolve(), Path.cwd()]
         content.notes += paths_said(folder, home)
@@ -173,20 +155,13 @@ def make_release(args: argparse.Namespace, size: int) -> dict[str, Any]:
     return report
 
 
-def card_of(args: argparse.Namespace, source: Any, name: str) -> Any:
-    """The model card of the run that `source` came from."""
-    from llava_sv.release.card import CardOptions, make_card
+def card_of(args: argparse.Namespace, given: Path, name: str) -> Any:
+    """The model card of the run that made `given`."""
+    from llava_sv.release.card import make_card
+    from llava_sv.release.card_flags import card_options
 
-    options = CardOptions(
-        name=name,
-        evals=[Path(path) for path in args.eval],
-        speeds=[Path(path) for path in args.speed],
-        data_manifest=Path(args.data_manifest) if args.data_manifest else None,
-        card=Path(args.card) if args.card else None,
-        license=args.license,
-        base_license=args.base_license,
-    )
-    return make_card(source.given, options)
+    with card_options(args, given, name) as options:
+        return make_card(given, options)
 
 
 def test(folder: Path, content: Any, args: argparse.Namespace) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from llava_sv.errors import UserError
 from llava_sv.model.builder import load_pretrained_model
 from llava_sv.model.builders import build_model
-from llava_sv.model.multimodal_encoder.builder import at_image_size, interpolate_positions, read_vision_config
+from llava_sv.model.multimodal_encoder.builder import read_vision_config
+from llava_sv.model.multimodal_encoder.pretrained import at_image_size, interpolate_positions
 from tests.model.checkpoints import make_clip, make_llm
 
 POSITIONS = "embeddings.position_embedding.weight"

@@ -15,7 +15,8 @@ from llava_sv.model.compression.select import (
     split_by_score,
     wants_of,
 )
-from llava_sv.model.multimodal_encoder.builder import VISION_TOWERS, at_image_size
+from llava_sv.model.multimodal_encoder.builder import VISION_TOWERS
+from llava_sv.model.multimodal_encoder.pretrained import at_image_size
 from llava_sv.model.multimodal_encoder.siglip_encoder import SiglipVisionTower
 from tests.parity.largest import LargestTensor
 from tests.parity.oracle import merge_by_loops, summary_by_loop

@@ -46,7 +46,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     from llava_sv.errors import UserError
     from llava_sv.model.checkpoint_io import gathered, load_strictly
     from llava_sv.model.loading import load_whole, read_config
-    from llava_sv.model.multimodal_encoder.builder import load_vision_tower
+    from llava_sv.model.multimodal_encoder.pretrained import load_vision_tower
 
     path, dtype = case["path"], getattr(torch, case.get("dtype", "float32"))
 

@@ -11,7 +11,7 @@ from llava_sv.errors import UserError
 from llava_sv.model.builders import build_model
 from llava_sv.model.checkpoint_io import load_strictly
 from llava_sv.model.loading import load_whole, read_config
-from llava_sv.model.multimodal_encoder.builder import load_vision_tower
+from llava_sv.model.multimodal_encoder.pretrained import load_vision_tower
 from llava_sv.model.partitioned_loading import chunks, names_only
 from tests.model.checkpoints import make_clip, make_llm, make_siglip
 from tests.train import loading_worker, runs

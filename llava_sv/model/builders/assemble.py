@@ -19,7 +19,8 @@ from llava_sv.model.config import LlavaFields
 from llava_sv.model.language_model.causal_lm import LlavaCausalLM
 from llava_sv.model.language_model.decoders import DECODERS, model_class
 from llava_sv.model.loading import check_config, strict_config
-from llava_sv.model.multimodal_encoder.builder import load_vision_tower, read_vision_config
+from llava_sv.model.multimodal_encoder.builder import read_vision_config
+from llava_sv.model.multimodal_encoder.pretrained import load_vision_tower
 from llava_sv.model.token_counts import with_family_budget
 
 logger = logging.getLogger(__name__)

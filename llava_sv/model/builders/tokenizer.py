@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from llava_sv.errors import UserError
-
-logger = logging.getLogger(__name__)
-
-PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|reserved_special_token_250|>", "<pad>", "[PAD]", "<unk>")
-"""Tokens that a LLaMA vocabulary may hold and that never occur in text, best first."""
+from llava_sv.mm_utils import set_pad_token
 
 
 def load_tokenizer(path: str) -> Any:
@@ -21,11 +16,5 @@ def load_tokenizer(path: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True)
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer {path}: cannot be loaded ({str(error).splitlines()[0]})") from error
-    if tokenizer.pad_token_id is None:
-        vocabulary = tokenizer.get_vocab()
-        pad = next((token for token in PAD_CANDIDATES if token in vocabulary), tokenizer.eos_token)
-        if pad is None:
-            raise UserError(f"tokenizer {path}: has no pad token, and no unk or eos token to stand in; add a pad token")
-        tokenizer.pad_token = pad
-        logger.warning("tokenizer %s has no pad token: %r is used for padding", path, pad)
+    set_pad_token(tokenizer, path)
     return tokenizer

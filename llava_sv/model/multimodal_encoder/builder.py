@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 from transformers import AutoConfig
 
 from llava_sv.errors import UserError
-from llava_sv.model.checkpoint_io import gathered, load_strictly
 from llava_sv.model.compression.select import NEEDS, SELECTORS
 from llava_sv.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava_sv.model.multimodal_encoder.siglip_encoder import SiglipVisionTower
@@ -28,22 +23,22 @@ NAFLEX = "siglip2_vision_model"
 
 def build_vision_tower(config: Any) -> VisionTower:
     """An encoder as `config.vision_config` describes it, its weights to be loaded with the checkpoint."""
-    tower = _tower_class(config.vision_config["model_type"], config.mm_vision_tower)
+    tower = tower_class(config.vision_config["model_type"], config.mm_vision_tower)
     attn = getattr(config, "_attn_implementation", None)
-    return tower.from_config(config.vision_config, attn, *_selected(config))
+    return tower.from_config(config.vision_config, attn, *selected_of(config))
 
 
 def check_selected_state(config: Any, vision_config: dict[str, Any]) -> None:
     """`UserError` for a hidden state or feature that the encoder of this `vision_config` does not have."""
-    _tower_class(vision_config["model_type"], config.mm_vision_tower).check_selected_state(
-        vision_config, *_selected(config)
+    tower_class(vision_config["model_type"], config.mm_vision_tower).check_selected_state(
+        vision_config, *selected_of(config)
     )
 
 
 def check_selection(selection: str, vision_config: dict[str, Any]) -> None:
     """`UserError` for a selection that needs what the encoder of this `vision_config` does not give."""
     kind = vision_config["model_type"]
-    provided = _tower_class(kind, None).provides(vision_config)
+    provided = tower_class(kind, None).provides(vision_config)
     if selection in NEEDS and NEEDS[selection] not in provided:
         usable = [name for name in SELECTORS if NEEDS.get(name) in (None, *provided)]
         raise UserError(
@@ -52,7 +47,8 @@ def check_selection(selection: str, vision_config: dict[str, Any]) -> None:
         )
 
 
-def _selected(config: Any) -> tuple[int, str, list[int] | None]:
+def selected_of(config: Any) -> tuple[int, str, list[int] | None]:
+    """Which hidden states and feature an encoder is asked for, as its `__init__` takes them."""
     return config.mm_vision_select_layer, config.mm_vision_select_feature, config.mm_vision_feature_levels
 
 
@@ -68,7 +64,7 @@ def read_vision_config(path: str | None, image_size: int | None = None) -> Any:
     except (OSError, ValueError) as error:
         raise UserError(f"vision tower {path}: cannot read its config.json ({str(error).splitlines()[0]})") from error
     vision = getattr(source, "vision_config", source)
-    _tower_class(vision.model_type, path)
+    tower_class(vision.model_type, path)
     if image_size is not None and image_size != vision.image_size:
         if image_size < vision.patch_size or image_size % vision.patch_size:
             raise UserError(
@@ -79,51 +75,8 @@ def read_vision_config(path: str | None, image_size: int | None = None) -> Any:
     return vision
 
 
-def load_vision_tower(path: str, config: Any, dtype: Any = None) -> VisionTower:
-    """An encoder with its own pretrained weights, from the checkpoint (vision part or whole) at `path`.
-
-    Its positions are interpolated where `config.mm_vision_image_size` is not the size it was trained at.
-    """
-    wanted = read_vision_config(path, config.mm_vision_image_size)
-    kind = _tower_class(wanted.model_type, path)
-    attn = getattr(config, "_attn_implementation", None)
-    model = load_strictly(
-        kind.model_class, path, unused_weights=kind.other_weights, dtype=dtype, attn_implementation=attn
-    )
-    if wanted.image_size != model.config.image_size:
-        model = at_image_size(model, wanted.image_size)
-    return kind(model, *_selected(config))
-
-
-POSITIONS = "embeddings.position_embedding.weight"
-
-
-def at_image_size(model: Any, image_size: int) -> Any:
-    """The encoder for square pictures of `image_size` pixels: positions interpolated bicubically, CLS's kept.
-
-    model: a CLIP or SigLIP vision model. A new model; all other weights are the old ones.
-    """
-    config = copy.deepcopy(model.config)
-    config.image_size = image_size
-    with gathered(list(model.parameters())):  # ZeRO-3 loads it partitioned; the new one is whole until training starts
-        weights = {name: value.clone() for name, value in model.state_dict().items()}
-    old_side, new_side = (c.image_size // c.patch_size for c in (model.config, config))
-    weights[POSITIONS] = interpolate_positions(weights[POSITIONS], old_side, new_side)
-    resized = type(model)(config).to(model.dtype)
-    resized.load_state_dict(weights)
-    return resized
-
-
-def interpolate_positions(positions: Tensor, old_side: int, new_side: int) -> Tensor:
-    """[extra + old_side^2, E] -> [extra + new_side^2, E]: bicubic over the grid; the extra first rows (CLS) stay."""
-    extra = positions.shape[0] - old_side**2
-    grid = positions[extra:].float().reshape(1, old_side, old_side, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(new_side, new_side), mode="bicubic", align_corners=False)
-    grid = grid.permute(0, 2, 3, 1).reshape(new_side**2, -1).to(positions.dtype)
-    return torch.cat([positions[:extra], grid])
-
-
-def _tower_class(model_type: str, where: str | None) -> type[VisionTower]:
+def tower_class(model_type: str, where: str | None) -> type[VisionTower]:
+    """The encoder for a vision config's `model_type`; `UserError`, with `where` it is named, for an unknown one."""
     if model_type == NAFLEX:
         raise UserError(
             f"vision tower {where}: it is SigLIP 2's NaFlex form, which takes pictures of any shape; use a SigLIP 2 "

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from llava_sv.model.checkpoint_io import gathered
+from llava_sv.model.gathering import gathered
 from llava_sv.model.multimodal_encoder.vision_tower import VisionTower
 
 
