@@ -31,9 +31,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     card.add_argument("--eval", help="reports of llava-sv eval --json on this checkpoint", **several)
     card.add_argument("--eval-dense", help="the same of a dense control, shown beside", **several)
     card.add_argument("--speed", help="reports of measured speed: llava-sv bench train or infer, timing", **several)
-    card.add_argument(
-        "--data-manifest", metavar="FILE", help="manifest.json of the mixture trained on (default: found)"
-    )
+    card.add_argument("--data-manifest", metavar="FILE", help="manifest.json of the mixture (default: found)")
     card.add_argument("--card", metavar="FILE.yaml", help="what no run knows: authors, intended_use, limitations, ...")
     card.add_argument("--license", metavar="ID", help="licence of these weights, such as apache-2.0")
     card.add_argument(
@@ -41,7 +39,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[NAME=]ID",
-        help="licence of a base model, such as openai/clip-vit-large-patch14-336=mit; without NAME: the language model's",
+        help="licence of a base model, such as openai/clip-vit-large-patch14=mit; without NAME: the language model's",
     )
     card.add_argument(
         "--base-models", nargs="+", default=[], metavar="NAME", help="names of language model and encoder"

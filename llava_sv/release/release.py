@@ -107,12 +107,23 @@ def main(argv: list[str]) -> int:
             )
         report: dict[str, Any] = {"folder": args.checkpoint}
     else:
-        report = make_release(args, size)
+        report = make_release_or_say(args, size)
     if args.push_to_hub:
         report["push"] = hub.push(Path(report["folder"]), args.push_to_hub, args.public, args.upload)
     if args.json:
         write_json(args.json, report)
     return 0
+
+
+def make_release_or_say(args: argparse.Namespace, size: int) -> dict[str, Any]:
+    """`make_release`; where the test fails, what its process said goes to `args.json`."""
+    try:
+        return make_release(args, size)
+    except UserError as error:
+        log = getattr(error, "log", None)
+        if args.json and log is not None:
+            write_json(args.json, {"folder": None, "error": str(error), "log": log.splitlines()})
+        raise
 
 
 def make_release(args: argparse.Namespace, size: int) -> dict[str, Any]:

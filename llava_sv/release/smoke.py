@@ -1,8 +1,8 @@
 """The smoke test of a release: clean processes load it as its users will, and must answer as the checkpoint does.
 
-A finished folder and what the checkpoint answered come in; a report goes out, or a `UserError` with the first thing
-that differs. Once with `llava_sv` imported, once by `trust_remote_code=True` where `llava_sv` cannot be imported; both
-by transformers' Auto classes, offline. Called by `release`; `smoke_worker` is the other process.
+A finished folder and what the checkpoint answered come in; a report goes out, or a `SmokeTestFailed` with the first
+thing that differs. Once with `llava_sv` imported, once by `trust_remote_code=True` where `llava_sv` cannot be imported;
+both by transformers' Auto classes, offline. Called by `release`; `smoke_worker` is the other process.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -37,6 +38,14 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2**-9, torch.bfloat16: 2**-6}
 
 FORMS = {"with llava_sv": None, "by trust_remote_code, without llava_sv": PACKAGE}
 """The ways of loading, each with the package that it does without."""
+
+
+class SmokeTestFailed(UserError):
+    """A release that does not load, or answers otherwise. log: what the process said, for the report."""
+
+    def __init__(self, form: str, what: str, log: str = "") -> None:
+        super().__init__(f"smoke test, loaded {form}: {what}; nothing was written")
+        self.log = log
 
 
 @dataclass
@@ -85,7 +94,7 @@ def answer_of(checkpoint: str, base: str | None, dtype: torch.dtype | None, devi
 
 
 def smoke_test(folder: Path, wanted: Answer, device: str = "cpu") -> dict[str, Any]:
-    """Load `folder` in each of `FORMS` and compare; returns what was seen. Raises `UserError` for what differs."""
+    """Load `folder` in each of `FORMS` and compare; returns what was seen. Raises `SmokeTestFailed`."""
     tolerance = TOLERANCE.get(wanted.dtype, 1e-5) * max(1.0, float(wanted.logits.abs().max()))
     report: dict[str, Any] = {"text": wanted.text, "tolerance": tolerance, "question": QUESTION, "forms": {}}
     with TemporaryDirectory(prefix="llava-sv-smoke.") as place:
@@ -113,7 +122,7 @@ def _compare(form: str, seen: dict[str, Any], wanted: Answer, tolerance: float) 
         what = f"it answers {seen['text']!r}, the checkpoint {wanted.text!r}"
     else:
         return
-    raise UserError(f"smoke test, loaded {form}: {what}; nothing was written")
+    raise SmokeTestFailed(form, what)
 
 
 def _in_clean_process(folder: Path, place: Path, form: str, without: str | None, device: str) -> dict[str, Any]:
@@ -132,8 +141,9 @@ def _in_clean_process(folder: Path, place: Path, form: str, without: str | None,
     }
     (place / "job.json").write_text(json.dumps(job), encoding="utf-8")
     (place / "result.json").unlink(missing_ok=True)
+    shutil.copyfile(WORKER, place / WORKER.name)  # a program outside the package, as its users write
     done = subprocess.run(
-        [sys.executable, "-I", str(WORKER), str(place / "job.json")],
+        [sys.executable, "-I", str(place / WORKER.name), str(place / "job.json")],
         cwd=place,
         env=_environment(place / ("modules-without" if without else "modules")),
         capture_output=True,
@@ -142,8 +152,9 @@ def _in_clean_process(folder: Path, place: Path, form: str, without: str | None,
         check=False,
     )
     if done.returncode or not (place / "result.json").is_file():
-        raise UserError(f"smoke test, loaded {form}: {_last_line(done)}; nothing was written")
-    return json.loads((place / "result.json").read_text(encoding="utf-8"))
+        raise SmokeTestFailed(form, _last_line(done), done.stderr)
+    seen = json.loads((place / "result.json").read_text(encoding="utf-8"))
+    return {**seen, "log": done.stderr.splitlines()[-20:]}
 
 
 def _import_path(bare: bool) -> list[str]:

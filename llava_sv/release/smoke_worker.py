@@ -28,6 +28,7 @@ def load(job: dict[str, Any]) -> tuple[Any, Any, Any]:
     """(config, processor, model) by Auto classes."""
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     options: dict[str, Any] = {}
     kind = "AutoModelForCausalLM"
     if job["without"]:
