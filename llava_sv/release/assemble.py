@@ -21,7 +21,7 @@ from llava_sv.model.builders.tokenizer import load_tokenizer
 from llava_sv.model.language_model.decoders import BY_MODEL_TYPE
 from llava_sv.model.loading import read_config, read_config_json
 from llava_sv.release import manifest
-from llava_sv.release.portable import make_portable, portable_name, without_local, write_sorted
+from llava_sv.release.portable import left_out, make_portable, portable_name, without_local, write_sorted
 from llava_sv.release.source import Source, encoder_is_inside
 from llava_sv.release.wanted import Wanted, compare, some, wanted_by
 from llava_sv.release.weights import SHARD_BYTES, Entry, open_weights, write_weights
@@ -44,9 +44,13 @@ class Content:
     """What the user should be told; added to while files are written."""
 
 
-def config_values(checkpoint: Path, dtype: str | None, conv_template: str | None) -> dict[str, Any]:
-    """config.json of the release of a whole checkpoint. `UserError` for one that is not all inside its folder, or
-    that does not say how it is spoken to."""
+def config_values(
+    checkpoint: Path, dtype: str | None, conv_template: str | None, dropped: list[str] | None = None
+) -> dict[str, Any]:
+    """config.json of the release of a whole checkpoint; fields that are left out unforeseen go to `dropped`.
+
+    Raises `UserError` for one that is not all inside its folder, or that does not say how it is spoken to.
+    """
     read_config(str(checkpoint))
     _, values = read_config_json(str(checkpoint))
     if not encoder_is_inside(values):
@@ -64,7 +68,7 @@ def config_values(checkpoint: Path, dtype: str | None, conv_template: str | None
         )
     get_template(template)
     decoder = BY_MODEL_TYPE[values["model_type"]]
-    portable = without_local(values, [])
+    portable = without_local(values, [] if dropped is None else dropped)
     portable |= {"model_type": decoder.model_type, "architectures": [decoder.model.__name__]}
     portable |= {"mm_vision_tower": portable_name(values["mm_vision_tower"]), "conv_template": template}
     portable.pop("auto_map", None)
@@ -101,7 +105,9 @@ def write_release(folder: Path, content: Content) -> dict[str, Any]:
     """Fill the empty `folder`; returns manifest.json's values. Raises `UserError` before the first byte of weights is
     written for what does not fit together."""
     whole = content.source.whole
-    values = config_values(whole, content.dtype, content.conv_template)
+    dropped: list[str] = []
+    values = config_values(whole, content.dtype, content.conv_template, dropped)
+    content.notes += [left_out("config.json", field) for field in dropped if field != "mm_vision_tower"]
     entries = checked_entries(whole, wanted_by(read_config(str(whole))))
     tokenizer = load_tokenizer(str(whole))
     image_processor = load_image_processor(str(whole), values.get("mm_vision_image_size"))
@@ -112,6 +118,8 @@ def write_release(folder: Path, content: Content) -> dict[str, Any]:
     write_code(folder)
     if card is not None:
         _write_card(folder, card)
+        if card.missing:
+            content.notes.append(f"README.md: not recorded: {', '.join(card.missing)}")
     content.notes += make_portable(folder)
     write_weights(folder, entries, content.shard_bytes, DTYPES[content.dtype] if content.dtype else None)
     return manifest.make(folder, {"name": content.name, "llava_sv": __version__})

@@ -55,7 +55,6 @@ def push(folder: Path, repo: str, public: bool, really: bool, api: Any = None) -
 
 
 def _send(folder: Path, repo: str, public: bool, names: list[str], api: Any) -> str:
-    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
@@ -79,10 +78,11 @@ def _send(folder: Path, repo: str, public: bool, names: list[str], api: Any) -> 
                 f"--push-to-hub {repo}: the hub refused the login ({code}); run hf auth login with a token that may "
                 "write there"
             ) from error
-        raise UserError(
-            f"--push-to-hub {repo}: the hub refused ({_without_secrets(error)}); try again later"
-        ) from error
-    except (HFValidationError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
+        why = f"{code}, {_without_secrets(error)}"
+        raise UserError(f"--push-to-hub {repo}: the hub refused ({why}); try again later") from error
+    except Exception as error:
+        if not _of_network(error) and not isinstance(error, (HFValidationError, OfflineModeIsEnabled, OSError)):
+            raise
         raise UserError(f"--push-to-hub {repo}: cannot be sent ({_without_secrets(error)})") from error
     return str(getattr(done, "repo_url", None) or done)
 
@@ -108,6 +108,12 @@ def _check_remote(api: Any, repo: str, public: bool, names: list[str]) -> None:
 def _literally(name: str) -> str:
     """A pattern that matches this name alone."""
     return re.sub(r"([*?\[])", r"[\1]", name)
+
+
+def _of_network(error: Exception) -> bool:
+    """Whether an error is one of the libraries that huggingface_hub has spoken HTTP by, release after release."""
+    libraries = ("httpx", "httpx2", "httpcore", "requests")
+    return any(kind.__module__.split(".")[0] in libraries for kind in type(error).__mro__)
 
 
 def _without_secrets(error: Exception) -> str:

@@ -68,8 +68,13 @@ def make_portable(folder: Path) -> list[str]:
         dropped: list[str] = []
         values = without_local(json.loads(path.read_text(encoding="utf-8")), dropped)
         write_sorted(path, values)
-        notes += [f"{path.name}: {name} held a path of this machine and was left out" for name in dropped]
+        notes += [left_out(path.name, field) for field in dropped]
     return notes
+
+
+def left_out(file: str, field: str) -> str:
+    """The note for a field that was dropped."""
+    return f"{file}: {field} held a path of this machine and was left out"
 
 
 def write_sorted(path: Path, values: Any) -> None:
