@@ -58,7 +58,10 @@ class Hub(BaseHTTPRequestHandler):
             self.server.model = {"id": REPO, "private": is_private(json.loads(data)), "siblings": []}
             return self.answer(200, {"url": f"{self.server.url}/{REPO}", "name": REPO})
         if "/preupload/" in self.path:
-            files = [{"path": f["path"], "uploadMode": "regular"} for f in json.loads(data)["files"]]
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                for f in json.loads(data)["files"]
+            ]
             return self.answer(200, {"files": files})
         if "/commit/" in self.path:
             return self.answer(
