@@ -108,10 +108,12 @@ def main(argv: list[str]) -> int:
         report: dict[str, Any] = {"folder": args.checkpoint}
     else:
         report = make_release_or_say(args, size)
-    if args.push_to_hub:
-        report["push"] = hub.push(Path(report["folder"]), args.push_to_hub, args.public, args.upload)
-    if args.json:
-        write_json(args.json, report)
+    try:
+        if args.push_to_hub:
+            report["push"] = hub.push(Path(report["folder"]), args.push_to_hub, args.public, args.upload)
+    finally:  # the folder stays, whatever the hub says
+        if args.json:
+            write_json(args.json, report)
     return 0
 
 
@@ -128,11 +130,13 @@ def make_release_or_say(args: argparse.Namespace, size: int) -> dict[str, Any]:
 
 def make_release(args: argparse.Namespace, size: int) -> dict[str, Any]:
     """Make `args.out`; returns the report. Raises `UserError`, and then there is no `args.out`."""
+    from llava_sv.generation import find_device
     from llava_sv.release.assemble import Content, config_values, write_release
     from llava_sv.release.portable import paths_said
     from llava_sv.release.source import check_source, default_name, whole_checkpoint
 
     given, out = Path(args.checkpoint), Path(args.out)
+    device = "" if args.no_smoke_test else str(find_device(args.device))
     base = check_source(given, args.base)
     needed = {"the checkpoint": str(given), "the current folder": "."} | ({"the base": base} if base else {})
     check_output(out, needed, args.force, "--out")
@@ -146,7 +150,7 @@ def make_release(args: argparse.Namespace, size: int) -> dict[str, Any]:
         listed = write_release(folder, content)
         home = [Path.home(), given.absolute(), given.resolve(), Path.cwd()]
         content.notes += paths_said(folder, home)
-        tested = None if args.no_smoke_test else test(folder, content, args)
+        tested = None if args.no_smoke_test else test(folder, content, args, device)
         _check_untouched(folder, listed)
     report = {
         "folder": str(out),
@@ -175,13 +179,11 @@ def card_of(args: argparse.Namespace, given: Path, name: str) -> Any:
         return make_card(given, options)
 
 
-def test(folder: Path, content: Any, args: argparse.Namespace) -> dict[str, Any]:
+def test(folder: Path, content: Any, args: argparse.Namespace, device: str) -> dict[str, Any]:
     """The smoke test of a finished folder against the checkpoint that was given; says how it went."""
-    from llava_sv.generation import find_device
     from llava_sv.release.assemble import DTYPES as TYPES
     from llava_sv.release.smoke import answer_of, smoke_test
 
-    device = str(find_device(args.device))
     source = content.source
     # adapters are merged in their own precision: in another one, the merged weights are what is to be kept
     asked = source.whole if args.dtype else source.given
