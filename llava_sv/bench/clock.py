@@ -221,7 +221,7 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         **({"cuda": str(torch.version.cuda)} if device.type == "cuda" else {}),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "memory_gib": round(memory_bytes(device) / 2**30, 1),
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
@@ -240,7 +240,7 @@ def memory_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """The processor's name, as its maker has it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []

@@ -5,6 +5,7 @@ Nothing is typed in: what no file says is "not recorded". The same files give th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,17 +24,17 @@ class CardOptions:
 
     name: str | None = None
     """The model's name; None: the folder's."""
-    eval_reports: tuple[Path, ...] = ()
+    eval_reports: Sequence[Path] = ()
     """`llava-sv eval --json` of this checkpoint."""
-    dense_reports: tuple[Path, ...] = ()
+    dense_reports: Sequence[Path] = ()
     """The same of a dense control, shown beside."""
-    speed_reports: tuple[Path, ...] = ()
+    speed_reports: Sequence[Path] = ()
     """`llava_sv.eval.timing`, `llava-sv bench train|infer`."""
     data_manifest: Path | None = None
     """A mixture's manifest.json or its folder; None: found where the run's data_path is a mixture."""
     card_file: Path | None = None
     """YAML with what no run knows: `card_sources.CardFile` has the keys."""
-    base_models: tuple[str, ...] = ()
+    base_models: Sequence[str] = ()
     """Names of the language model and the encoder; empty: as the run's settings name them."""
     pretrain_run: Path | None = None
     """OUTPUT of the pretraining that the projector came from."""
@@ -56,9 +57,12 @@ def make_card(checkpoint: Path, options: CardOptions | None = None) -> Card:
     """
     options = options or CardOptions()
     checkpoint = Path(checkpoint)
+    if options.name is not None and (not options.name.strip() or not options.name.isprintable()):
+        raise UserError(f"name {options.name!r}: is empty or more than a line; give a name such as my-model-7b")
     run = read_run(checkpoint)
     model = card_model.read_model(checkpoint)
     pretrain = None if options.pretrain_run is None else _pretrain(Path(options.pretrain_run))
+    bases = card_model.bases_of(options.base_models, run, model)
     card_file = read_card_file(options.card_file)
     found = find_manifest(options.data_manifest, run)
     manifest = None if found is None else read_manifest(found, run)
@@ -66,8 +70,6 @@ def make_card(checkpoint: Path, options: CardOptions | None = None) -> Card:
     dense = card_eval.read_reports(options.dense_reports)
     speeds = card_speed.read_speeds(options.speed_reports)
     own, name, book = identity(checkpoint), options.name or checkpoint.resolve().name, Book()
-    bases = card_model.bases_of(options.base_models, run, model)
-    skips = model.config.skip_vision is not None
     sections = {
         "": [card_model.summary_line(model, name), "", *_authors(card_file, book)],
         "What it is": card_model.about(model, bases, run, book),
@@ -76,7 +78,7 @@ def make_card(checkpoint: Path, options: CardOptions | None = None) -> Card:
         "Training data": card_data.data_section(run, manifest, card_file, book),
         "Training": card_training.training_section(run, pretrain, card_file, book),
         "Evaluation": card_eval.evaluation_section(reports, dense, checkpoint, own, book),
-        "Measured speed": card_speed.speed_section(speeds, reports, dense, checkpoint, own, skips, book),
+        "Measured speed": card_speed.speed_section(speeds, reports, dense, checkpoint, own, model.config, book),
         "FLOPs": card_model.flops_section(model),
         "Intended use": intended_use(card_file, book),
         "Known weak spots and limits": limits(model.config, card_eval.fine_detail(reports, dense), card_file, book),

@@ -6,7 +6,10 @@ Reports arrive, held against the checkpoint first; markdown and plain values lea
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,7 @@ Z = 1.959963984540054
 """Of the normal distribution, for 95%."""
 
 
-def read_reports(paths: tuple[Path, ...]) -> list[Report]:
+def read_reports(paths: Sequence[Path]) -> list[Report]:
     """Evaluations, their numbers checked."""
     reports = []
     for path in paths:
@@ -51,7 +54,28 @@ def read_reports(paths: tuple[Path, ...]) -> list[Report]:
         if not questions or questions < 1:
             raise UserError(f"{where}: questions is {questions}, not a number of questions; evaluate again")
         reports.append(report)
+    titles: dict[str, Path] = {}
+    for report in reports:
+        title = title_of(report)
+        if title in titles:
+            raise UserError(f"{report.path}: is of {title}, as {titles[title]} is; give one of the two")
+        titles[title] = report.path
     return reports
+
+
+def asked_of(report: Report) -> dict[str, int]:
+    """Category -> questions: as recorded, or counted in the answers beside an older report, where they are whole."""
+    recorded = mapping(report.values, "questions_per_category", str(report.path))
+    answers = report.path.with_suffix(".answers.jsonl")
+    if recorded or not answers.is_file():
+        return recorded
+    try:
+        lines = answers.read_text(encoding="utf-8").splitlines()
+        found = Counter(str(json.loads(line)["category"]) for line in lines)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{answers}: is not a file of answers ({error}); evaluate again ({MADE_BY})") from error
+    whole = sum(found.values()) == report.values["questions"] and set(found) == set(report.values["per_category"])
+    return dict(found) if whole else {}
 
 
 def check_own(report: Report, checkpoint: Path, own: dict[str, str] | None) -> str:
@@ -95,6 +119,9 @@ def evaluation_section(
     if not reports:
         book.lacks("evaluation (llava-sv eval --json)")
         return [f"Evaluation: {NOT_RECORDED}.", ""]
+    for one in dense:
+        if own and (one.values.get("checkpoint") or {}) == own:
+            raise UserError(f"{one.path}: is of this checkpoint itself, not of a dense control; give it as its own")
     lines: list[str] = []
     for report in reports:
         known = check_own(report, checkpoint, own)
@@ -110,12 +137,11 @@ def evaluation_section(
 
 def title_of(report: Report) -> str:
     """The benchmark's name, and what was unusual."""
-    task, limit = str(report.values["task"]), report.values.get("limit")
-    return task + (f", the first {count(limit)} questions" if limit else "") + _blind(report)
-
-
-def _blind(report: Report) -> str:
-    return ", asked without the image" if report.values.get("blind") else ""
+    values = report.values
+    limit, level = numeric(values, "limit", str(report.path)), values.get("skip_kv")
+    first = f", the first {count(limit)} questions" if limit else ""
+    blind = ", asked without the image" if values.get("blind") else ""
+    return str(values["task"]) + first + blind + (f", skip KV-cache level {level}" if level else "")
 
 
 def _control(report: Report, dense: list[Report]) -> Report | None:
@@ -131,7 +157,7 @@ def _control(report: Report, dense: list[Report]) -> Report | None:
 
 def _accuracies(report: Report, control: Report | None, book: Book) -> list[str]:
     values = report.values
-    numbers = mapping(values, "questions_per_category", str(report.path))
+    numbers = asked_of(report)
     chance = mapping(values, "chance", str(report.path))
     by_chance = mapping(chance, "per_category", f"{report.path}: chance")
     head = ["category", "questions", "accuracy", "95% interval", *(["dense control"] if control else []), "chance"]
@@ -165,8 +191,8 @@ def _settings(report: Report, known: str, control: Report | None, book: Book) ->
         book.lacks(f"generation settings ({named(report.path)})")
     level = made.get("skip_kv") or values.get("skip_kv") or "the checkpoint's own"
     answers = (
-        f"greedy, at most {plain(made.get('max_new_tokens'))} new tokens, batches of {plain(made.get('batch_size'))}, "
-        f"attention {plain(made.get('attention'))}" + (", quantised weights" if made.get("quantized") else "")
+        f"greedy, at most {plain(made.get('max_new_tokens'))} new tokens, batches of "
+        f"{plain(made.get('batch_size'))}" + (", quantised weights" if made.get("quantized") else "")
         if made
         else NOT_RECORDED
     )

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llava_sv.bench.checkpoint import PARTS, budget_of, llm_of, read_checkpoint, setting_of
+from llava_sv.bench.checkpoint import PARTS, budget_of, llm_of, parameters_of, read_checkpoint, setting_of
 from llava_sv.bench.counts import Question, compare, exact_flops
 from llava_sv.eval.identity import weight_files as safetensors_of
 from llava_sv.files import read_json
@@ -20,7 +21,7 @@ from llava_sv.model.token_counts import FAMILIES, TokenCounts, count_tokens, hd_
 from llava_sv.model.token_groups import KV_LEVELS, TokenRole
 from llava_sv.release.card_format import Book, count, flops, listed, plain, ratio, short, table
 from llava_sv.release.card_sources import CardFile, Run
-from llava_sv.release.weights import Entry, entries_of, open_weights
+from llava_sv.release.weights import STEMS, Entry, entries_of, open_weights
 
 TEXT_TOKENS = 200
 """Beside the image, where FLOPs are counted: `llava-sv flops`'s own default."""
@@ -38,6 +39,8 @@ class Model:
     folder: Path
     config: Any
     entries: list[Entry]
+    partial: bool = False
+    """Adapters, or a projector alone: the rest lies elsewhere."""
 
     @cached_property
     def parameters(self) -> dict[str, int]:
@@ -61,9 +64,10 @@ def read_model(checkpoint: Path) -> Model:
     """Config and headers. `UserError` for a broken config.json, with its line, and for weights that cannot be read."""
     read_json(checkpoint / "config.json", "llava-sv train")  # names the line of what is broken
     config = read_checkpoint(str(checkpoint), flag="checkpoint", may_be_dense=True)
-    parts = [path for path in safetensors_of(checkpoint) if not path.name.startswith("model")]
+    whole = any((checkpoint / f"{stem}{end}").is_file() for stem in STEMS for end in ("", ".index.json"))
+    parts = [] if whole else safetensors_of(checkpoint)
     entries = [entry for path in parts for entry in entries_of(path)] if parts else open_weights(checkpoint)
-    return Model(checkpoint, config, entries)
+    return Model(checkpoint, config, entries, partial=bool(parts))
 
 
 # -- what it is -----------------------------------------------------------------------------------------------------
@@ -76,9 +80,8 @@ def summary_line(model: Model, name: str) -> str:
     if skip is None:
         return f"{what}, dense: an image is {count(tokens.total)} visual tokens, and each passes every layer."
     most = "up to " if config.mm_family == "llava_hd" else ""
-    kept = (
-        f"Of {most}{count(config.dense_tokens_per_image())} visual tokens an image, {count(tokens.retained)} are kept"
-    )
+    before = count(config.dense_tokens_per_image())
+    kept = f"Of {most}{before} visual tokens an image, {count(tokens.retained)} are kept"
     rest = "the rest are merged into" if skip.merge else "the others are"
     ffn = "attention but not the feed-forward layers" if skip.skip_ffn else "all layers"
     return (
@@ -117,8 +120,17 @@ def about(model: Model, bases: list[str], run: Run, book: Book) -> list[str]:
         ("Longest sequence", plain(config.tokenizer_model_max_length)),
     ]
     parts = [(part, count(size)) for part, size in sorted(model.parameters.items(), key=lambda pair: -pair[1])]
-    lines = [*table(("", ""), rows), "Parameters, counted in the weights' headers:", ""]
+    what = "Parameters, counted in the weights' headers:"
+    if model.partial:
+        whole = count(sum(parameters_of(config).values()))
+        what = (
+            f"The folder holds adapters or a projector; the whole model has {whole} parameters (of config.json). "
+            "Counted in the weights' headers:"
+        )
+    lines = [*table(("", ""), rows), what, ""]
     lines += table(("part", "parameters"), [*parts, ("**all**", f"**{count(sum(model.parameters.values()))}**")])
+    if model.partial:
+        return lines
     if "lm_head" not in model.parameters and "embedding" in model.parameters:
         lines += ["The output layer shares the embedding's weights.", ""]
     if "encoder" not in model.parameters:
@@ -246,7 +258,7 @@ def is_hub_id(name: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and name.split("/")[0] not in (*OWN_FOLDERS, ".", "..", "~")
 
 
-def bases_of(given: tuple[str, ...], run: Run, model: Model) -> list[str]:
+def bases_of(given: Sequence[str], run: Run, model: Model) -> list[str]:
     """The models that this one was made from: as given, or as the run and the config name them."""
     if given:
         return list(given)

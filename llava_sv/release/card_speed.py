@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sv.errors import UserError
+from llava_sv.model.token_counts import count_tokens
 from llava_sv.release.card_eval import environment_of, held_against
 from llava_sv.release.card_format import (
     NOT_RECORDED,
@@ -30,13 +31,38 @@ from llava_sv.release.card_sources import Report, named, read_object
 
 MADE_BY = "llava-sv bench train|infer --json FILE, or python -m llava_sv.eval.timing"
 HEAD = ("", "dense", "this model", "this / dense")
+OF_DENSE = ("", "this model, dense", "Skip-Vision", "Skip-Vision / this")
+"""Heads of a table, on the card of a skipping model, and of a dense one."""
+ALONE = ("", "this model")
+PAIR = ("", "dense", "Skip-Vision", "Skip-Vision / dense")
+"""Of `bench`, whose models are neither."""
 
 
-def read_speeds(paths: tuple[Path, ...]) -> list[tuple[str, Report]]:
+def read_speeds(paths: Sequence[Path]) -> list[tuple[str, Report]]:
     """(kind, report): `timing`, `infer` or `train`. `UserError` for what is none of them."""
     return [
         (_kind(Path(path), values := read_object(Path(path), MADE_BY)), Report(Path(path), values)) for path in paths
     ]
+
+
+def _check_family(report: Report, config: Any) -> None:
+    """`UserError` for a measurement of another family."""
+    measured = report.values.get("family")
+    if measured != config.mm_family:
+        raise UserError(f"{report.path}: was measured on family {measured}, this checkpoint is {config.mm_family}; "
+                        f"measure that one (--family {config.mm_family})")  # fmt: skip
+
+
+def _budget_note(report: Report, config: Any) -> list[str]:
+    """Whether the budget that was measured is this checkpoint's."""
+    settings = mapping(report.values, "settings", str(report.path))
+    counts = count_tokens(config)
+    own = (counts.retained, counts.skipped) if config.skip_vision is not None else None
+    measured = (settings.get("num_retained"), settings.get("num_skipped"))
+    if own is None or None in measured or own == measured:
+        return []
+    return [f"Measured at {measured[0]} retained and {measured[1]} skipped tokens; this checkpoint has {own[0]} and "
+            f"{own[1]}.", ""]  # fmt: skip
 
 
 def _kind(path: Path, values: dict[str, Any]) -> str:
@@ -61,16 +87,18 @@ def speed_section(
     dense: list[Report],
     checkpoint: Path,
     own: dict[str, str] | None,
-    skips: bool,
+    config: Any,
     book: Book,
 ) -> list[str]:
-    """All that was timed. skips: whether this checkpoint is the skipping one of a pair."""
+    """All that was timed. config: the checkpoint's, which is the skipping one of a pair if it skips."""
+    skips = config.skip_vision is not None
     lines: list[str] = []
     for kind, report in speeds:
         if kind == "timing":
             lines += _pair(report, checkpoint, own, skips, book)
         else:
-            lines += (_infer if kind == "infer" else _train)(report, book)
+            _check_family(report, config)
+            lines += (_infer if kind == "infer" else _train)(report, book) + _budget_note(report, config)
     for report in evals:
         if report.values.get("timing"):
             lines += _alone(report, dense)
@@ -80,14 +108,18 @@ def speed_section(
     return lines
 
 
-def _compared(rows: Sequence[tuple[Any, ...]]) -> list[str]:
-    """A table: (what, dense, this model, how to write them)."""
+def _compared(rows: Sequence[tuple[Any, ...]], head: tuple[str, ...] = HEAD) -> list[str]:
+    """A table: (what, dense, this model, how to write them). head `ALONE`: this model's figures only."""
+    if head == ALONE:
+        return table(head, [(what, "-" if after is None else write(after)) for what, _, after, write in rows])
     cells = []
     for what, before, after, write in rows:
         share = ratio(after / before) if before and after is not None else "-"
         cells.append((what, *("-" if value is None else write(value) for value in (before, after)), share))
-    return table(HEAD, cells)
+    return table(head, cells)
 
+
+REGIONS = {"llm": "decoder", "model": "whole model", "end_to_end": "end to end"}
 
 ANSWER = (
     ("time to first token (image, prefill)", "time_to_first_token_ms", milliseconds),
@@ -119,18 +151,20 @@ def _pair(report: Report, checkpoint: Path, own: dict[str, str] | None, skips: b
     told = mapping(mapping(values, "checkpoints", where), "skip" if skips else "dense", where)
     known = "whether this checkpoint is one of the two cannot be told: the report does not name them"
     if told:
-        known = "this checkpoint, " + held_against(report.path, told.get("model_path"), told, checkpoint, own)
+        known = "whether it is this checkpoint: " + held_against(
+            report.path, told.get("model_path"), told, checkpoint, own
+        )
     side = mapping(values, "skip", where)
     env = mapping(values, "environment", where)
     if not env:
         book.lacks(f"environment of the timing ({named(report.path)})")
     return [
-        "### Answers of the checkpoint, beside its dense control",
+        "### Answers, dense and skipping side by side",
         "",
         f"Medians of {plain(side.get('repeats'))} runs on each of {plain(side.get('samples'))} questions, one at a "
         f"time, both checkpoints taking turns ({known}).",
         "",
-        *_compared(_answer_rows(mapping(values, "dense", where), side, where)),
+        *_compared(_answer_rows(mapping(values, "dense", where), side, where), HEAD if skips else OF_DENSE),
         f"On: {environment_of(env) if env else NOT_RECORDED}.",
         "",
     ]
@@ -143,6 +177,7 @@ def _alone(report: Report, dense: list[Report]) -> list[str]:
     other = next(
         (one for one in dense if one.values["task"] == report.values["task"] and one.values.get("timing")), None
     )
+    head = HEAD if other else ALONE
     apart = "" if other is None else "; the dense control in a run of its own"
     env = mapping(report.values, "environment", where)
     return [
@@ -150,7 +185,7 @@ def _alone(report: Report, dense: list[Report]) -> list[str]:
         "",
         f"Medians of {plain(timing.get('repeats'))} runs on each of {plain(timing.get('samples'))} questions{apart}.",
         "",
-        *_compared(_answer_rows(mapping(other.values, "timing", where) if other else {}, timing, where)),
+        *_compared(_answer_rows(mapping(other.values, "timing", where) if other else {}, timing, where), head),
         f"On: {environment_of(env) if env else NOT_RECORDED}.",
         "",
     ]
@@ -168,7 +203,7 @@ def _infer(report: Report, book: Book) -> list[str]:
         ("peak memory", "peak_bytes", size_of),
     )
     rows = [(what, *(numeric(side, key, where) for side in sides), write) for what, key, write in keys]
-    return [*_head(report, "Answers"), *_compared(rows), *_saved(report), *_below(report, book)]
+    return [*_head(report, "Answers"), *_compared(rows, PAIR), *_saved(report), *_below(report, book)]
 
 
 def _train(report: Report, book: Book) -> list[str]:
@@ -181,7 +216,7 @@ def _train(report: Report, book: Book) -> list[str]:
         sides = [mapping(found, side, where) for side in ("dense", "skip")]
         for what, key, write in (("step", "step_ms", milliseconds), ("peak memory", "peak_bytes", size_of)):
             rows.append((f"{what}, {name}", *(numeric(side, key, where) for side in sides), write))
-    return [*lines, *_compared(rows), *_saved(report), *_below(report, book)]
+    return [*lines, *_compared(rows, PAIR), *_saved(report), *_below(report, book)]
 
 
 def _head(report: Report, what: str) -> list[str]:
@@ -203,7 +238,7 @@ def _saved(report: Report) -> list[str]:
         quartiles = found.get("time_saved_quartiles")
         spread = interval(*quartiles) if quartiles else "-"
         shares = [numeric(found, key, str(report.path)) for key in ("time_saved", "flops_saved")]
-        rows.append((region.replace("_", " "), *("-" if s is None else percent(s) for s in shares), spread))
+        rows.append((REGIONS.get(region, region), *("-" if s is None else percent(s) for s in shares), spread))
     return table(("region", "time saved", "FLOPs saved", "quartiles of the time saved"), rows)
 
 

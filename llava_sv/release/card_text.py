@@ -10,7 +10,6 @@ from llava_sv.release.card_format import NOT_RECORDED, Book
 from llava_sv.release.card_sources import CardFile
 
 AUTO = """```python
-import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
@@ -87,9 +86,9 @@ def limits(config: Any, fine: list[str], card_file: CardFile, book: Book) -> lis
         lines += [f"Figures of this checkpoint on fine detail: {NOT_RECORDED}.", ""]
     if skip is not None:
         lines += [
-            f"Its budget is {skip.mean_retained} retained tokens{' on average' if skip.adaptive else ''}. Another can be "
-            "set in config.json without training again; answers then change, with fewer retained tokens first where "
-            "detail is fine, and the figures above no longer hold: evaluate again.",
+            f"Its budget is {skip.mean_retained} retained tokens{' on average' if skip.adaptive else ''}. Another can "
+            "be set in config.json without training again; answers then change, with fewer retained tokens first "
+            "where detail is fine, and the figures above no longer hold: evaluate again.",
             "",
         ]
     lines += [

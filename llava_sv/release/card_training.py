@@ -156,8 +156,10 @@ def hardware_of(run: Run, card_file: CardFile) -> str | None:
     nodes, processor = recorded.get("nodes"), recorded.get("cpu")
     if nodes and nodes > 1:
         devices.append(f"{nodes} nodes")
-    if processor and not any(processor in device for device in devices):
-        devices.append(f"CPU {processor}")
+    if processor:
+        cores, memory = recorded.get("cpu_count"), recorded.get("memory_bytes")
+        more = [*([f"{cores} cores"] if cores else []), *([f"{size_of(memory)} memory"] if memory else [])]
+        devices.append(", ".join([f"CPU {processor}", *more]))
     return "; ".join(devices) or None
 
 
@@ -181,7 +183,7 @@ def dates_of(run: Run) -> str | None:
     if not began:
         return None
     starts = run.record.get("starts")
-    again = f", {starts} starts" if isinstance(starts, int) and starts > 1 else ""
+    again = f", {len(starts)} starts" if isinstance(starts, list) and len(starts) > 1 else ""
     return f"{began} to {ended or NOT_RECORDED} UTC{again}"
 
 

@@ -117,7 +117,7 @@ def remove_checkpoints(output: Path) -> None:
     """Remove what an earlier run left that a new one would take up, or that would pass for its result."""
     for _, folder in checkpoints(output):
         shutil.rmtree(folder)
-    own = ("metrics.jsonl", "nonfinite.jsonl", "stopped.json", "loss.png")
+    own = ("metrics.jsonl", "starts.jsonl", "nonfinite.jsonl", "stopped.json", "loss.png")
     for name in (SUMMARY, *own, "model.safetensors.index.json", f"{PROJECTOR}.bin", *FILES):
         (output / name).unlink(missing_ok=True)
     for weights in output.glob("*.safetensors"):

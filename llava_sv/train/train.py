@@ -78,7 +78,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     from llava_sv.cluster.agree import describe
     from llava_sv.data.collator import DataCollatorForSupervisedDataset
     from llava_sv.data.streaming import check_streaming
-    from llava_sv.train import adaptive, best, build, evaluation, find_batch, lora, resume, universal
+    from llava_sv.train import adaptive, best, build, evaluation, find_batch, lora, resume, run_record, universal
+    from llava_sv.train.checkpoint import read_marker
     from llava_sv.train.distributed import check_processes_agree, check_world
     from llava_sv.train.preflight import data_content
     from llava_sv.train.stopping import clear
@@ -122,9 +123,11 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     trainer = make_trainer(args, parts, dataset, model_args.tune_mm_mlp_adapter, asked, plan.checkpoint)
     if plan.checkpoint is not None and plan.from_universal:
         universal.take_up(trainer, plan.checkpoint)
+    step = read_marker(plan.checkpoint)["step"] if plan.checkpoint else 0
+    record = run_record.begin(args, step, (model_args, data_args, args), asked)
     _introduce(trainer, dataset, tokenizer, plan.note)
     output = trainer.train(resume_from_checkpoint=str(plan.checkpoint) if plan.checkpoint else None)
-    finish(trainer, output.training_loss, asked)
+    finish(trainer, output.training_loss, asked, record)
     leave()
     return 0
 
@@ -239,10 +242,15 @@ def total_steps(args: Any, samples: int) -> int:
     return math.ceil(args.num_train_epochs * per_epoch)
 
 
-def finish(trainer: LLaVATrainer, loss: float, asked: dict[str, Any]) -> None:
-    """Save the final model, and last of all the summary, whose presence says that the run is finished."""
+def finish(trainer: LLaVATrainer, loss: float, asked: dict[str, Any], record: dict[str, Any]) -> None:
+    """Save the final model, and last of all the summary, whose presence says that the run is finished.
+
+    record: what `run_record.begin` noted.
+    """
     from llava_sv.files import write_json
+    from llava_sv.train import run_record
     from llava_sv.train.checkpoint import SUMMARY
+    from llava_sv.train.metrics import read_rows
     from llava_sv.train.saving import save_final
 
     args = trainer.args
@@ -262,7 +270,11 @@ def finish(trainer: LLaVATrainer, loss: float, asked: dict[str, Any]) -> None:
         "settings": asked,
     }
     summary |= closing_figures(trainer)
-    write_json(Path(args.output_dir) / SUMMARY, summary)
+    output = Path(args.output_dir)
+    rows = read_rows(output / "metrics.jsonl")
+    summary["record"] = run_record.close(record, output, rows, trainer.metrics_callback.seconds())
+    write_json(output / SUMMARY, summary)
+    (output / run_record.STARTS).unlink(missing_ok=True)  # the summary has them now
     if any(problems.values()):
         said = ", ".join(f"{count:,} {kind}" for kind, count in problems.items())
         print(
