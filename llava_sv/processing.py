@@ -12,7 +12,7 @@ import binascii
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -56,10 +56,15 @@ ENCODER = ("mm_vision_tower", "mm_vision_image_size")
 OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """transformers' options of a download."""
 
+UNNAMED = ("conv_template", None)
+"""A checkpoint of LLaVA's names no template; a processor saved beside it may."""
+
 PADDINGS = (True, "longest", False, "do_not_pad", None)
 IMAGE_PARTS = ("image", "image_url")
 WEB_TIMEOUT = 30.0
 """Seconds to wait for a picture from the web."""
+WEB_BYTES = 128 * 2**20
+"""Most bytes of such a picture."""
 
 
 class LlavaSvProcessor(ProcessorMixin):
@@ -132,8 +137,8 @@ class LlavaSvProcessor(ProcessorMixin):
         return BatchFeature(data)
 
     def _check_options(self, return_tensors: Any, padding: Any, kwargs: dict[str, Any]) -> None:
-        options = kwargs.pop("text_kwargs", None) or {}
-        options |= {name: value for name, value in kwargs.items() if value not in (None, False)}
+        options = {**(kwargs.pop("text_kwargs", None) or {}), **kwargs}
+        options = {name: value for name, value in options.items() if value is not None and value is not False}
         options.pop("add_special_tokens", None)  # exactly one BOS leads, whoever writes it
         options.pop("padding", None)
         options.pop("return_tensors", None)
@@ -172,21 +177,28 @@ class LlavaSvProcessor(ProcessorMixin):
                 "AutoProcessor.from_pretrained(..., conv_template='vicuna_v1'), or chat_template=..."
             )
         kwargs.pop("sanitize_control_tokens", None)  # done here, always
-        return super().apply_chat_template(self._cleaned(conversation), chat_template, **kwargs)
+        ours = chat_template is None and self.conv_template is not None
+        cleaned = self._cleaned(conversation, ours, bool(kwargs.get("add_generation_prompt")))
+        return super().apply_chat_template(cleaned, chat_template, **kwargs)
 
-    def _cleaned(self, conversation: Any) -> Any:
-        """A copy of one conversation, or of several, with the words in it broken up."""
+    def _cleaned(self, conversation: Any, ours: bool, prompts: bool) -> Any:
+        """A copy of one conversation, or of several, with the words in it broken up; checked where `ours`, a
+        conversation template of this package, writes it (`prompts`: up to where the assistant is to speak)."""
         conversation = getattr(conversation, "messages", conversation)
-        if isinstance(conversation, (list, tuple)) and not all(isinstance(one, dict) for one in conversation):
-            return [self._cleaned(one) for one in conversation]
+        if not isinstance(conversation, (list, tuple)) or not conversation:
+            raise UserError("processor: no messages; give a list of {'role': ..., 'content': ...}, or several lists")
+        if not all(isinstance(message, Mapping) for message in conversation):
+            return [self._cleaned(one, ours, prompts) for one in conversation]
         template = get_template(self.conv_template) if self.conv_template else Template(name="none")
         markers = markers_of(self.tokenizer)
-        return [
-            {**message, "content": _clean_content(message["content"], template, markers)}
-            if message.get("content") is not None
-            else dict(message)
-            for message in conversation
-        ]
+        cleaned = []
+        for index, message in enumerate(conversation):
+            if message.get("content") is None or "role" not in message:
+                raise UserError(f"processor: message {index} has no role or no content; each message has both")
+            cleaned.append({**message, "content": _clean_content(message["content"], template, markers)})
+        if ours:
+            _check_roles([message["role"] for message in cleaned], prompts)
+        return cleaned
 
     # -- text ----------------------------------------------------------------------------------------------------------
 
@@ -229,7 +241,9 @@ class LlavaSvProcessor(ProcessorMixin):
             # its chat template is the language model's: it knows no images
             values = {name: config[name] for name in SETTINGS + ENCODER if name in config}
         for name in SETTINGS:
-            if name in config and name in values and config[name] != values[name] and name not in kwargs:
+            if name in kwargs or name not in config or name not in values or (name, config[name]) == UNNAMED:
+                continue
+            if config[name] != values[name]:
                 raise UserError(
                     f"{path}: {name} is {values[name]!r} in processor_config.json and {config[name]!r} in config.json; "
                     "make them agree"
@@ -293,9 +307,12 @@ def _named_picture(source: str) -> Image.Image:
     if source.startswith(("http://", "https://")):
         try:
             with urlopen(source, timeout=WEB_TIMEOUT) as answer:
-                return decode_image(io.BytesIO(answer.read()), source)
+                data = answer.read(WEB_BYTES + 1)
         except OSError as error:
             raise UserError(f"picture {source}: cannot be fetched ({error})") from error
+        if len(data) > WEB_BYTES:
+            raise UserError(f"picture {source}: has more than {WEB_BYTES >> 20} MiB; fetch it, and give the file")
+        return decode_image(io.BytesIO(data), source)
     if not source.startswith("data:image/"):
         return load_image(source)
     try:
@@ -327,23 +344,39 @@ def _check_marks(texts: list[str], images: Any, count: int) -> None:
         raise UserError(f"processor: the texts hold {sum(marks)} <image> mark(s), but {count} image(s) came")
 
 
+def _check_roles(roles: list[str], prompts: bool) -> None:
+    """What `conversation.render` holds to, and chat_template.jinja too; here it is one line."""
+    turns = roles[1:] if roles[0] == "system" else roles
+    for index, role in enumerate(turns):
+        expected = ("user", "assistant")[index % 2]
+        if role != expected:
+            where = index + len(roles) - len(turns)
+            raise UserError(
+                f"processor: message {where} is from {role!r}, expected {expected!r}: behind a system message, turns "
+                "alternate, the user's first"
+            )
+    if prompts and len(turns) % 2 == 0:
+        raise UserError("processor: add_generation_prompt: the last message must be the user's")
+
+
 def _clean_content(content: Any, template: Template, markers: re.Pattern[str] | None) -> Any:
     if isinstance(content, str):
         return _clean_words(content, template, markers)
-    parts: list[Any] = []
-    for part in content:
-        words = part if isinstance(part, str) else part.get("text") if part.get("type") == "text" else None
-        if words is None:
-            parts.append(part)
-        elif parts and isinstance(parts[-1], dict) and parts[-1].get("type") == "text":
+    parts: list[dict[str, Any]] = []
+    for given in content:
+        part = {"type": "text", "text": given} if isinstance(given, str) else dict(given)
+        kind = part.get("type")
+        if kind not in ("text", *IMAGE_PARTS):
+            raise UserError(f"processor: a message's content of type {kind!r} is not known; known: text, image")
+        if kind == "text" and parts and parts[-1]["type"] == "text":
             # side by side, two parts could make a marker that neither holds
-            parts[-1] = {**parts[-1], "text": parts[-1]["text"] + words}
+            parts[-1]["text"] += part["text"]
         else:
-            parts.append({"type": "text", "text": words})
-    return [
-        {**part, "text": _clean_words(part["text"], template, markers)} if part.get("type") == "text" else part
-        for part in parts
-    ]
+            parts.append(part)
+    for part in parts:
+        if part["type"] == "text":
+            part["text"] = _clean_words(part["text"], template, markers)
+    return parts
 
 
 def _clean_words(text: str, template: Template, markers: re.Pattern[str] | None) -> str:

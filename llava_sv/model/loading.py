@@ -68,7 +68,8 @@ def read_config(model_path: str) -> LlavaFields:
         )
     decoder = BY_MODEL_TYPE[values["model_type"]]
     try:
-        config = strict_config(lambda: decoder.config.from_dict({k: v for k, v in values.items() if k != "model_type"}))
+        known = {k: v for k, v in values.items() if k not in ("model_type", "auto_map")}  # code beside it is not run
+        config = strict_config(lambda: decoder.config.from_dict(known))
         vision = config.vision_config
         if vision is None:
             vision = read_vision_config(config.mm_vision_tower, config.mm_vision_image_size).to_dict()
