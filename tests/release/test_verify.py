@@ -268,6 +268,25 @@ def test_a_changed_manifest(download, capsys):
     assert lines[1].endswith(" bytes, 7 were released")
 
 
+def test_a_manifest_without_its_own_checksum(download, capsys):
+    edit_json(download / manifest.NAME, lambda values: values.pop(manifest.SELF))
+    assert said(download, capsys) == ["manifest.json: was changed after it was written (its own checksum differs)"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"float32"', '"floet32"'), ('"patch_size": 8', '"patch_size": 0'), ('"hidden_size": 32', '"hidden_size": -1')],
+)
+def test_a_config_of_which_no_model_can_be_built(download, capsys, old, new):
+    """Whatever the model's classes raise is a line."""
+    config = download / "config.json"
+    assert old in config.read_text()
+    config.write_text(config.read_text().replace(old, new))
+    fitting_manifest(download)
+    (line,) = said(download, capsys)
+    assert line.startswith("config.json: no model can be built of it (")
+
+
 @pytest.mark.parametrize(
     "name", ["../x", "/etc/passwd", "a/../../x", "..", "", "a//b", "C:\\x", "a\\..\\b", "./a", "~/x", "a\nb"]
 )
