@@ -22,7 +22,7 @@ from llava_sv.model.language_model.decoders import BY_MODEL_TYPE
 from llava_sv.model.loading import read_config, read_config_json
 from llava_sv.release import manifest
 from llava_sv.release.portable import left_out, make_portable, portable_name, without_local, write_sorted
-from llava_sv.release.source import Source, encoder_is_inside
+from llava_sv.release.releasable import Source, encoder_is_inside
 from llava_sv.release.wanted import Wanted, compare, some, wanted_by
 from llava_sv.release.weights import SHARD_BYTES, Entry, open_weights, write_weights
 

@@ -1,6 +1,6 @@
 """`llava-sv release`: a checkpoint to a folder that others can load, check and trust; made whole or not at all.
 
-Flags come in; the folder, a report and perhaps an upload go out. The parts: `source` (what was given), `assemble` (the
+Flags come in; the folder, a report and perhaps an upload go out. The parts: `releasable` (what was given), `assemble` (the
 files), `smoke` (the proof that it loads and answers alike), `hub` (the upload).
 """
 
@@ -133,7 +133,7 @@ def make_release(args: argparse.Namespace, size: int) -> dict[str, Any]:
     from llava_sv.generation import find_device
     from llava_sv.release.assemble import Content, config_values, write_release
     from llava_sv.release.portable import paths_said
-    from llava_sv.release.source import check_source, default_name, whole_checkpoint
+    from llava_sv.release.releasable import check_source, default_name, whole_checkpoint
 
     given, out = Path(args.checkpoint), Path(args.out)
     device = "" if args.no_smoke_test else str(find_device(args.device))
