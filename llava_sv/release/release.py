@@ -1,7 +1,7 @@
 """`llava-sv release`: a checkpoint to a folder that others can load, check and trust; made whole or not at all.
 
-Flags come in; the folder, a report and perhaps an upload go out. The parts: `releasable` (what was given), `assemble` (the
-files), `smoke` (the proof that it loads and answers alike), `hub` (the upload).
+Flags come in; the folder, a report and perhaps an upload go out. The parts: `releasable` (what was given), `assemble`
+(the files), `smoke` (the proof that it loads and answers alike), `hub` (the upload).
 """
 
 from __future__ import annotations
