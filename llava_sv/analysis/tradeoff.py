@@ -25,6 +25,7 @@ from llava_sv.conversation import render
 from llava_sv.data.toy_questions import FINE_DETAIL
 from llava_sv.errors import UserError
 from llava_sv.eval.answer_loop import AnswerSettings, answer_questions, fingerprint
+from llava_sv.eval.identity import identity
 from llava_sv.eval.tasks import TASKS, get_task
 from llava_sv.eval.tasks.base import Question, Task, accuracy, chance
 from llava_sv.eval.timing import make_prompts
@@ -147,6 +148,7 @@ def measure(args: argparse.Namespace, task: Task, questions: list[Question], ans
         print(f"[{number}/{len(configs)}] {line_of(rows[-1])}; about {left / 60:.1f} min left", flush=True)
     return {
         "checkpoint": args.model_path,
+        "identity": identity(args.model_path),
         "family": config.mm_family,
         "task": args.task,
         "questions": len(questions),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llava_sv.errors import UserError
 from llava_sv.eval.identity import identity
-from llava_sv.release import card_data, card_eval, card_model, card_speed, card_training
+from llava_sv.release import card_budgets, card_data, card_eval, card_model, card_speed, card_training
 from llava_sv.release.card_format import Book
 from llava_sv.release.card_front import front_matter
 from llava_sv.release.card_sources import CardFile, Run, find_manifest, read_card_file, read_manifest, read_run
@@ -29,7 +29,7 @@ class CardOptions:
     dense_reports: Sequence[Path] = ()
     """The same of a dense control, shown beside."""
     speed_reports: Sequence[Path] = ()
-    """`llava_sv.eval.timing`, `llava-sv bench train|infer`."""
+    """`llava_sv.eval.timing`, `llava-sv bench train|infer`; and `llava-sv analyze tradeoff`, of other budgets."""
     data_manifest: Path | None = None
     """A mixture's manifest.json or its folder; None: found where the run's data_path is a mixture."""
     card_file: Path | None = None
@@ -70,6 +70,8 @@ def make_card(checkpoint: Path, options: CardOptions | None = None) -> Card:
     dense = card_eval.read_reports(options.dense_reports)
     speeds = card_speed.read_speeds(options.speed_reports)
     own, name, book = identity(checkpoint), options.name or checkpoint.resolve().name, Book()
+    budgets = card_budgets.budgets_section([one for kind, one in speeds if kind == "budgets"], checkpoint, own)
+    fine = card_eval.fine_detail(reports, dense)
     sections = {
         "": [card_model.summary_line(model, name), "", *_authors(card_file, book)],
         "What it is": card_model.about(model, bases, run, book),
@@ -81,7 +83,7 @@ def make_card(checkpoint: Path, options: CardOptions | None = None) -> Card:
         "Measured speed": card_speed.speed_section(speeds, reports, dense, checkpoint, own, model.config, book),
         "FLOPs": card_model.flops_section(model),
         "Intended use": intended_use(card_file, book),
-        "Known weak spots and limits": limits(model.config, card_eval.fine_detail(reports, dense), card_file, book),
+        "Known weak spots and limits": limits(model.config, fine, budgets, card_file, book),
         "Licences": card_model.licences(bases, card_file, manifest, book),
         "Settings of the run": card_training.settings_section(run, book),
         "Citation": citation(card_file),

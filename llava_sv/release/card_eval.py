@@ -20,9 +20,11 @@ from llava_sv.release.card_format import (
     count,
     interval,
     mapping,
+    mean,
     numeric,
     percent,
     plain,
+    points,
     short,
     table,
 )
@@ -205,7 +207,9 @@ def _settings(report: Report, known: str, control: Report | None, book: Book) ->
     ]
     if values.get("retained"):
         kept = mapping(values, "retained", str(report.path))
-        rows.append(("Retained tokens an image", f"{kept['mean']:.1f} on average ({kept['least']} to {kept['most']})"))
+        rows.append(
+            ("Retained tokens an image", f"{mean(kept['mean'])} on average ({kept['least']} to {kept['most']})")
+        )
     if control:
         rows.append(("Dense control", f"`{short(str(control.values['model_path']))}`, asked the same benchmark"))
     return table(("", ""), rows)
@@ -237,7 +241,7 @@ def fine_detail(reports: list[Report], dense: list[Report]) -> list[str]:
             line += f" (all categories: {percent(report.values['accuracy'])})"
             if control and category in control.values["per_category"]:
                 other = control.values["per_category"][category]
-                line += f"; the dense control {percent(other)}, a difference of {100 * (share - other):+.1f} points"
+                line += f"; the dense control {percent(other)}, a difference of {points(share - other)}"
             lines.append(line)
     return lines
 

@@ -58,6 +58,16 @@ def ratio(value: float) -> str:
     return f"{value:.3f}"
 
 
+def points(difference: float) -> str:
+    """The difference of two shares -> `-1.7 points`."""
+    return f"{100 * difference:+.1f} points"
+
+
+def mean(value: float) -> str:
+    """A mean of whole numbers, or a rate: `63.8`, `16,421.7`."""
+    return f"{value:,.1f}"
+
+
 def loss(value: float) -> str:
     """`0.1713`."""
     return f"{value:.4f}"

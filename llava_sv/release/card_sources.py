@@ -15,7 +15,7 @@ from llava_sv.data.plain_yaml import read_yaml
 from llava_sv.errors import UserError
 from llava_sv.files import read_json, sha256_of
 from llava_sv.release.card_format import numeric, short
-from llava_sv.train.checkpoint import SUMMARY
+from llava_sv.train.checkpoint import MARKER, SUMMARY
 
 METRICS = "metrics.jsonl"
 MANIFEST = "manifest.json"
@@ -91,8 +91,9 @@ def read_run(checkpoint: Path) -> Run:
         raise UserError(f"checkpoint {checkpoint}: no such folder; name one that training or converting wrote")
     folder, step = checkpoint, None
     inside = checkpoint.name.startswith("checkpoint-") or checkpoint.name in PARTS_OF_RUNS
-    if not (checkpoint / SUMMARY).is_file() and inside and (checkpoint.parent / SUMMARY).is_file():
-        folder = checkpoint.parent
+    above = checkpoint.absolute().parent
+    if not (checkpoint / SUMMARY).is_file() and inside and any((above / one).is_file() for one in (SUMMARY, METRICS)):
+        folder = above
         step = _step_of(checkpoint.resolve())
     run = Run(folder, step=step)
     if (folder / SUMMARY).is_file():
@@ -100,11 +101,16 @@ def read_run(checkpoint: Path) -> Run:
         for name in ("settings", "record"):
             if not isinstance(run.summary.get(name) or {}, dict):
                 raise UserError(f"{run.where}: {name} is not an object; take the file as it was written")
+    elif (checkpoint / MARKER).is_file():  # of a run that is not finished
+        marker = read_object(checkpoint / MARKER, "training")
+        run.summary = {name: marker[name] for name in ("settings", "world_size") if marker.get(name)}
     if step is None and folder != checkpoint:
         found = numeric(run.summary, "best_step", run.where)
         run.step = None if found is None else int(found)
     if (folder / METRICS).is_file():
         run.rows = [row for row in read_lines(folder / METRICS) if run.step is None or row["step"] <= run.step]
+    if run.rows and not (folder / SUMMARY).is_file() and run.step is not None:
+        run.summary |= {"train_seconds": numeric(run.rows[-1], "seconds", str(folder / METRICS))}
     return run
 
 
@@ -122,17 +128,21 @@ def read_object(path: Path, made_by: str) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl. `UserError` names the line that is broken."""
+    """The rows of a metrics.jsonl. `UserError` names the line that is broken; a last one that a killed run left torn is
+    passed over."""
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text (near byte {error.start}); take the file as it was") from error
+    lines, whole = text.splitlines(), text.endswith("\n")
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
+            if number == len(lines) and not whole:
+                break
             raise UserError(f"{where}, column {error.colno}: not JSON ({error.msg})") from error
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             raise UserError(f"{where}: has no step; take the file as training wrote it")

@@ -12,6 +12,7 @@ from typing import Any
 
 from llava_sv.errors import UserError
 from llava_sv.model.token_counts import count_tokens
+from llava_sv.release.card_budgets import is_tradeoff
 from llava_sv.release.card_eval import environment_of, held_against
 from llava_sv.release.card_format import (
     NOT_RECORDED,
@@ -39,7 +40,7 @@ PAIR = ("", "dense", "Skip-Vision", "Skip-Vision / dense")
 
 
 def read_speeds(paths: Sequence[Path]) -> list[tuple[str, Report]]:
-    """(kind, report): `timing`, `infer` or `train`. `UserError` for what is none of them."""
+    """(kind, report): `timing`, `infer`, `train` or `budgets`. `UserError` for what is none of them."""
     return [
         (_kind(Path(path), values := read_object(Path(path), MADE_BY)), Report(Path(path), values)) for path in paths
     ]
@@ -69,6 +70,8 @@ def _kind(path: Path, values: dict[str, Any]) -> str:
     sides = [values.get(name) for name in ("dense", "skip")]
     if all(isinstance(side, dict) and "time_to_first_token_ms" in side for side in sides):
         return "timing"
+    if is_tradeoff(values):
+        return "budgets"
     regions = values.get("regions")
     if isinstance(regions, dict) and {"prefill", "decode", "end_to_end"} <= set(regions):
         return "infer"
@@ -96,7 +99,7 @@ def speed_section(
     for kind, report in speeds:
         if kind == "timing":
             lines += _pair(report, checkpoint, own, skips, book)
-        else:
+        elif kind != "budgets":
             _check_family(report, config)
             lines += (_infer if kind == "infer" else _train)(report, book) + _budget_note(report, config)
     for report in evals:

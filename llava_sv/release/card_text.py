@@ -71,8 +71,8 @@ def intended_use(card_file: CardFile, book: Book) -> list[str]:
     return [*lines, f"Out of scope: {card_file.out_of_scope}", ""] if card_file.out_of_scope else lines
 
 
-def limits(config: Any, fine: list[str], card_file: CardFile, book: Book) -> list[str]:
-    """Where a model of this kind is weak; the run's own figures on fine detail."""
+def limits(config: Any, fine: list[str], budgets: list[str], card_file: CardFile, book: Book) -> list[str]:
+    """Where a model of this kind is weak; the run's own figures on fine detail and at other budgets."""
     skip, lines = config.skip_vision, []
     if skip is None:
         lines.append("This model is dense: its cost grows with every visual token.")
@@ -91,7 +91,11 @@ def limits(config: Any, fine: list[str], card_file: CardFile, book: Book) -> lis
             "where detail is fine, and the figures above no longer hold: evaluate again.",
             "",
         ]
+        if not budgets:
+            book.lacks("accuracy at other budgets (llava-sv analyze tradeoff)")
+            lines += [f"Accuracy at other budgets: {NOT_RECORDED}.", ""]
     lines += [
+        *budgets,
         "Answers can be wrong, invented, or coloured by what the bases and the data hold; the language model's own "
         "limits apply. Nothing here was tested for safety-critical use.",
         "",

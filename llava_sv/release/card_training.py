@@ -18,6 +18,7 @@ from llava_sv.release.card_format import (
     listed,
     loss,
     mapping,
+    mean,
     number,
     numeric,
     percent,
@@ -139,7 +140,7 @@ def throughput_of(run: Run) -> str | None:
         values = sorted(row[name] for row in rows if row.get(name) is not None)
         if values:
             middle = (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
-            said.append(f"{middle:,.1f} {unit}")
+            said.append(f"{mean(middle)} {unit}")
     return ", ".join(said) + " (median)" if said else None
 
 

@@ -4,6 +4,7 @@ tests, which copy it before they change it."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from contextlib import chdir
 from dataclasses import dataclass
@@ -127,3 +128,25 @@ BENCH = {
     "train": {**HEAD, "regions": {"llm": {**SIDES, **saved(0.41)}, "model": {**SIDES, **saved(0.37)}}},
 }
 """Reports in the shape of `llava-sv bench infer|train --json`; a slow test makes real ones."""
+
+
+def section(text: str, title: str) -> str:
+    """The text under `## title`."""
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def row(text: str, name: str) -> list[str]:
+    """Cells of the first table row that begins with `name`."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[2:-1]]
+
+
+def change(path: Path, *keys, value) -> None:
+    """Set one value of a JSON file; keys lead to it."""
+    values = json.loads(path.read_text())
+    inner = values
+    for key in keys[:-1]:
+        inner = inner[key]
+    assert inner[keys[-1]] != value
+    inner[keys[-1]] = value
+    path.write_text(json.dumps(values))

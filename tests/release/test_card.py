@@ -20,44 +20,13 @@ from llava_sv.files import sha256_of
 from llava_sv.release.card import CardOptions, make_card
 from llava_sv.release.card_eval import wilson
 from llava_sv.release.card_format import NOT_RECORDED
-from tests.release.card_runs import HUB, make_sources
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return make_sources(tmp_path_factory.mktemp("card"))
+from llava_sv.train.checkpoint import mark_complete
+from tests.release.card_runs import HUB, change, row, section
 
 
 @pytest.fixture(scope="module")
 def card(made):
     return make_card(made.checkpoint, made.options())
-
-
-@pytest.fixture
-def copy(made, tmp_path):
-    return made.copy(tmp_path)
-
-
-def section(text: str, title: str) -> str:
-    """The text under `## title`."""
-    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
-
-
-def row(text: str, name: str) -> list[str]:
-    """Cells of the first table row that begins with `name`."""
-    line = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
-    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[2:-1]]
-
-
-def change(path: Path, *keys, value) -> None:
-    """Set one value of a JSON file; keys lead to it."""
-    values = json.loads(path.read_text())
-    inner = values
-    for key in keys[:-1]:
-        inner = inner[key]
-    assert inner[keys[-1]] != value
-    inner[keys[-1]] = value
-    path.write_text(json.dumps(values))
 
 
 # -- what the card says ---------------------------------------------------------------------------------------------
@@ -334,6 +303,27 @@ def test_a_checkpoint_inside_a_run_is_told_as_one(copy):
     assert row(training, "Steps")[1] == "2"
     assert row(training, "Final loss")[1].endswith("(mean of the last 2 logged)")
     assert "checkpoint of step 2 of that run" in training
+
+
+def test_a_checkpoint_of_a_run_that_is_not_finished(copy):
+    """Its marker has the settings; a line that a killed run left torn is passed over."""
+    inside = copy.checkpoint / "checkpoint-3"
+    inside.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(copy.checkpoint / name, inside / name)
+    summary = json.loads((copy.checkpoint / "train_summary.json").read_text())
+    (copy.checkpoint / "train_summary.json").unlink()
+    mark_complete(inside, 3, 1, summary["settings"])
+    path = copy.checkpoint / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 5, "lo')
+    card = make_card(inside, CardOptions())
+    training = section(card.text, "Training")
+    rows = [json.loads(line) for line in path.read_text().splitlines()[:3]]
+    assert row(training, "Steps") == ["3"]
+    assert row(training, "Time") == [f"{rows[-1]['seconds']:.1f} s"]
+    assert row(training, "Batch") == ["2"]
+    assert row(training, "Samples") == [NOT_RECORDED]
+    assert row(section(card.text, "Settings of the run"), "`model_max_length`") == ["256"]
 
 
 def test_another_licence_goes_under_its_name(copy):

@@ -10,17 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from llava_sv.errors import UserError
 from llava_sv.release.card import make_card
-from tests.release.card_runs import make_sources
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return make_sources(tmp_path_factory.mktemp("card"))
-
-
-@pytest.fixture
-def copy(made, tmp_path):
-    return made.copy(tmp_path)
 
 
 def refusal(sources, **more) -> str:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,6 +50,26 @@ def test_a_run_knows_its_machine_and_versions(trained, world):
     assert record["started_utc"] <= record["ended_utc"]
     assert record["data"] is None
     assert not (trained[0] / run_record.STARTS).exists()
+
+
+def test_gpus_of_all_ranks_are_counted_by_kind(monkeypatch):
+    kinds = {0: SimpleNamespace(name="NVIDIA H100", total_memory=80), 1: SimpleNamespace(name="A100", total_memory=40)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: kinds[device.index])
+    ranks = [(0, "one"), (0, "one"), (1, "two")]
+    seen = [(run_record.device_of(SimpleNamespace(device=torch.device("cuda", kind))), host) for kind, host in ranks]
+    found = run_record.hardware(seen)
+    assert found["devices"] == [
+        {"name": "NVIDIA H100", "count": 2, "memory_bytes": 80},
+        {"name": "A100", "count": 1, "memory_bytes": 40},
+    ]
+    assert found["nodes"] == 2
+
+
+def test_two_processes_note_both(two_processes):
+    record = record_of(two_processes[2])
+    assert record["hardware"]["devices"] == [{"name": "cpu process", "count": 2, "memory_bytes": None}]
+    assert record["hardware"]["nodes"] == 1
+    assert [one["world_size"] for one in record["starts"]] == [2]
 
 
 def test_a_resumed_run_counts_all_its_starts(trained):
