@@ -36,6 +36,8 @@ COMMANDS: dict[str, Command] = {
     "convert": Command(
         "llava_sv.release.convert:main", "merge adapters, or make a checkpoint fit another number of devices"
     ),
+    "release": Command("llava_sv.release.release:main", "make a folder of a checkpoint that others load and check"),
+    "verify": Command("llava_sv.release.verify:main", "check a downloaded release, file by file and tensor by tensor"),
     "zoo": Command("llava_sv.release.zoo:main", "list the model zoo: the paper's tables as recipes, their cost"),
     "chat": Command("llava_sv.serve.cli:main", "talk with a model about an image"),
     "eval": Command("llava_sv.eval.cli:main", "score a model on a benchmark, and time it"),
