@@ -15,12 +15,11 @@ import torch
 from llava_sv.constants import DEFAULT_IMAGE_TOKEN
 from llava_sv.conversation import CONV_TEMPLATES
 from llava_sv.errors import UserError
-from llava_sv.files import write_json
 from llava_sv.model.config import LlavaFields, patches_of
 from llava_sv.model.language_model.decoders import BY_MODEL_TYPE, DECODERS
 from llava_sv.model.multimodal_encoder.builder import VISION_TOWERS
 from llava_sv.release import hf_processor, kept
-from llava_sv.release.chat_templates import FILE, OLD_FILE, jinja_of
+from llava_sv.release.chat_templates import FILE, jinja_of
 from llava_sv.release.from_hf import JUNK
 from llava_sv.release.hf_names import Style, to_theirs
 from llava_sv.release.image_token import with_image_token
@@ -39,7 +38,7 @@ def write(plan: Plan, folder: Path, shard_bytes: int | None, dtype: torch.dtype 
     plan.notes[:] = made.notes
     hf_processor_made = hf_processor.to_theirs(plan.image_processor, made.config)
     plan.notes += hf_processor.note_on_pixels(hf_processor_made, plan.image_processor, made.config)
-    write_json(folder / "config.json", make_config(made))
+    make_config(made).save_pretrained(folder)
     _write_processor(made, hf_processor_made, folder)
     write_generation(plan, folder)
     write_weights(folder, _renamed(made), shard_bytes, dtype)
@@ -76,8 +75,8 @@ def check(plan: Plan) -> None:
         )
 
 
-def make_config(plan: Plan) -> dict[str, Any]:
-    """transformers' config.json of a plan whose tokenizer has `<image>`."""
+def make_config(plan: Plan) -> Any:
+    """transformers' config of a plan whose tokenizer has `<image>`."""
     from transformers import LlavaConfig, LlavaNextConfig
 
     config = plan.config
@@ -100,10 +99,8 @@ def make_config(plan: Plan) -> dict[str, Any]:
     if is_next:
         values["image_grid_pinpoints"] = hf_processor.swapped(config["image_grid_pinpoints"] or default_pinpoints(side))
     kind: Any = LlavaNextConfig if is_next else LlavaConfig
-    made = kind.from_dict(values)
     name = "LlavaNextForConditionalGeneration" if is_next else "LlavaForConditionalGeneration"
-    written = {**made.to_diff_dict(), "architectures": [name], "dtype": config.get("dtype")}
-    return dict(sorted(written.items()))
+    return kind.from_dict({**values, "architectures": [name], "dtype": config.get("dtype")})
 
 
 def _full(config: dict[str, Any]) -> bool:
@@ -132,15 +129,13 @@ def _write_processor(plan: Plan, image_processor: Any, folder: Path) -> None:
         patch_size=vision["patch_size"],
         vision_feature_select_strategy="full" if _full(config) or not has_cls else "default",
         num_additional_image_tokens=int(has_cls),
-        chat_template=None if template is None else jinja_of(template, plan.tokenizer),
     )
     made.save_pretrained(folder)
+    write_tokenizer(plan, folder)
     if template is None:
         write_chat_template(plan, folder)
-    for name in (FILE, OLD_FILE):
-        if template is not None and name == OLD_FILE:
-            (folder / name).unlink(missing_ok=True)
-    write_tokenizer(plan, folder)
+    else:
+        (folder / FILE).write_text(jinja_of(template, plan.tokenizer), encoding="utf-8")
 
 
 def _renamed(plan: Plan) -> list[Entry]:
