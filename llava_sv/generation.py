@@ -76,8 +76,10 @@ def load_for_inference(
     attn_implementation: str | None = None,
     load_8bit: bool = False,
     load_4bit: bool = False,
+    vision_tower: str | None = None,
 ) -> Assistant:
-    """Open a checkpoint. The template comes from its config unless `conv_template` names one.
+    """Open a checkpoint. The template comes from its config unless `conv_template` names one; vision_tower: see
+    `load_pretrained_model`.
 
     Raises `UserError` for a folder that is not a checkpoint, and for a checkpoint that names no known template.
     """
@@ -99,6 +101,7 @@ def load_for_inference(
         load_4bit=load_4bit,
         device=device,
         attn_implementation=attn_implementation,
+        vision_tower=vision_tower,
     )
     template = conv_template or model.config.conv_template
     if template is None:

@@ -17,6 +17,7 @@ LEVELS: list[set[str]] = [
     {"model.token_counts"},
     {"model.config"},
     {"model.compression", "model.checkpoint_io", "model.attention", "model.quantization"},
+    {"model.llava_layout"},
     {"model.adapters", "model.multimodal_encoder", "model.multimodal_projector", "model.splice"},
     {"model.llava_arch"},
     {"model.language_model"},

@@ -208,7 +208,7 @@ def load_tokenizer(path: str, template: str) -> Any:
 
     wanted = get_template(template)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer {path}: cannot be loaded ({in_words(error)})") from error
     check_tokenizer(tokenizer, wanted)

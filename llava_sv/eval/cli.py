@@ -50,6 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--model-base",
         help="language model of a lone projector, or base of LoRA adapters (default: theirs)",
     )
+    parser.add_argument(
+        "--vision-tower", help="folder of the encoder that the checkpoint names and does not hold (default: that name)"
+    )
     parser.add_argument("--task", required=True, help=f"the benchmark: {', '.join(TASKS)}")
     parser.add_argument("--data-path", help="folder of the benchmark (default: the benchmark's own)")
     parser.add_argument(
@@ -165,6 +168,7 @@ def main(argv: list[str]) -> int:
         args.model_base,
         conv_template=args.conv_template,
         device=args.device,
+        vision_tower=args.vision_tower,
         attn_implementation=args.attn_implementation,
         load_8bit=args.load_8bit,
         load_4bit=args.load_4bit,

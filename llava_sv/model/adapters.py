@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from llava_sv.errors import UserError
 from llava_sv.files import read_json, replacing, write_json
 from llava_sv.model.checkpoint_io import PROJECTOR_KEY, gathered, read_weights
+from llava_sv.model.llava_layout import NEWLINE, OUR_NEWLINE
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model"
@@ -264,6 +265,7 @@ def read_state(path: str, whole_projector: bool = True) -> dict[str, Tensor]:
 def _name_of(key: str) -> str:
     """A file's key as a parameter's name: without peft's prefix, with the adapter's name."""
     name = key[len(PREFIX) :] if key.startswith(PREFIX) else key.removeprefix("base_model.")
+    name = OUR_NEWLINE if name == NEWLINE else name
     return re.sub(r"\.(lora_[A-Za-z_]+)(\.weight)?$", rf".\1.{ADAPTER}.weight", name)
 
 

@@ -20,6 +20,7 @@ from llava_sv.model.builders.tokenizer import load_tokenizer
 from llava_sv.model.checkpoint_io import COME_AND_GO, PROJECTOR_KEY
 from llava_sv.model.config import LlavaFields
 from llava_sv.model.language_model.causal_lm import LlavaCausalLM
+from llava_sv.model.llava_layout import find_file, is_foreign
 from llava_sv.model.loading import is_llava, load_whole, read_config, read_config_json
 from llava_sv.model.quantization import quantized
 
@@ -55,6 +56,7 @@ def load_pretrained_model(
     torch_dtype: Any = None,
     allow_new_weights: tuple[str, ...] = (),
     merge_lora: bool | None = None,
+    vision_tower: str | None = None,
 ) -> tuple[Any, LlavaCausalLM, Any, int]:
     """Load a checkpoint for inference: (tokenizer, model, image_processor, context_len).
 
@@ -63,9 +65,10 @@ def load_pretrained_model(
     model that it remembers. model_name is accepted for LLaVA's callers and not read.
     allow_new_weights: key prefixes that may be absent and then start fresh; anything else absent is a `UserError`.
     merge_lora: add adapters to the weights they adapt; default: yes, but for a quantised base, where they stay beside.
+    vision_tower: where the encoder lies that the checkpoint names and does not hold; default: where the name says.
     """
     check_attn_implementation(attn_implementation)
-    config = read_config(model_path)
+    config = read_config(model_path, vision_tower)
     if merge_lora and (load_8bit or load_4bit):
         raise UserError("merge_lora: adapters cannot be added to quantised weights; drop one of them")
     quantization = quantized(load_8bit, load_4bit)
@@ -79,7 +82,7 @@ def load_pretrained_model(
         )
         if merge_lora or (merge_lora is None and quantization is None):
             adapters.merge(model)
-    elif _is_projector_only(model_path):
+    elif is_projector_only(model_path):
         if quantization:
             raise UserError(f"checkpoint {model_path}: a projector alone cannot be loaded with load_8bit or load_4bit")
         tokenizer, model, image_processor = _load_on_base(
@@ -88,7 +91,7 @@ def load_pretrained_model(
     else:
         model = load_whole(model_path, config, allow_new_weights, torch_dtype, attn_implementation, **placement)
         tokenizer = load_tokenizer(model_path)
-        image_processor = load_image_processor(_processor_source(model_path, config), config.mm_vision_image_size)
+        image_processor = load_image_processor(processor_source(model_path, config), config.mm_vision_image_size)
     if quantization is None and not hasattr(model, "hf_device_map"):
         model.to(device)  # type: ignore[arg-type]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -96,12 +99,13 @@ def load_pretrained_model(
     return tokenizer, model.eval(), image_processor, context_len
 
 
-def _processor_source(path: str, config: LlavaFields) -> str:
-    own = not os.path.isdir(path) or os.path.isfile(os.path.join(path, "preprocessor_config.json"))
-    return path if own else str(config.mm_vision_tower)
+def processor_source(path: str, config: LlavaFields) -> str:
+    """Where a checkpoint's image processor lies: with it, or with the encoder that it names."""
+    return path if find_file(path, "preprocessor_config.json") else str(config.mm_vision_tower)
 
 
-def _is_projector_only(path: str) -> bool:
+def is_projector_only(path: str) -> bool:
+    """Whether a folder holds a projector and no language model."""
     if not os.path.isdir(path) or any(os.path.isfile(os.path.join(path, name)) for name in WEIGHT_FILES):
         return False
     return any(os.path.isfile(os.path.join(path, f"mm_projector.{kind}")) for kind in ("bin", "safetensors"))
@@ -140,7 +144,9 @@ def _load_adapters(
     adapters.check_base(path, base, config, values)
     whole = is_llava(values)
     if whole:
-        if values.get("vision_config") is None:
+        if is_foreign(values):
+            config.vision_config = read_config(base, config.mm_vision_tower).vision_config
+        elif values.get("vision_config") is None:
             config.vision_config = None
         other = tuple(f"model.{PROJECTOR_KEY}{key}" for key in COME_AND_GO)
         model = load_whole(base, config, other, dtype, attn, unused_weights=other, **placement)
@@ -149,4 +155,4 @@ def _load_adapters(
     adapters.attach_saved(model, path, whole_projector=not whole)
     own = any(os.path.isfile(os.path.join(path, name)) for name in ("tokenizer.json", "tokenizer_config.json"))
     tokenizer = load_tokenizer(path if own else base)
-    return tokenizer, model, load_image_processor(_processor_source(path, config), config.mm_vision_image_size)
+    return tokenizer, model, load_image_processor(processor_source(path, config), config.mm_vision_image_size)

@@ -8,9 +8,12 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +28,21 @@ COME_AND_GO = ("summary.", "image_newline")
 """Projector weights that a file may lack (they start fresh) or leave over: skipping and dense `anyres` have them."""
 UNREADABLE = (OSError, SafetensorError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError)
 """What torch.load and safetensors raise for a file that is torn, or is something else."""
+
+
+def out_of_reach() -> bool:
+    """Whether the hub's name leads nowhere on this machine: asking it would be half a minute of retries."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return True
+    if any(getproxies().values()):
+        return False
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
+    except OSError:
+        return True
+    return False
 
 
 @contextmanager

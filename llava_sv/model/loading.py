@@ -20,6 +20,7 @@ from llava_sv.model.config import LlavaFields
 from llava_sv.model.cos_presets import CUSTOM
 from llava_sv.model.language_model.causal_lm import LlavaCausalLM
 from llava_sv.model.language_model.decoders import BY_MODEL_TYPE, model_class
+from llava_sv.model.llava_layout import KEY_MAPPING, as_ours, holds_encoder, is_foreign, refuse_delta
 from llava_sv.model.multimodal_encoder.builder import (
     check_selected_state,
     check_selection,
@@ -49,10 +50,11 @@ ONLY_WITH: dict[str, dict[str, tuple[str, ...]]] = {
 IN_WORDS = {"mm_family": "family"}
 
 
-def read_config(model_path: str) -> LlavaFields:
+def read_config(model_path: str, vision_tower: str | None = None) -> LlavaFields:
     """config.json of this project's checkpoints or LLaVA's own: its `model_type` is a key of `BY_MODEL_TYPE`.
 
-    `vision_config` stays None where the encoder's weights are not part of the checkpoint. Raises `UserError`.
+    `vision_config` stays None where the encoder's weights are not part of the checkpoint. vision_tower: where the
+    encoder lies that the checkpoint only names. Raises `UserError`.
     """
     path, values = read_config_json(model_path)
     if "mm_vision_tower" not in values and "vision_config" in values and "text_config" in values:
@@ -67,15 +69,29 @@ def read_config(model_path: str) -> LlavaFields:
             f"({', '.join(BY_MODEL_TYPE)}; with mm_vision_tower); make one of a language model by `llava-sv train`"
         )
     decoder = BY_MODEL_TYPE[values["model_type"]]
+    foreign = is_foreign(values)
+    if foreign:
+        refuse_delta(model_path, values)
     try:
+        values = as_ours(values) if foreign else values
         config = strict_config(lambda: decoder.config.from_dict({k: v for k, v in values.items() if k != "model_type"}))
+        if vision_tower is not None:
+            _name_encoder(config, vision_tower)
         vision = config.vision_config
         if vision is None:
             vision = read_vision_config(config.mm_vision_tower, config.mm_vision_image_size).to_dict()
         check_config(config, vision)
     except UserError as error:
         raise UserError(f"checkpoint {path}: {error}") from error
+    if foreign and holds_encoder(model_path):
+        config.vision_config = vision
     return config
+
+
+def _name_encoder(config: LlavaFields, vision_tower: str) -> None:
+    if config.vision_config is not None:
+        raise UserError(f"holds its encoder, so that {vision_tower} would not be read; drop --vision-tower")
+    config.mm_vision_tower = vision_tower
 
 
 def is_llava(values: dict[str, Any]) -> bool:
@@ -149,7 +165,7 @@ def load_whole(
 
     Where the checkpoint names its encoder instead of holding it, the encoder is loaded from `config.mm_vision_tower`.
     """
-    model = load_strictly(
+    model: LlavaCausalLM = load_strictly(
         model_class(config),
         path,
         new_weights=new_weights,
@@ -157,12 +173,22 @@ def load_whole(
         config=config,
         attn_implementation=attn_implementation,
         dtype=dtype or "auto",
+        key_mapping=KEY_MAPPING,
         **options,
     )
+    _forget(model, KEY_MAPPING)
     if config.vision_config is None:
         tower = load_vision_tower(str(config.mm_vision_tower), model.config, dtype=model.dtype)
         model.get_model().attach_vision_tower(tower.to(model.device))
     return model
+
+
+def _forget(model: Any, mapping: dict[str, str]) -> None:
+    """Have transformers save the model under this project's names, whatever the names it was loaded from."""
+    targets = set(mapping.values())
+    for table in (getattr(model, "_weight_conversions", None),):
+        if table:
+            model._weight_conversions = [one for one in table if not targets & set(one.target_patterns)]
 
 
 def read_config_json(model_path: str) -> tuple[str, dict[str, Any]]:

@@ -42,6 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--model-base",
         help="language model of a lone projector, or base of LoRA adapters (default: theirs)",
     )
+    parser.add_argument(
+        "--vision-tower", help="folder of the encoder that the checkpoint names and does not hold (default: that name)"
+    )
     parser.add_argument("--image-file", action="append", default=[], help="an image; give it again for more of them")
     parser.add_argument("--prompt", help="ask this once and leave, instead of a conversation")
     parser.add_argument("--system", help="system message (default: the template's)")
@@ -138,6 +141,7 @@ def main(argv: list[str]) -> int:
         args.model_base,
         conv_template=args.conv_template,
         device=args.device,
+        vision_tower=args.vision_tower,
         attn_implementation=args.attn_implementation,
         load_8bit=args.load_8bit,
         load_4bit=args.load_4bit,

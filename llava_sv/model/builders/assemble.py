@@ -83,7 +83,7 @@ def _refuse_unknown(settings: dict[str, Any], config_class: type[LlavaFields]) -
 
 def _read_llm_config(llm: str) -> Any:
     try:
-        base = AutoConfig.from_pretrained(llm)
+        base = AutoConfig.from_pretrained(llm, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"language model {llm}: cannot read its config.json ({str(error).splitlines()[0]})") from error
     if base.model_type not in DECODERS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from llava_sv.errors import UserError
-from llava_sv.model.checkpoint_io import gathered, load_strictly
+from llava_sv.model.checkpoint_io import gathered, load_strictly, out_of_reach
 from llava_sv.model.compression.select import NEEDS, SELECTORS
 from llava_sv.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava_sv.model.multimodal_encoder.siglip_encoder import SiglipVisionTower
@@ -64,9 +65,15 @@ def read_vision_config(path: str | None, image_size: int | None = None) -> Any:
     if not path:
         raise UserError("no vision tower is named: give --vision_tower, or mm_vision_tower in config.json")
     try:
-        source = AutoConfig.from_pretrained(path)
+        offline = not os.path.isdir(path) and out_of_reach()
+        source = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=offline)
     except (OSError, ValueError) as error:
-        raise UserError(f"vision tower {path}: cannot read its config.json ({str(error).splitlines()[0]})") from error
+        why = str(error).splitlines()[0]
+        if not os.path.isdir(path):
+            why += (
+                f"; fetch it where there is a network (hf download {path}), or say where it lies: --vision-tower FOLDER"
+            )
+        raise UserError(f"vision tower {path}: cannot read its config.json ({why})") from error
     vision = getattr(source, "vision_config", source)
     _tower_class(vision.model_type, path)
     if image_size is not None and image_size != vision.image_size:
