@@ -21,10 +21,18 @@ from llava_sv.release.folders import check_output, replacing_folder
 from llava_sv.release.hf_names import style_of
 from llava_sv.release.layouts import check_whole, layout_of
 from llava_sv.release.plan import Plan
-from llava_sv.release.to_hf import without_skipping
+from llava_sv.release.skipping import drop_skipping, make_skipping
 from llava_sv.release.weights import STEMS, open_weights
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+SIZES = ("model_type", "hidden_size", "num_hidden_layers", "image_size", "patch_size")
+ENCODERS: dict[tuple[Any, ...], str] = {
+    ("clip_vision_model", 1024, 24, 336, 14): "openai/clip-vit-large-patch14-336",
+    ("clip_vision_model", 1024, 24, 224, 14): "openai/clip-vit-large-patch14",
+    ("siglip_vision_model", 1152, 27, 384, 14): "google/siglip-so400m-patch14-384",
+}
+"""`SIZES` of published encoders -> their names."""
 
 
 @dataclass
@@ -59,14 +67,11 @@ def convert_checkpoint(options: Options) -> dict[str, Any]:
     now = kept.print_of(plan)
     changed = _changed(plan, options)
     check_plan(changed)
-    try:
-        with replacing_folder(options.out) as folder:
-            report = _make(plan, changed, now, options, folder)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        raise
-    return report
+    with replacing_folder(options.out) as folder:
+        try:
+            return _make(plan, changed, now, options, folder)
+        except UserError as error:  # what the result is called is not where it is being made
+            raise UserError(str(error).replace(str(folder), f"of the result {options.out}")) from error
 
 
 def _check_options(options: Options, layout: str) -> None:
@@ -82,7 +87,7 @@ def _check_options(options: Options, layout: str) -> None:
         raise UserError("--drop-skip and --sv_* contradict each other; drop one of them")
     if layout != "llava" and options.base:
         raise UserError(f"--base: {options.source} is whole; drop it")
-    if layout != "llava" and options.vision_tower:
+    if "llava" not in (layout, options.to) and options.vision_tower:
         raise UserError(f"--vision-tower: {options.source} holds its encoder; drop it")
 
 
@@ -112,17 +117,27 @@ def _changed(plan: Plan, options: Options) -> Plan:
     if options.drop_skip:
         if not plan.config.get("skip_vision"):
             raise UserError(f"--drop-skip: {options.source} skips nothing; drop the flag")
-        made = without_skipping(made)
+        made = drop_skipping(made)
     if options.skip_vision:
-        from llava_sv.release.skipping import make_skipping
-
         made = make_skipping(made, options.skip_vision)
     if options.conv_template:
         made.config["conv_template"] = options.conv_template
         made.notes = [note for note in made.notes if not note.startswith("prompts:")]
     if options.dtype:
         made.config["dtype"] = options.dtype
+    if options.to == "llava" and not made.config.get("mm_vision_tower"):
+        before = kept.config_before(plan.source).get("mm_vision_tower")
+        made.config["mm_vision_tower"] = options.vision_tower or before or _likely_encoder(made)
     return made
+
+
+def _likely_encoder(plan: Plan) -> str | None:
+    """The published encoder that has this one's sizes, which LLaVA's layout must name; said in a note."""
+    vision = plan.config["vision_config"]
+    name = ENCODERS.get(tuple(vision.get(field) for field in SIZES))
+    if name:
+        plan.notes.append(f"mm_vision_tower {name}: the source names no encoder; this one has the same sizes")
+    return name
 
 
 def _make(plan: Plan, changed: Plan, now: dict[str, Any], options: Options, folder: Path) -> dict[str, Any]:
@@ -130,17 +145,17 @@ def _make(plan: Plan, changed: Plan, now: dict[str, Any], options: Options, fold
     dtype = DTYPES[options.dtype] if options.dtype else None
     given = {"vision_tower": options.vision_tower} if options.to == "llava" and options.vision_tower else {}
     about = _layout_module("to", options.to).write(changed, folder, options.shard_bytes, dtype, **given) or {}
-    but = {"config", "processor", "index"} if changed.config != plan.config else set()
-    if options.conv_template:
-        but |= {"chat"}
+    but = {"chat"} if options.conv_template else set()
+    if options.dtype or options.drop_skip or options.skip_vision or options.conv_template:
+        but |= {"config", "processor", "index"}
     back = kept.put_back(plan.source, now, folder, options.to, but)
     names = kept.record(plan.source).get("names")
     if plan.layout == "hf":
         names = asdict(style_of(entry.name for entry in open_weights(plan.source)))
     home = set(kept.originals(plan.source, options.to))
-    if not home or not all(kept._group(name) in back for name in home):
+    if not home or not all(kept.group_of(name) in back for name in home):
         kept.keep(plan, now, folder, options.to, but, {"names": names, **about})
-    written = _layout_module("from", options.to).read(folder)
+    written = _layout_module("from", options.to).read(folder, **given)
     check_plan(written)
     if (folder / kept.FOLDER).is_dir():
         kept.add_print(folder, kept.print_of(written))
@@ -171,20 +186,30 @@ def _check(
     if why:
         return {**done, "logits": None, "why": why}
     stored = dtype or next(entry.dtype for entry in written.entries if entry.name == "model.embed_tokens.weight")
-    how: dict[str, Any] = {}
-    new = probe.ask(folder, options.to, stored)
+    given = {"vision_tower": options.vision_tower} if options.vision_tower else {}
+    new = probe.ask(folder, options.to, stored, **(given if options.to == "llava" else {}))
     if options.skip_vision:
         return {**done, "logits": None, "why": "a model that skips is not the dense one; it was loaded and answers"}
-    if plan.layout == "llava":
-        how = {"vision_tower": options.vision_tower} if options.vision_tower else {}
-        how |= {"model_base": options.base} if options.base else {}
+    how = given | ({"model_base": options.base} if options.base else {}) if plan.layout == "llava" else {}
     if options.drop_skip and plan.config["mm_family"] != "llava":
         return {**done, "logits": None, "why": "the source skips and the result does not; it was loaded and answers"}
     old = probe.ask(plan.source, plan.layout, stored, dense=options.drop_skip, **how)
+    same_ids = old.ids == new.ids
+    if not same_ids:
+        changed.notes.append(
+            f"prompts: the source's tokenizer makes {len(old.ids)} ids of the check's prompt and the result's "
+            f"{len(new.ids)} (spaces beside the picture, most often); logits are compared on the source's ids"
+        )
+        new = probe.ask(folder, options.to, stored, ids=old.ids, **(given if options.to == "llava" else {}))
     agreement = probe.compare(old, new)
     probe.refuse(agreement)
-    return {**done, **{"logits": agreement.largest, "tolerance": agreement.tolerance}, "same_text": agreement.same_text,
-            "same_ids": agreement.same_ids}
+    return {
+        **done,
+        "logits": agreement.largest,
+        "tolerance": agreement.tolerance,
+        "same_text": agreement.same_text,
+        "same_ids": same_ids,
+    }
 
 
 def said(report: dict[str, Any]) -> list[str]:
@@ -200,8 +225,6 @@ def said(report: dict[str, Any]) -> list[str]:
         else:
             text = "greedy texts are equal" if check["same_text"] else "greedy texts differ"
             lines.append(f"check: logits are at most {check['logits']:.3g} apart; {text}")
-            if not check["same_ids"]:
-                lines.append("check: the two tokenizers' ids of the prompt differ")
     size = f"{report['bytes'] / 1e9:.2f} GB" if report["bytes"] >= 1e8 else f"{report['bytes'] / 1e6:.2f} MB"
     lines.append(f"{report['out']}: {report['from']} -> {report['to']}, {report['tensors']} tensors, {size}")
     return lines

@@ -82,10 +82,14 @@ def print_of(plan: Plan) -> dict[str, Any]:
 
 def tokenizer_print(tokenizer: Any) -> str:
     """A checksum of all that a tokenizer does."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    core = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    about = [core, str(tokenizer.special_tokens_map), tokenizer.padding_side, tokenizer.model_max_length]
+    about = [core_of(tokenizer), str(tokenizer.special_tokens_map), tokenizer.padding_side, tokenizer.model_max_length]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def core_of(tokenizer: Any) -> str:
+    """What cuts text into ids, as text; its special tokens' roles are not part of it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
 
 
 def unchanged(then: Any, now: Any) -> bool:
@@ -133,6 +137,13 @@ def tokenizer_before(folder: Path) -> Iterator[Path | None]:
         yield Path(work)
 
 
+def config_before(folder: Path) -> dict[str, Any]:
+    """config.json from before the last conversion, where it was kept; else nothing."""
+    path = originals(folder, str(record(folder).get("from"))).get("config.json")
+    values = read_json(path, "llava-sv convert") if path else {}
+    return values if isinstance(values, dict) else {}
+
+
 def put_back(source: Path, now: dict[str, Any], folder: Path, layout: str, but: set[str]) -> set[str]:
     """Put kept files of `layout` into the new `folder`, group by group where `now` (the print of `source`) says that
     nothing has changed; groups in `but` are left out. Returns the groups whose files are those of then."""
@@ -155,8 +166,8 @@ def _fits(index: Path, new: Path) -> bool:
     if not new.is_file():
         return False
     old, made = json.loads(index.read_text(encoding="utf-8")), json.loads(new.read_text(encoding="utf-8"))
-    sizes = [values.get("metadata", {}).get("total_size") for values in (old, made)]
-    return old.get("weight_map") == made.get("weight_map") and sizes[0] == sizes[1]
+    size = (old.get("metadata") or {}).get("total_size")
+    return old.get("weight_map") == made.get("weight_map") and size in (None, made["metadata"]["total_size"])
 
 
 def keep(plan: Plan, now: dict[str, Any], folder: Path, layout: str, but: set[str], about: dict[str, Any]) -> None:
@@ -167,11 +178,11 @@ def keep(plan: Plan, now: dict[str, Any], folder: Path, layout: str, but: set[st
     for other in LAYOUTS:
         if other not in (plan.layout, layout):
             held = originals(plan.source, other)
-            sources[other] = {name: path for name, path in held.items() if _group(name) in same}
+            sources[other] = {name: path for name, path in held.items() if group_of(name) in same}
     kept: dict[str, dict[str, str]] = {}
     for name_of, files in sources.items():
         for name, path in files.items():
-            if _group(name) in but:
+            if group_of(name) in but:
                 continue
             sha = sha256_of(path)
             kept.setdefault(name_of, {})[name] = sha
@@ -182,7 +193,7 @@ def keep(plan: Plan, now: dict[str, Any], folder: Path, layout: str, but: set[st
     write_json(folder / FOLDER / RECORD, {"format": 1, "from": plan.layout, "kept": kept, **about})
 
 
-def _group(name: str) -> str:
+def group_of(name: str) -> str:
     return next(group for group, names in GROUPS.items() if name in names)
 
 

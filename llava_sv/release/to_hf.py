@@ -6,7 +6,6 @@ Their models are dense and have one kind of projector: what they cannot do is a 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,6 @@ from llava_sv.release.tokenizer_files import write_chat_template, write_generati
 from llava_sv.release.weights import Entry, write_weights
 from llava_sv.tiling import ANYRES, default_pinpoints
 
-SUMMARY = "model.mm_projector.summary."
-
-
 def write(plan: Plan, folder: Path, shard_bytes: int | None, dtype: torch.dtype | None) -> dict[str, Any]:
     """Fill `folder`; returns what the way back must know (for the record of the conversion). Notes go to the plan."""
     check(plan)
@@ -43,14 +39,6 @@ def write(plan: Plan, folder: Path, shard_bytes: int | None, dtype: torch.dtype 
     write_generation(plan, folder)
     write_weights(folder, _renamed(made), shard_bytes, dtype)
     return {"image_token": token} if token else {}
-
-
-def without_skipping(plan: Plan) -> Plan:
-    """The dense model in a plan that skips: its summary weights are left out, and that is said."""
-    dropped = [entry for entry in plan.entries if entry.name.startswith(SUMMARY)]
-    note = f"dense: skip_vision and {len(dropped)} summary weight(s) are dropped; every visual token is computed"
-    entries = [entry for entry in plan.entries if not entry.name.startswith(SUMMARY)]
-    return replace(plan, config={**plan.config, "skip_vision": None}, entries=entries, notes=[*plan.notes, note])
 
 
 def check(plan: Plan) -> None:

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from llava_sv.files import read_json
-from llava_sv.release.kept import GROUPS, tokenizer_print
+from llava_sv.release.kept import GROUPS, core_of
 from llava_sv.release.plan import Plan
 
 PROCESSOR_CLASS = "processor_class"
@@ -20,9 +20,9 @@ def write_tokenizer(plan: Plan, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     names = [name for name in GROUPS["tokenizer"] if (plan.source / name).is_file()]
-    own = "tokenizer.json" in names and tokenizer_print(
+    own = "tokenizer.json" in names and core_of(
         AutoTokenizer.from_pretrained(str(plan.source), use_fast=True)
-    ) == tokenizer_print(plan.tokenizer)
+    ) == core_of(plan.tokenizer)
     if own:
         for name in names:
             shutil.copyfile(plan.source / name, folder / name)
