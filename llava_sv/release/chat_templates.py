@@ -76,20 +76,48 @@ def template_of(jinja: str | None, tokenizer: Any) -> tuple[str | None, str]:
     """
     if not jinja:
         return None, "there is no chat template"
-    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-    for messages in ([{"role": "user", "content": content}], [{"role": "user", "content": f"<image>\n{QUESTION}"}]):
+    found: list[tuple[int, str, str]] = []
+    for name, template in CONV_TEMPLATES.items():
+        for system in (None, "") if template.system else (None,):
+            agreed = [_agrees(jinja, tokenizer, template, system, how) for how in (_ASKED, _TALKED, _TOLD)]
+            if agreed[0]:
+                said = "" if system is None else _without_system(name)
+                found.append((-sum(agreed), name, said))
+    if not found:
+        return None, "its chat template is none of this project's"
+    _, name, said = min(found, key=lambda one: one[0])
+    return _preferred(name), said
+
+
+_ASKED = (("user", f"<image>\n{QUESTION}"),)
+_TALKED = (*_ASKED, ("assistant", "A cat."), ("user", "Sure?"))
+_TOLD = (("system", "Be brief."), *_ASKED)
+
+
+def _agrees(jinja: str, tokenizer: Any, template: Template, system: str | None, how: Any) -> bool:
+    """Whether a conversation (`_ASKED`, ...) reads the same, its words given as parts or as text."""
+    if how[0][0] == "system":
+        system, how, first = how[0][1], how[1:], [how[0]]
+    else:
+        first = []
+    turns = [{"from": "human" if role == "user" else "gpt", "value": words} for role, words in how]
+    ours = _bare(render(template, turns, True, system).text, template, tokenizer)
+    for as_content in (_parts, str):
+        messages = [{"role": role, "content": as_content(words)} for role, words in (*first, *how)]
         try:
             theirs = tokenizer.apply_chat_template(
                 messages, chat_template=jinja, tokenize=False, add_generation_prompt=True
             )
         except Exception:  # a template is a program of somebody else's: it may raise anything
             continue
-        for name, template in CONV_TEMPLATES.items():
-            for system in (None, ""):
-                ours = render(template, [{"from": "human", "value": f"<image>\n{QUESTION}"}], True, system).text
-                if _bare(ours, template, tokenizer) == _bare(theirs, template, tokenizer):
-                    return _preferred(name), "" if system is None or not template.system else _without_system(name)
-    return None, "its chat template is none of this project's"
+        if _bare(theirs, template, tokenizer) == ours:
+            return True
+    return False
+
+
+def _parts(words: str) -> list[dict[str, str]]:
+    text = {"type": "text", "text": words.removeprefix("<image>\n")}
+    return [{"type": "image"}, text] if words.startswith("<image>") else [text]
 
 
 def _preferred(name: str) -> str:

@@ -119,6 +119,11 @@ def originals(folder: Path, layout: str) -> dict[str, Path]:
     return found
 
 
+def _absent(folder: Path, layout: str) -> list[str]:
+    """Groups of which `layout` had no file."""
+    return [group for group in record(folder).get("absent", {}).get(layout) or [] if group in NEEDS]
+
+
 def _names() -> list[str]:
     return [name for names in GROUPS.values() for name in names]
 
@@ -149,9 +154,12 @@ def put_back(source: Path, now: dict[str, Any], folder: Path, layout: str, but: 
     nothing has changed; groups in `but` are left out. Returns the groups whose files are those of then."""
     files, back = originals(source, layout), set()
     same = _same_groups(source, now) - but
+    absent = _absent(source, layout)
     for group, names in GROUPS.items():
         chosen = {name: files[name] for name in names if name in files}
-        if not chosen or group not in same or (group == "index" and not _fits(chosen[INDEX], folder / INDEX)):
+        if not (chosen or group in absent) or group not in same:
+            continue
+        if group == "index" and not _fits(chosen[INDEX], folder / INDEX):
             continue
         for name in names:
             (folder / name).unlink(missing_ok=True)
@@ -175,8 +183,11 @@ def keep(plan: Plan, now: dict[str, Any], folder: Path, layout: str, but: set[st
     still hold. but: groups that the new folder does not say the same of; about: what else to record."""
     sources = {plan.layout: {name: plan.source / name for name in _names() if (plan.source / name).is_file()}}
     same = _same_groups(plan.source, now)
+    had = {group_of(name) for name in sources[plan.layout]}
+    absent = {plan.layout: [group for group in NEEDS if group not in had | but]}
     for other in LAYOUTS:
         if other not in (plan.layout, layout):
+            absent[other] = [group for group in _absent(plan.source, other) if group in same - but]
             held = originals(plan.source, other)
             sources[other] = {name: path for name, path in held.items() if group_of(name) in same}
     kept: dict[str, dict[str, str]] = {}
@@ -190,7 +201,7 @@ def keep(plan: Plan, now: dict[str, Any], folder: Path, layout: str, but: set[st
                 (folder / FOLDER / name_of).mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, folder / FOLDER / name_of / name)
     (folder / FOLDER).mkdir(exist_ok=True)
-    write_json(folder / FOLDER / RECORD, {"format": 1, "from": plan.layout, "kept": kept, **about})
+    write_json(folder / FOLDER / RECORD, {"format": 1, "from": plan.layout, "kept": kept, "absent": absent, **about})
 
 
 def group_of(name: str) -> str:

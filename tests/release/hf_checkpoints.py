@@ -131,7 +131,7 @@ def rewrite(folder: Path, name: str, **values: Any) -> None:
     """Change fields of a JSON file; None takes a field away."""
     path = folder / name
     found = {**json.loads(path.read_text()), **values}
-    path.write_text(json.dumps({k: v for k, v in found.items() if v is not None}))
+    path.write_text(json.dumps({k: v for k, v in found.items() if v is not None or k not in values}))
 
 
 def picture(width: int = 90, height: int = 41) -> Image.Image:
