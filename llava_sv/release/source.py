@@ -20,11 +20,14 @@ def local_folder(name: str) -> Path:
             raise UserError(f"{name}: {why if path.is_file() else why + '; give a checkpoint folder or a Hugging Face id'}")
         return path
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    from llava_sv.model.checkpoint_io import out_of_reach
 
     try:
+        if out_of_reach():
+            return Path(snapshot_download(name, local_files_only=True))
         files = HfApi().list_repo_files(name)
         wanted = [pattern for pattern in WANTED if pattern != "*.bin" or not any("safetensors" in f for f in files)]
         return Path(snapshot_download(name, allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # the hub's own errors are of these kinds
         raise UserError(f"{name}: no such folder, and it cannot be fetched ({in_words(error)})") from error
