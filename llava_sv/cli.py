@@ -34,7 +34,8 @@ COMMANDS: dict[str, Command] = {
     "data shard": Command("llava_sv.data.shard:shard_main", "pack records and images into tar or parquet shards"),
     "train": Command("llava_sv.train.train:main", "pretrain or fine-tune (scripts/v1_5/*.sh call this for you)"),
     "convert": Command(
-        "llava_sv.release.convert:main", "merge adapters, or make a checkpoint fit another number of devices"
+        "llava_sv.release.convert:main",
+        "a checkpoint to another layout (transformers', LLaVA's), merged, or for other devices",
     ),
     "chat": Command("llava_sv.serve.cli:main", "talk with a model about an image"),
     "eval": Command("llava_sv.eval.cli:main", "score a model on a benchmark, and time it"),

@@ -70,7 +70,9 @@ def _add_flags(built: argparse.ArgumentParser) -> None:
     layouts.add_argument("--no-check", action="store_true", help="do not compare weights, logits and answers")
     layouts.add_argument("--json", metavar="FILE", help="write what was done")
     layouts.add_argument("--drop-skip", action="store_true", help="a checkpoint that skips: its dense model")
-    layouts.add_argument("--conv-template", metavar="NAME", help="conversation template that the model was trained with")
+    layouts.add_argument(
+        "--conv-template", metavar="NAME", help="conversation template that the model was trained with"
+    )
     layouts.add_argument(
         "--vision-tower", metavar="PATH", help="LLaVA's layout: where the encoder is that config.json names"
     )
@@ -132,7 +134,9 @@ def _refuse_others(args: argparse.Namespace) -> None:
     own = {"universal", "merge_lora", "base", "out", "force"}
     given = [name for name, value in vars(args).items() if name not in own and value != default[name]]
     if given:
-        flag = "SRC" if given[0] == "source" else f"--{given[0] if given[0][:3] == 'sv_' else given[0].replace('_', '-')}"
+        flag = (
+            "SRC" if given[0] == "source" else f"--{given[0] if given[0][:3] == 'sv_' else given[0].replace('_', '-')}"
+        )
         raise UserError(f"{flag} goes with --to; drop it")
 
 

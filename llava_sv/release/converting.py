@@ -143,7 +143,9 @@ def _likely_encoder(plan: Plan) -> str | None:
 def _make(plan: Plan, changed: Plan, now: dict[str, Any], options: Options, folder: Path) -> dict[str, Any]:
     """Fill `folder`, put back what the target once had, read it back and check it; returns the report."""
     dtype = DTYPES[options.dtype] if options.dtype else None
-    given = {"vision_tower": options.vision_tower} if options.to == "llava" and options.vision_tower else {}
+    given: dict[str, Any] = {}
+    if options.to == "llava" and options.vision_tower:
+        given = {"vision_tower": options.vision_tower}
     about = _layout_module("to", options.to).write(changed, folder, options.shard_bytes, dtype, **given) or {}
     but = {"chat"} if options.conv_template else set()
     if options.dtype or options.drop_skip or options.skip_vision or options.conv_template:
@@ -186,7 +188,7 @@ def _check(
     if why:
         return {**done, "logits": None, "why": why}
     stored = dtype or next(entry.dtype for entry in written.entries if entry.name == "model.embed_tokens.weight")
-    given = {"vision_tower": options.vision_tower} if options.vision_tower else {}
+    given: dict[str, Any] = {"vision_tower": options.vision_tower} if options.vision_tower else {}
     new = probe.ask(folder, options.to, stored, **(given if options.to == "llava" else {}))
     if options.skip_vision:
         return {**done, "logits": None, "why": "a model that skips is not the dense one; it was loaded and answers"}
@@ -228,5 +230,3 @@ def said(report: dict[str, Any]) -> list[str]:
     size = f"{report['bytes'] / 1e9:.2f} GB" if report["bytes"] >= 1e8 else f"{report['bytes'] / 1e6:.2f} MB"
     lines.append(f"{report['out']}: {report['from']} -> {report['to']}, {report['tensors']} tensors, {size}")
     return lines
-
-

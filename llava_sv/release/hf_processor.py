@@ -57,7 +57,9 @@ def read_theirs(folder: Path) -> Any:
     if not isinstance(values, dict):
         path = folder / PREPROCESSOR
         values = read_json(path, "the download again, or what")
-    said = values.get("image_processor_type") if isinstance(values, dict) else None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds a {type(values).__name__}, not settings; get the file again")
+    said = values.get("image_processor_type") or "CLIPImageProcessor"  # old files say nothing
     kind = str(said).removesuffix("Fast").removesuffix("Pil")
     classes = _classes()
     if kind not in classes:

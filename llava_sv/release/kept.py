@@ -181,10 +181,13 @@ def _fits(index: Path, new: Path) -> bool:
 def keep(plan: Plan, now: dict[str, Any], folder: Path, layout: str, but: set[str], about: dict[str, Any]) -> None:
     """Keep the small files of `plan.source` in the new `folder`, and those of other layouts that it had kept and that
     still hold. but: groups that the new folder does not say the same of; about: what else to record."""
-    sources = {plan.layout: {name: plan.source / name for name in _names() if (plan.source / name).is_file()}}
+    sources: dict[str, dict[str, Path]] = {}
+    absent: dict[str, list[str]] = {}
     same = _same_groups(plan.source, now)
-    had = {group_of(name) for name in sources[plan.layout]}
-    absent = {plan.layout: [group for group in NEEDS if group not in had | but]}
+    if plan.layout != layout:
+        own = {name: plan.source / name for name in _names() if (plan.source / name).is_file()}
+        sources[plan.layout] = own
+        absent[plan.layout] = [group for group in NEEDS if group not in {group_of(name) for name in own} | but]
     for other in LAYOUTS:
         if other not in (plan.layout, layout):
             absent[other] = [group for group in _absent(plan.source, other) if group in same - but]
@@ -200,8 +203,11 @@ def keep(plan: Plan, now: dict[str, Any], folder: Path, layout: str, but: set[st
             if not (folder / name).is_file() or sha256_of(folder / name) != sha:
                 (folder / FOLDER / name_of).mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, folder / FOLDER / name_of / name)
+    if not kept and plan.layout == layout:
+        return
     (folder / FOLDER).mkdir(exist_ok=True)
-    write_json(folder / FOLDER / RECORD, {"format": 1, "from": plan.layout, "kept": kept, "absent": absent, **about})
+    before = record(plan.source).get("from") if plan.layout == layout else plan.layout
+    write_json(folder / FOLDER / RECORD, {"format": 1, "from": before, "kept": kept, "absent": absent, **about})
 
 
 def group_of(name: str) -> str:

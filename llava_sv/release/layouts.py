@@ -49,8 +49,8 @@ def layout_of(folder: Path) -> str:
     if model_type in BY_MODEL_TYPE and "mm_vision_tower" in values:
         return "sv" if any(name in values for name in OURS) else "llava"
     raise UserError(
-        f"{folder / 'config.json'}: model_type {model_type!r} is in no layout that is known: this project's and LLaVA's "
-        f"({', '.join(BY_MODEL_TYPE)}; with mm_vision_tower), transformers' ({', '.join(HF_MODEL_TYPES)}; with "
+        f"{folder / 'config.json'}: model_type {model_type!r} is in no layout that is known: this project's and "
+        f"LLaVA's ({', '.join(BY_MODEL_TYPE)}; with mm_vision_tower), transformers' ({', '.join(HF_MODEL_TYPES)}; with "
         "text_config)"
     )
 

@@ -1,8 +1,8 @@
 """Two folders asked the same about one picture, each loaded as its users load it: largest difference of their logits,
 and their greedy texts. Called by converting, before a new folder takes its place.
 
-Both are loaded in the type that the new folder stores, then computed in float32 on the CPU, one after the other: what is
-left is the difference of two programs, not that of rounding. T positions, K vocabulary.
+Both are loaded in the type that the new folder stores, then computed in float32 on the CPU, one after the other: what
+is left is the difference of two programs, not that of rounding. T positions, K vocabulary.
 """
 
 from __future__ import annotations
@@ -82,8 +82,9 @@ def refuse(agreement: Agreement) -> None:
     """`UserError` where logits are further apart than the tolerance, or are no numbers."""
     if not agreement.largest <= agreement.tolerance:
         raise UserError(
-            f"check: logits of source and result are up to {agreement.largest:.3g} apart, and {agreement.tolerance:.3g} "
-            "is allowed (1e-4, times the largest logit where that is above 1); nothing is left behind"
+            f"check: logits of source and result are up to {agreement.largest:.3g} apart, and "
+            f"{agreement.tolerance:.3g} is allowed (1e-4, times the largest logit where that is above 1); nothing is "
+            "left behind"
         )
 
 

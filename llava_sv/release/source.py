@@ -17,7 +17,9 @@ def local_folder(name: str) -> Path:
     if path.exists() or name.count("/") != 1 or name.startswith((".", "~", "/")) or path.parent.is_dir():
         if not path.is_dir():
             why = "is a file; give the folder that it is in" if path.is_file() else "no such folder"
-            raise UserError(f"{name}: {why if path.is_file() else why + '; give a checkpoint folder or a Hugging Face id'}")
+            raise UserError(
+                f"{name}: {why if path.is_file() else why + '; give a checkpoint folder or a Hugging Face id'}"
+            )
         return path
     from huggingface_hub import HfApi, snapshot_download
 

@@ -27,6 +27,7 @@ from llava_sv.release.tokenizer_files import write_chat_template, write_generati
 from llava_sv.release.weights import Entry, write_weights
 from llava_sv.tiling import ANYRES, default_pinpoints
 
+
 def write(plan: Plan, folder: Path, shard_bytes: int | None, dtype: torch.dtype | None) -> dict[str, Any]:
     """Fill `folder`; returns what the way back must know (for the record of the conversion). Notes go to the plan."""
     check(plan)
@@ -49,7 +50,8 @@ def check(plan: Plan) -> None:
         raise UserError(f"{where}: --to hf has no multi-scale resampler: a model of family cos stays in layout sv")
     if config.get("skip_vision"):
         raise UserError(
-            f"{where}: skips visual tokens, which transformers' own classes cannot; pass --drop-skip for the dense model"
+            f"{where}: skips visual tokens, which transformers' own classes cannot; pass --drop-skip for the "
+            "dense model"
         )
     if family == "llava_hd" and aspect != ANYRES:
         raise UserError(

@@ -1,13 +1,10 @@
 """transformers' LLaVA and LLaVA-NeXT to this project's layout and back: logits, greedy text and files are the same."""
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from llava_sv import cli
-from tests.release.hf_checkpoints import ask_hf, ask_sv, make_hf, picture, rewrite, small_files
+from tests.release.hf_checkpoints import SIDE, ask_hf, ask_sv, make_hf, picture, small_files
 
 PROMPT = "USER: <image>\nWhat colour is it? ASSISTANT:"
 
@@ -43,7 +40,13 @@ KINDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS)
+FAST = ("shards", "tied", "pads", "siglip", "next")
+"""The others take the same paths once more."""
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_there_and_back(tmp_path, capsys, kind):
     hf = make_hf(tmp_path / "hf", **KINDS[kind])
     assert convert(hf, "sv", tmp_path / "sv") == 0
@@ -59,3 +62,80 @@ def test_there_and_back(tmp_path, capsys, kind):
     assert len(weights) == (1 if "shards" not in KINDS[kind] else len(weights)) > 0
     if "shards" in KINDS[kind]:
         assert len(weights) > 2
+
+
+def as_published(folder, style, old):
+    """The folder as other releases of transformers left it: names of weights in `style`; old: 4.3x's small files."""
+    for path in sorted(folder.glob("*.safetensors")):
+        values = {}
+        for name, value in load_file(path).items():
+            for prefix, other in style.items():
+                if name.startswith(prefix):
+                    name = other + name.removeprefix(prefix)
+                    break
+            values[name] = value
+        save_file(values, path, metadata={"format": "pt"})
+    if not old:
+        return
+    config = json.loads((folder / "config.json").read_text())
+    text, vision = config["text_config"], config["vision_config"]
+    sparse = {"_name_or_path": "lmsys/vicuna-7b-v1.5", "torch_dtype": "float32", "rope_theta": 10000.0}
+    for name in ("rope_parameters", "pretraining_tp", "attention_bias", "mlp_bias", "use_cache", "initializer_range"):
+        text.pop(name)
+    for name in ("initializer_factor", "layer_norm_eps", "hidden_act", "num_channels"):
+        vision.pop(name)
+    config |= {"text_config": {**text, **sparse}, "ignore_index": -100, "torch_dtype": "float32", "pad_token_id": 5}
+    config.pop("dtype")
+    (folder / "config.json").write_text(json.dumps(config, indent=4))
+    processor = json.loads((folder / "processor_config.json").read_text())
+    images = processor.pop("image_processor")
+    images |= {"size": SIDE, "crop_size": SIDE, "processor_class": "LlavaProcessor"}
+    del images["image_processor_type"]
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
+    jinja = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": jinja}))
+    (folder / "chat_template.jinja").unlink()
+
+
+STYLES = {
+    "4.3x": ({"vision_tower.": "vision_tower.vision_model."}, True),
+    "in memory": (
+        {
+            "language_model.model.": "model.language_model.",
+            "language_model.lm_head.": "lm_head.",
+            "vision_tower.": "model.vision_tower.",
+            "multi_modal_projector.": "model.multi_modal_projector.",
+        },
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_names_and_files_of_other_releases(tmp_path, style):
+    hf = make_hf(tmp_path / "hf")
+    as_published(hf, *STYLES[style])
+    assert convert(hf, "sv", tmp_path / "sv") == 0
+    same_answers(hf, tmp_path / "sv")
+    assert json.loads((tmp_path / "sv" / "config.json").read_text())["conv_template"] == "vicuna_v1"
+    assert convert(tmp_path / "sv", "hf", tmp_path / "back") == 0
+    assert small_files(tmp_path / "back") == small_files(hf)
+
+
+def test_pickled_weights_and_buffers_of_old_releases(tmp_path, capsys):
+    hf = make_hf(tmp_path / "hf")
+    values = load_file(hf / "model.safetensors")
+    values["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    values["vision_tower.embeddings.position_ids"] = torch.arange(17)[None]
+    torch.save(values, hf / "pytorch_model.bin")
+    (hf / "model.safetensors").unlink()
+    assert convert(hf, "sv", tmp_path / "sv", "--no-check") == 0
+    assert "weights: 2 buffer(s) left out that models make by themselves" in capsys.readouterr().out
+    (hf / "pytorch_model.bin").unlink()
+    for name in [name for name in values if name.endswith(("inv_freq", "position_ids"))]:
+        del values[name]
+    save_file(values, hf / "model.safetensors", metadata={"format": "pt"})
+    same_answers(hf, tmp_path / "sv")
+    assert convert(tmp_path / "sv", "hf", tmp_path / "back", "--no-check") == 0
+    assert small_files(tmp_path / "back") == small_files(hf)

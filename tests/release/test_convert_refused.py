@@ -255,7 +255,14 @@ sys.exit(cli.main(["convert", {source!r}, "--to", "sv", "--out", {out!r}, "--for
 """
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGKILL", -signal.SIGKILL)])
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("SIGTERM", 143),
+        pytest.param("SIGINT", 130, marks=pytest.mark.slow),
+        pytest.param("SIGKILL", -signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+)
 def test_a_kill_leaves_what_was_there(made, tmp_path, name, code):
     out = tmp_path / "out"
     out.mkdir()

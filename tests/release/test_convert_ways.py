@@ -9,23 +9,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPVisionModel
 
 from llava_sv import cli
+from llava_sv.conversation import CONV_TEMPLATES, render
 from llava_sv.files import sha256_of
 from llava_sv.release.chat_templates import jinja_of, template_of
-from llava_sv.conversation import CONV_TEMPLATES, render
-from tests.model.liuhaotian import make_encoder, make_v15, make_v16
+from tests.model.liuhaotian import make_encoder, make_v16
 from tests.release.hf_checkpoints import (
     SIDE,
+    VISION,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
-    VISION,
-    ask_hf,
-    ask_sv,
     make_hf,
-    picture,
     rewrite,
     small_files,
 )
-from tests.release.test_convert_hf import PROMPT, convert, same_answers
+from tests.release.test_convert_hf import convert, same_answers
 from tests.train.tiny import make_tokenizer
 
 
