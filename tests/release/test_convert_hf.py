@@ -1,7 +1,10 @@
 """transformers' LLaVA and LLaVA-NeXT to this project's layout and back: logits, greedy text and files are the same."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llava_sv import cli
 from tests.release.hf_checkpoints import SIDE, ask_hf, ask_sv, make_hf, picture, small_files
@@ -44,9 +47,10 @@ FAST = ("shards", "tied", "pads", "siglip", "next")
 """The others take the same paths once more."""
 
 
-@pytest.mark.parametrize(
-    "kind", [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
-)
+ALL = [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+
+
+@pytest.mark.parametrize("kind", ALL)
 def test_there_and_back(tmp_path, capsys, kind):
     hf = make_hf(tmp_path / "hf", **KINDS[kind])
     assert convert(hf, "sv", tmp_path / "sv") == 0
