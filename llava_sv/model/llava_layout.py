@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from llava_sv.errors import UserError
 from llava_sv.files import read_json
-from llava_sv.model.checkpoint_io import UNREADABLE
+from llava_sv.model.checkpoint_io import UNREADABLE, out_of_reach
 from llava_sv.tiling import ANYRES
 
 NEWLINE, OUR_NEWLINE = "model.image_newline", "model.mm_projector.image_newline"
@@ -38,6 +38,9 @@ YI_VOCABULARY = 64000
 
 UNPAD = "spatial_unpad"
 
+OURS = ("mm_family", "skip_vision", "vision_config")
+"""Fields of this project's config.json, any of which LLaVA's own has not."""
+
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Files that hold or list a whole checkpoint's weights, in the order in which transformers looks for them."""
 
@@ -52,8 +55,8 @@ SWITCHES = {
 
 
 def is_foreign(values: dict[str, Any]) -> bool:
-    """Whether a LLaVA's config.json is not this project's: that always names its family."""
-    return "mm_family" not in values and "mm_vision_tower" in values
+    """Whether a LLaVA's config.json is not this project's, which has fields that LLaVA's has not."""
+    return "mm_vision_tower" in values and not any(name in values for name in OURS)
 
 
 def as_ours(values: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +152,7 @@ def find_file(path: str, name: str) -> str | None:
     from transformers.utils import cached_file
 
     try:
-        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        found = cached_file(path, name, local_files_only=out_of_reach(), _raise_exceptions_for_missing_entries=False)
     except OSError:
         return None
     return None if found is None else str(found)

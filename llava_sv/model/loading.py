@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -14,7 +15,7 @@ from transformers.utils import cached_file
 
 from llava_sv.errors import UserError
 from llava_sv.mm_utils import check_aspect_ratio
-from llava_sv.model.checkpoint_io import load_strictly
+from llava_sv.model.checkpoint_io import load_strictly, out_of_reach
 from llava_sv.model.compression.select import get_selector
 from llava_sv.model.config import LlavaFields
 from llava_sv.model.cos_presets import CUSTOM
@@ -32,6 +33,8 @@ from llava_sv.model.multimodal_projector.families import get_grouping
 from llava_sv.model.splice import PADDING_SIDES
 from llava_sv.model.token_counts import check_counts, selects
 from llava_sv.tiling import ANYRES
+
+logger = logging.getLogger(__name__)
 
 CUT_BY_GRID: dict[str, tuple[str, ...]] = {"mm_family": ("llava_hd",), "image_aspect_ratio": ("pad", "square")}
 CUT_BY_PINPOINTS: dict[str, tuple[str, ...]] = {"mm_family": ("llava_hd",), "image_aspect_ratio": (ANYRES,)}
@@ -89,6 +92,9 @@ def read_config(model_path: str, vision_tower: str | None = None) -> LlavaFields
         raise UserError(f"checkpoint {path}: {error}") from error
     if foreign and holds_encoder(model_path):
         config.vision_config = vision
+    if foreign:
+        whose = config.mm_vision_tower if config.vision_config is None else "the checkpoint itself"
+        logger.info("%s: the vision encoder's weights are those of %s", model_path, whose)
     return config
 
 
@@ -202,7 +208,7 @@ def read_config_json(model_path: str) -> tuple[str, dict[str, Any]]:
         raise UserError(f"checkpoint {model_path}: has no config.json; give the folder that training wrote")
     if not os.path.isdir(model_path):
         try:
-            path = str(cached_file(model_path, "config.json"))
+            path = str(cached_file(model_path, "config.json", local_files_only=out_of_reach()))
         except OSError as error:
             why = str(error).splitlines()[0]
             raise UserError(f"checkpoint {model_path}: no such folder, and it cannot be fetched ({why})") from error

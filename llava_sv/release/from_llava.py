@@ -71,6 +71,8 @@ def read(source: Path, vision_tower: str | None = None, base: str | None = None)
         ours, entries = _on_base(source, base, ours)
     else:
         entries = [_named_as_ours(entry) for entry in open_weights(source)]
+    if "torch_dtype" in ours:
+        ours["dtype"] = ours.pop("torch_dtype")
     ours["model_type"] = BY_MODEL_TYPE[ours["model_type"]].model_type
     ours["architectures"] = [BY_MODEL_TYPE[ours["model_type"]].model.__name__]
     tower = str(config.mm_vision_tower)
@@ -81,7 +83,8 @@ def read(source: Path, vision_tower: str | None = None, base: str | None = None)
     plan = Plan(source, "llava", ours, entries, notes=[said])
     if values.get("conv_template") is None:
         plan.notes.append(
-            f"conv_template {ours['conv_template']}: LLaVA's config.json names none, its language model does"
+            f"prompts: conv_template {ours['conv_template']} by the language model, since LLaVA's config.json names "
+            "none; --conv-template names another"
         )
     check(plan)
     plan.tokenizer = load_tokenizer(str(base if alone else source))

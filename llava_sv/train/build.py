@@ -116,7 +116,7 @@ def _continue(own: Path, model_args: ModelArguments, data_args: DataArguments, a
     from llava_sv.model.multimodal_encoder.builder import read_vision_config
     from llava_sv.model.token_counts import with_family_budget
 
-    config = read_config(str(own))
+    config = read_config(str(own), encoder_elsewhere(own, model_args.vision_tower))
     vision = config.vision_config or read_vision_config(config.mm_vision_tower, config.mm_vision_image_size).to_dict()
     _refuse_other_weights(own, described_by(config, vision), model_args)
     _set_anew(config, model_args, _settings(model_args, data_args, args))
@@ -136,6 +136,14 @@ def _continue(own: Path, model_args: ModelArguments, data_args: DataArguments, a
         load_projector(model, model_args.pretrain_mm_mlp_adapter)
     processor = own if (own / "preprocessor_config.json").is_file() else config.mm_vision_tower
     return load_tokenizer(str(own)), model, load_image_processor(str(processor), config.mm_vision_image_size)
+
+
+def encoder_elsewhere(own: Path, vision_tower: str | None) -> str | None:
+    """The folder that `--vision_tower` gives for the encoder which a checkpoint names and does not describe (LLaVA's
+    own checkpoints do not); None where the flag says nothing of the kind."""
+    if not vision_tower or not Path(vision_tower).is_dir() or read_json(own).get("vision_config") is not None:
+        return None
+    return vision_tower
 
 
 def _refuse_other_weights(own: Path, config: Any, model_args: ModelArguments) -> None:
@@ -183,6 +191,7 @@ def choose_trainable(model: Any, model_args: ModelArguments) -> None:
     model.requires_grad_(not (model_args.tune_mm_mlp_adapter or model_args.freeze_backbone))
     tower.requires_grad_(False)
     if model_args.unfreeze_mm_vision_tower:
+        model.config.unfreeze_mm_vision_tower = True  # as LLaVA has it: the checkpoint's encoder is its own from now on
         for parameter, _ in tower.used_parameters().values():
             parameter.requires_grad_(True)
     projector.requires_grad_(not model_args.freeze_mm_mlp_adapter)

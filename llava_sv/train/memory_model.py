@@ -20,7 +20,7 @@ def model_config(asked: Any, dense: bool = False) -> Any:
     from llava_sv.model.loading import check_config, described_by, is_llava, read_config
     from llava_sv.model.multimodal_encoder.builder import read_vision_config
     from llava_sv.model.token_counts import with_family_budget
-    from llava_sv.train.build import _set_anew
+    from llava_sv.train.build import _set_anew, encoder_elsewhere
     from llava_sv.train.preflight import find_model
     from llava_sv.train.preflight import read_config as read_json
 
@@ -31,7 +31,7 @@ def model_config(asked: Any, dense: bool = False) -> Any:
     if own is None:
         raise UserError(_no_config("model_name_or_path", args.model_name_or_path))
     if is_llava(read_json(own)):
-        config = read_config(str(own))
+        config = read_config(str(own), encoder_elsewhere(own, args.vision_tower))
         if config.vision_config is None:
             config.vision_config = _vision(config.mm_vision_tower, config.mm_vision_image_size, read_vision_config)
         _set_anew(config, args, {"image_aspect_ratio": asked.values.image_aspect_ratio})

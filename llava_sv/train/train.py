@@ -80,6 +80,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     from llava_sv.data.streaming import check_streaming
     from llava_sv.train import adaptive, best, build, evaluation, find_batch, lora, resume, universal
     from llava_sv.train.distributed import check_processes_agree, check_world
+    from llava_sv.train.pickles import check_pickles
     from llava_sv.train.preflight import data_content
     from llava_sv.train.stopping import clear
 
@@ -93,6 +94,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     plan = resume.plan(args, asked)
     resume.check_agreement(plan, args)
     evaluation.check_resumption(plan.checkpoint, asked)
+    if plan.checkpoint is not None and args.deepspeed:
+        check_pickles(plan.checkpoint)
     if plan.finished:
         say(plan.note)
         leave()

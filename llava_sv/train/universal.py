@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 from llava_sv.errors import UserError
 from llava_sv.files import replacing, write_json
 from llava_sv.train import checkpoint
+from llava_sv.train.pickles import check_pickles, read_restricted
 
 LATEST = "latest_universal"
 """File that names the copy's folder: DeepSpeed looks for it."""
@@ -48,6 +49,7 @@ def convert(folder: str | Path, workers: int | None = None) -> Path:
     shards = _check_convertible(folder)
     if (there := universal_of(folder)) is not None:
         return there
+    check_pickles(shards)
     for left_over in folder.glob(f"*{PARTIAL}*"):
         shutil.rmtree(left_over)
     final = folder / f"{shards.name}{SUFFIX}"
@@ -160,24 +162,20 @@ def _fit_for_any_stage(shards: Path, out: Path) -> None:
         if not (out / name).is_file():
             shutil.copyfile(here, out / name)
     optimizer = out / "zero" / "optimizer_state.pt"
-    states = _read(optimizer)
+    states = read_restricted(optimizer)
     if is_zero3(shards):
         step = states["optimizer_state_dict"]["state"][0]["step"]
         for parameter in {path.parent for path in (out / "zero").rglob("fp32.pt")}:
             torch.save(step, parameter / "step.pt")
             for name in MOMENTS:
-                torch.save({"param": _read(parameter / name)}, parameter / name)
+                torch.save({"param": read_restricted(parameter / name)}, parameter / name)
         states["optimizer_state_dict"]["state"] = {0: {"step": step}}  # all else of it is by parameter now
         states.pop("fp32_flat_groups", None)
-        states.setdefault("ds_version", _read(here)["ds_version"])
+        states.setdefault("ds_version", read_restricted(here)["ds_version"])
     else:
-        step = _read(next((out / "zero").rglob("step.pt")))
+        step = read_restricted(next((out / "zero").rglob("step.pt")))
         states["optimizer_state_dict"] = {"state": {0: {"step": step}}, "param_groups": states["param_groups"]}
     torch.save(states, optimizer)
-
-
-def _read(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=False)
 
 
 def needs_universal(folder: Path, saved_by: int, args: Any) -> bool:
@@ -233,7 +231,7 @@ def restore_groups(optimizer: Any, folder: Path) -> None:
     copy = universal_of(folder)
     if copy is None:
         raise RuntimeError(f"{folder} has no universal copy")
-    saved = _read(copy / "zero" / "optimizer_state.pt")["param_groups"]
+    saved = read_restricted(copy / "zero" / "optimizer_state.pt")["param_groups"]
     if len(saved) != len(optimizer.param_groups):
         raise UserError(
             f"{folder} has {len(saved)} groups of parameters, this run has {len(optimizer.param_groups)}: resume with "
