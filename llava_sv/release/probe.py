@@ -39,9 +39,11 @@ ROOM = 1.3
 
 @dataclass
 class Answer:
-    """What a model said: ids [T0] with one mark for the picture, logits [T, K], greedy text."""
+    """What a model was asked and said: ids [T0] with one mark for the picture, pixels [3, H, W] or [views, 3, H, W],
+    logits [T, K], greedy text."""
 
     ids: list[int]
+    pixels: Tensor
     logits: Tensor
     text: str
 
@@ -89,17 +91,17 @@ def refuse(agreement: Agreement) -> None:
 
 
 def ask(
-    folder: Path, layout: str, dtype: torch.dtype, dense: bool = False, ids: list[int] | None = None, **how: Any
+    folder: Path, layout: str, dtype: torch.dtype, dense: bool = False, asked: Answer | None = None, **how: Any
 ) -> Answer:
-    """The answer of the checkpoint in `folder`. dense: leave its skipping out; ids: in place of those that its own
-    tokenizer makes of the prompt; how: more for `load_pretrained_model`."""
+    """The answer of the checkpoint in `folder`. dense: leave its skipping out; asked: take ids and pixels from there,
+    not from its own tokenizer and image processor; how: more for `load_pretrained_model`."""
     with _quiet(), torch.inference_mode():
-        answer = _ask_hf(folder, dtype, ids) if layout == "hf" else _ask_ours(folder, dtype, dense, ids, how)
+        answer = _ask_hf(folder, dtype, asked) if layout == "hf" else _ask_ours(folder, dtype, dense, asked, how)
     gc.collect()
     return answer
 
 
-def _ask_ours(folder: Path, dtype: torch.dtype, dense: bool, ids: list[int] | None, how: dict[str, Any]) -> Answer:
+def _ask_ours(folder: Path, dtype: torch.dtype, dense: bool, asked: Answer | None, how: dict[str, Any]) -> Answer:
     from llava_sv.model.builder import load_pretrained_model
     from llava_sv.model.loading import load_whole, read_config
 
@@ -112,17 +114,17 @@ def _ask_ours(folder: Path, dtype: torch.dtype, dense: bool, ids: list[int] | No
         config.skip_vision = None
         model = load_whole(str(folder), config, dtype=dtype, unused_weights=("model.mm_projector.summary.",)).eval()
     model = model.float()
-    ids = ids or list(tokenizer_image_token(PROMPT, tokenizer))
+    ids = asked.ids if asked else list(tokenizer_image_token(PROMPT, tokenizer))
     image = picture()
-    pixels = list(process_images([image], processor, model.config))
-    given: dict[str, Any] = {"images": pixels, "image_sizes": [image.size]}
+    pixels = asked.pixels if asked else process_images([image], processor, model.config)[0]
+    given: dict[str, Any] = {"images": [pixels], "image_sizes": [image.size]}
     prompt = torch.tensor([ids])
     logits = model(input_ids=prompt, **given).logits[0].float()
     tokens = model.generate(prompt, **given, max_new_tokens=NEW_TOKENS, do_sample=False)
-    return Answer(ids, logits, tokenizer.decode(tokens[0], skip_special_tokens=True))
+    return Answer(ids, pixels, logits, tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 
-def _ask_hf(folder: Path, dtype: torch.dtype, ids: list[int] | None) -> Answer:
+def _ask_hf(folder: Path, dtype: torch.dtype, asked: Answer | None) -> Answer:
     from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
     is_next = read_values(folder)["model_type"] == "llava_next"
@@ -136,16 +138,17 @@ def _ask_hf(folder: Path, dtype: torch.dtype, ids: list[int] | None) -> Answer:
     processor.image_processor = hf_processor.read_theirs(folder)  # pictures by PIL, whatever is installed
     given = processor(images=picture(), text=PROMPT, return_tensors="pt")
     image = model.config.image_token_index
-    if ids is not None:
+    if asked is not None:
         tokens = int((given["input_ids"] == image).sum())
-        row = [one for i in ids for one in ([image] * tokens if i == IMAGE_TOKEN_INDEX else [i])]
+        row = [one for i in asked.ids for one in ([image] * tokens if i == IMAGE_TOKEN_INDEX else [i])]
         given["input_ids"] = torch.tensor([row])
         given["attention_mask"] = torch.ones_like(given["input_ids"])
-    ids = ids or _with_one_mark(given["input_ids"][0].tolist(), image)
+        given["pixel_values"] = asked.pixels[None]
+    ids = _with_one_mark(given["input_ids"][0].tolist(), image)
     logits = model(**given).logits[0].float()
     tokens = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)
     new = tokens[0, given["input_ids"].shape[1] :]
-    return Answer(ids, logits, processor.tokenizer.decode(new, skip_special_tokens=True))
+    return Answer(ids, given["pixel_values"][0], logits, processor.tokenizer.decode(new, skip_special_tokens=True))
 
 
 def _with_one_mark(ids: list[int], image: int) -> list[int]:

@@ -143,3 +143,14 @@ def test_pickled_weights_and_buffers_of_old_releases(tmp_path, capsys):
     same_answers(hf, tmp_path / "sv")
     assert convert(tmp_path / "sv", "hf", tmp_path / "back", "--no-check") == 0
     assert small_files(tmp_path / "back") == small_files(hf)
+
+
+def test_pixels_that_cannot_agree_are_said(tmp_path, capsys):
+    """Tiles that transformers' processor enlarges and crops once more."""
+    hf = make_hf(tmp_path / "hf", is_next=True, processor={"size": {"shortest_edge": 40}})
+    assert convert(hf, "sv", tmp_path / "sv", "--json", tmp_path / "done.json") == 0
+    out = capsys.readouterr().out
+    assert "note: pictures: LlavaNextImageProcessor and image_aspect_ratio anyres make pixels" in out
+    check = json.loads((tmp_path / "done.json").read_text())["check"]
+    assert check["same_pixels"] is False
+    assert check["logits"] <= check["tolerance"], "the models agree on the same pixels"
