@@ -143,7 +143,7 @@ def read_jinja(folder: Path, tokenizer: Any) -> str | None:
         except UnicodeDecodeError as error:
             raise UserError(f"{folder / FILE}: is not UTF-8 text (near byte {error.start})") from error
     if (folder / OLD_FILE).is_file():
-        values = read_json(folder / OLD_FILE, "the download again, or what")
+        values = read_json(folder / OLD_FILE, "the download or the training again")
         found = values.get("chat_template") if isinstance(values, dict) else None
         return found if isinstance(found, str) else None
     found = getattr(tokenizer, "chat_template", None)

@@ -147,15 +147,13 @@ def _make(plan: Plan, changed: Plan, now: dict[str, Any], options: Options, fold
     if options.to == "llava" and options.vision_tower:
         given = {"vision_tower": options.vision_tower}
     about = _layout_module("to", options.to).write(changed, folder, options.shard_bytes, dtype, **given) or {}
-    but = {"chat"} if options.conv_template else set()
-    if options.dtype or options.drop_skip or options.skip_vision or options.conv_template:
-        but |= {"config", "processor", "index"}
-    back = kept.put_back(plan.source, now, folder, options.to, but)
+    back = kept.put_back(plan.source, now, folder, options.to, _not_of_then(options, options.to))
     names = kept.record(plan.source).get("names")
     if plan.layout == "hf":
         names = asdict(style_of(entry.name for entry in open_weights(plan.source)))
     home = set(kept.originals(plan.source, options.to))
     if not home or not all(kept.group_of(name) in back for name in home):
+        but = _not_of_then(options, plan.layout)
         kept.keep(plan, now, folder, options.to, but, {"names": names, **about})
     written = _layout_module("from", options.to).read(folder, **given)
     check_plan(written)
@@ -177,6 +175,14 @@ def _make(plan: Plan, changed: Plan, now: dict[str, Any], options: Options, fold
         "notes": list(dict.fromkeys(changed.notes)),
         "check": check,
     }
+
+
+def _not_of_then(options: Options, layout: str) -> set[str]:
+    """Groups of `layout`'s files (`kept.GROUPS`) that the flags make say something else."""
+    groups = {"chat"} if options.conv_template else set()
+    if options.dtype or options.drop_skip or options.skip_vision or (options.conv_template and layout != "hf"):
+        groups |= {"config", "processor", "index"}
+    return groups
 
 
 def _check(

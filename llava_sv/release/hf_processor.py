@@ -52,11 +52,11 @@ def read_theirs(folder: Path) -> Any:
     values = None
     path = folder / PROCESSOR
     if path.is_file():
-        whole = read_json(path, "the download again, or what")
+        whole = read_json(path, "the download or the training again")
         values = whole.get("image_processor") if isinstance(whole, dict) else None
     if not isinstance(values, dict):
         path = folder / PREPROCESSOR
-        values = read_json(path, "the download again, or what")
+        values = read_json(path, "the download or the training again")
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds a {type(values).__name__}, not settings; get the file again")
     said = values.get("image_processor_type") or "CLIPImageProcessor"  # old files say nothing

@@ -67,7 +67,7 @@ def print_of(plan: Plan) -> dict[str, Any]:
     """What is to be compared of a checkpoint as its reader sees it."""
     processor = plan.image_processor.to_dict() if plan.image_processor is not None else None
     generation = plan.source / "generation_config.json"
-    values = read_json(generation, "the download again, or what") if generation.is_file() else {}
+    values = read_json(generation, "the download or the training again") if generation.is_file() else {}
     if not isinstance(values, dict):
         raise UserError(f"{generation}: holds a {type(values).__name__}, not settings; get the file again")
     made = {
@@ -99,13 +99,13 @@ def unchanged(then: Any, now: Any) -> bool:
     return then == now
 
 
-def _same_groups(source: Path, now: dict[str, Any]) -> set[str]:
+def _same_groups(source: Path, now: dict[str, Any], layout: str) -> set[str]:
+    """Groups of `layout`'s files that still say what `source` (`now` is its print) said when it was made."""
     then = record(source).get("print") or {}
-    return {
-        group
-        for group, needs in NEEDS.items()
-        if all(need in then and need in now and unchanged(then[need], now[need]) for need in needs)
-    } | {"index"}
+    same = {need for need in now if need in then and unchanged(then[need], now[need])}
+    groups = {group for group, needs in NEEDS.items() if same.issuperset(needs)} | {"index"}
+    # transformers' config.json names no conversation template, the others' do
+    return groups if layout == "hf" or "conv_template" in same else groups - {"config", "processor"}
 
 
 def originals(folder: Path, layout: str) -> dict[str, Path]:
@@ -153,7 +153,7 @@ def put_back(source: Path, now: dict[str, Any], folder: Path, layout: str, but: 
     """Put kept files of `layout` into the new `folder`, group by group where `now` (the print of `source`) says that
     nothing has changed; groups in `but` are left out. Returns the groups whose files are those of then."""
     files, back = originals(source, layout), set()
-    same = _same_groups(source, now) - but
+    same = _same_groups(source, now, layout) - but
     absent = _absent(source, layout)
     for group, names in GROUPS.items():
         chosen = {name: files[name] for name in names if name in files}
@@ -183,13 +183,13 @@ def keep(plan: Plan, now: dict[str, Any], folder: Path, layout: str, but: set[st
     still hold. but: groups that the new folder does not say the same of; about: what else to record."""
     sources: dict[str, dict[str, Path]] = {}
     absent: dict[str, list[str]] = {}
-    same = _same_groups(plan.source, now)
     if plan.layout != layout:
         own = {name: plan.source / name for name in _names() if (plan.source / name).is_file()}
         sources[plan.layout] = own
         absent[plan.layout] = [group for group in NEEDS if group not in {group_of(name) for name in own} | but]
     for other in LAYOUTS:
         if other not in (plan.layout, layout):
+            same = _same_groups(plan.source, now, other)
             absent[other] = [group for group in _absent(plan.source, other) if group in same - but]
             held = originals(plan.source, other)
             sources[other] = {name: path for name, path in held.items() if group_of(name) in same}

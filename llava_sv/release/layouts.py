@@ -29,7 +29,7 @@ def read_values(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: has no config.json; give the folder of a checkpoint")
-    values = read_json(path, "the download again, or what")
+    values = read_json(path, "the download or the training again")
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds a {type(values).__name__}, not a config's fields; get the file again")
     return values

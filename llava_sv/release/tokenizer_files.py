@@ -30,7 +30,7 @@ def write_tokenizer(plan: Plan, folder: Path) -> None:
         plan.tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     if path.is_file():
-        values = read_json(path, "the download again, or what")
+        values = read_json(path, "the download or the training again")
         if isinstance(values, dict) and PROCESSOR_CLASS in values:
             del values[PROCESSOR_CLASS]
             path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -120,6 +120,19 @@ def test_what_was_edited_is_not_put_back(hf, tmp_path):
     same_answers(tmp_path / "back", tmp_path / "sv")
 
 
+def test_a_conversation_template_stands_where_a_layout_has_a_place_for_it(sv, tmp_path):
+    """The template of an edited chat template reaches config.json; one that a flag names reaches the chat template."""
+    assert convert(sv, "hf", tmp_path / "hf", "--no-check") == 0
+    chatml = jinja_of(CONV_TEMPLATES["chatml"], AutoTokenizer.from_pretrained(sv))
+    (tmp_path / "hf" / "chat_template.jinja").write_text(chatml)
+    assert convert(tmp_path / "hf", "sv", tmp_path / "back", "--no-check") == 0
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["conv_template"] == "chatml"
+    words = ("--no-check", "--conv-template", "mistral_instruct")
+    assert convert(tmp_path / "back", "hf", tmp_path / "again", *words) == 0
+    jinja = (tmp_path / "again" / "chat_template.jinja").read_text()
+    assert jinja == jinja_of(CONV_TEMPLATES["mistral_instruct"], AutoTokenizer.from_pretrained(sv))
+
+
 def test_types_and_shards(hf, tmp_path, capsys):
     report = tmp_path / "report.json"
     assert convert(hf, "sv", tmp_path / "sv", "--dtype", "bfloat16", "--shard-size", "30KB", "--json", report) == 0
