@@ -151,8 +151,8 @@ def _make(plan: Plan, changed: Plan, now: dict[str, Any], options: Options, fold
     names = kept.record(plan.source).get("names")
     if plan.layout == "hf":
         names = asdict(style_of(entry.name for entry in open_weights(plan.source)))
-    home = set(kept.originals(plan.source, options.to))
-    if not home or not all(kept.group_of(name) in back for name in home):
+    home = {kept.group_of(name) for name in kept.originals(plan.source, options.to)}
+    if "config" not in back or not home <= back:
         but = _not_of_then(options, plan.layout)
         kept.keep(plan, now, folder, options.to, but, {"names": names, **about})
     written = _layout_module("from", options.to).read(folder, **given)
@@ -181,7 +181,7 @@ def _not_of_then(options: Options, layout: str) -> set[str]:
     """Groups of `layout`'s files (`kept.GROUPS`) that the flags make say something else."""
     groups = {"chat"} if options.conv_template else set()
     if options.dtype or options.drop_skip or options.skip_vision or (options.conv_template and layout != "hf"):
-        groups |= {"config", "processor", "index"}
+        groups |= {"config", "index"}
     return groups
 
 

@@ -171,6 +171,30 @@ def test_a_dense_checkpoint_is_made_to_skip_and_dense_again(hf, tmp_path, capsys
     assert all(torch.equal(back[name], value) for name, value in dense.items())
 
 
+def test_tiles_made_to_skip_lose_their_row_ends_and_get_new_ones(tmp_path, capsys):
+    hf = make_hf(tmp_path / "hf", is_next=True)
+    words = ("--sv_num_retained", 4, "--sv_num_skipped", 5)
+    assert convert(hf, "sv", tmp_path / "skip", *words) == 0
+    assert "image_newline dropped" in capsys.readouterr().out
+    assert convert(tmp_path / "skip", "hf", tmp_path / "dense", "--drop-skip") == 0
+    out = capsys.readouterr().out
+    assert "image_newline is new: train it" in out
+    assert "the source skips and the result does not; it was loaded and answers" in out
+    old, new = tensors(hf), tensors(tmp_path / "dense")
+    assert [name for name in old if not torch.equal(old[name], new[name])] == ["image_newline"]
+
+
+def test_what_a_type_changed_is_made_anew_and_the_rest_put_back(hf, tmp_path):
+    assert convert(hf, "sv", tmp_path / "sv", "--dtype", "float16", "--no-check") == 0
+    assert convert(tmp_path / "sv", "hf", tmp_path / "back", "--no-check") == 0
+    changed = [name for name in differing(hf, tmp_path / "back") if not name.startswith(("model", "conversion/"))]
+    assert changed == ["config.json"]
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "float16"
+    assert convert(tmp_path / "back", "sv", tmp_path / "again", "--no-check") == 0
+    again = differing(tmp_path / "sv", tmp_path / "again")
+    assert [name for name in again if not name.startswith("conversion/")] == []
+
+
 def test_llava_s_layout_from_and_to_transformers(tmp_path, capsys):
     clip = make_encoder(tmp_path / "clip")
     make_v16(tmp_path / "llava", clip)
