@@ -6,7 +6,6 @@ from __future__ import annotations
 import ast
 import json
 import pickle
-import re
 import shutil
 from pathlib import Path
 
@@ -265,34 +264,66 @@ def test_converting_to_universal_looks_first(tmp_path, mark, monkeypatch, capsys
 
 # -- the source -------------------------------------------------------------------------------------------------------
 
-UNSAFE = re.compile(
-    r"weights_only\s*=\s*False|trust_remote_code\s*=\s*True|allow_pickle\s*=\s*True|yaml\.(unsafe_load|full_load|load\()"
-    r"|torch\.load\((?![^#]*weights_only)|\bjoblib\b|\bdill\b|read_pickle|(?<![\w.])(eval|exec)\("
-)
+PIPES = {"data/index_worker.py"}
+"""Pickles between a process and the one that it started."""
+
+ARGUMENTS = {"weights_only": False, "trust_remote_code": True, "allow_pickle": True}
+"""Arguments that let a file run code, with the value that does."""
+
+CALLS = {
+    "eval",
+    "exec",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "pd.read_pickle",
+    "joblib.load",
+    "dill.load",
+}
+
+
+def unsafe(call: ast.Call, pipes: bool) -> str | None:
+    """What is wrong with a call, or None. Options that are passed through (`**options`) are the caller's."""
+    name = ast.unparse(call.func)
+    given = {word.arg: word.value for word in call.keywords}
+    for argument, value in ARGUMENTS.items():
+        if isinstance(given.get(argument), ast.Constant) and given[argument].value is value:
+            return f"{argument}={value}"
+    if name in CALLS or (name in ("pickle.load", "pickle.loads", "pickle.Unpickler") and not pipes):
+        return name
+    if name == "torch.load" and "weights_only" not in given:
+        return "torch.load without weights_only"
+    made = name.startswith("Auto") and name.endswith((".from_pretrained", ".from_config"))
+    if made and not {"trust_remote_code", None} & set(given):  # transformers would ask on the terminal, and wait
+        return f"{name} without trust_remote_code=False"
+    return None
 
 
 def test_no_source_file_loads_unsafely():
-    """What stays unsafe must be written down here, with why."""
-    pipes = {"data/index_worker.py"}  # pickles between a process and the one that it started
-    found = {}
+    found = []
     for path in sorted(PACKAGE.rglob("*.py")):
-        name = str(path.relative_to(PACKAGE))
-        text = path.read_text()
-        hits = [match.group(0) for line in text.splitlines() if (match := UNSAFE.search(line))]
-        if re.search(r"pickle\.loads?\(", text) and name not in pipes:
-            hits.append("pickle.load")
-        if hits:
-            found[name] = hits
-    assert found == {}
-
-
-def test_every_auto_class_is_told_not_to_run_code():
-    """Without the argument, transformers asks on the terminal, and waits."""
-    silent = []
-    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).as_posix()
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("Auto"):
-                made = ast.unparse(node.func).endswith((".from_pretrained", ".from_config"))
-                if made and not any(word.arg == "trust_remote_code" for word in node.keywords):
-                    silent.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
-    assert silent == [], "pass trust_remote_code=False"
+            wrong = unsafe(node, name in PIPES) if isinstance(node, ast.Call) else None
+            if wrong:
+                found.append(f"{name}:{node.lineno}: {wrong}")
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("torch.load(path)", "torch.load without weights_only"),
+        ("torch.load(path, weights_only=False)", "weights_only=False"),
+        ("torch.load(path, weights_only=True)", None),
+        ("AutoTokenizer.from_pretrained(path)", "AutoTokenizer.from_pretrained without trust_remote_code=False"),
+        ("AutoConfig.from_pretrained(path, trust_remote_code=True)", "trust_remote_code=True"),
+        ("AutoConfig.from_pretrained(path, **options)", None),
+        ("np.load(path, allow_pickle=True)", "allow_pickle=True"),
+        ("pickle.loads(data)", "pickle.loads"),
+        ("yaml.load(text)", "yaml.load"),
+        ("model.eval()", None),
+    ],
+)
+def test_what_counts_as_unsafe(line, wrong):
+    assert unsafe(ast.parse(line, mode="eval").body, pipes=False) == wrong

@@ -33,8 +33,8 @@ TOWER = "model.vision_tower."
 LEFT_OVER = re.compile(r".*(rotary_emb\.inv_freq|embeddings\.position_ids)")
 """Buffers that old transformers wrote into checkpoints, and new ones compute."""
 
-YI_VOCABULARY = 64000
-"""Tokens of LLaVA-1.6-34B's language model."""
+YI_VOCABULARY, LLAMA_3_VOCABULARY = 64000, 128000
+"""Tokens of LLaVA-1.6-34B's language model; at least so many of LLaMA 3's."""
 
 UNPAD = "spatial_unpad"
 
@@ -78,11 +78,13 @@ def as_ours(values: dict[str, Any]) -> dict[str, Any]:
 
 def likely_template(values: dict[str, Any]) -> str:
     """The conversation template of LLaVA's own checkpoints, which their config.json does not name: by language model
-    (Mistral; Yi with its 64,000 tokens; LLaMA 2's chat model; Vicuna)."""
+    (Mistral; Yi and LLaMA 3 by their vocabularies; LLaMA 2's chat model; Vicuna)."""
     if values.get("model_type") == "llava_mistral":
         return "mistral_instruct"
     if values.get("model_type") == "llava_qwen" or values.get("vocab_size") == YI_VOCABULARY:
         return "chatml"
+    if (values.get("vocab_size") or 0) >= LLAMA_3_VOCABULARY:
+        return "llama_3"
     return "llama_2" if "llama-2" in str(values.get("_name_or_path")).lower() else "v1"
 
 
@@ -119,7 +121,7 @@ def _pinpoints(values: dict[str, Any]) -> list[list[int]] | None:
 def refuse_delta(path: str, values: dict[str, Any]) -> None:
     """`UserError` for LLaVA's first checkpoints, which hold only the difference to a LLaMA; they say so by name."""
     for name in (os.path.basename(path.rstrip("/")), os.path.basename(str(values.get("_name_or_path") or ""))):
-        if re.search(r"(?i)[-_]delta([-_]v\d+|$)", name):
+        if re.search(r"(?i)llava.*[-_]delta[-_]v\d", name):
             raise UserError(
                 f"checkpoint {path}: holds delta weights ({name}), the difference to a LLaMA, which are not read; add "
                 "them to their base with LLaVA's own apply_delta first, or take a later checkpoint"

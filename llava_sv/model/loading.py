@@ -83,7 +83,7 @@ def read_config(model_path: str, vision_tower: str | None = None) -> LlavaFields
         values = as_ours(values) if foreign else values
         config = strict_config(lambda: decoder.config.from_dict({k: v for k, v in values.items() if k != "model_type"}))
         if vision_tower is not None:
-            _name_encoder(config, vision_tower)
+            _name_encoder(config, vision_tower, model_path)
         vision = config.vision_config
         if vision is None:
             vision = read_vision_config(config.mm_vision_tower, config.mm_vision_image_size).to_dict()
@@ -98,8 +98,8 @@ def read_config(model_path: str, vision_tower: str | None = None) -> LlavaFields
     return config
 
 
-def _name_encoder(config: LlavaFields, vision_tower: str) -> None:
-    if config.vision_config is not None:
+def _name_encoder(config: LlavaFields, vision_tower: str, model_path: str) -> None:
+    if config.vision_config is not None and holds_encoder(model_path):  # a projector's or adapter's folder does not
         raise UserError(f"holds its encoder, so that {vision_tower} would not be read; drop --vision-tower")
     config.mm_vision_tower = vision_tower
 

@@ -97,6 +97,7 @@ def write(
     write_weights(folder, entries, shard_bytes, dtype)
     write_json(folder / "config.json", dict(sorted(config.items())))
     _write_beside(plan, folder, config)
+    plan.notes += _limits(plan, config)
     also = " and 'mistral'" if config["model_type"] == "llava_mistral" else ""
     plan.notes.append(f"LLaVA's code goes by a folder's name: keep 'llava'{also} in it, and no 'lora'")
 
@@ -143,6 +144,21 @@ def their_config(plan: Plan) -> dict[str, Any]:
             side = plan.config["vision_config"]["image_size"]
             config["image_grid_pinpoints"] = [list(pinpoint) for pinpoint in default_pinpoints(side)]
     return config
+
+
+def _limits(plan: Plan, config: dict[str, Any]) -> list[str]:
+    """What only some of LLaVA's code reads, and what only this machine has."""
+    notes = []
+    newer = [config["model_type"]] if config["model_type"] == "llava_qwen" else []
+    newer += ["SigLIP"] if plan.config["vision_config"]["model_type"].startswith("siglip") else []
+    if newer:
+        notes.append(f"{' and '.join(newer)}: read by the code of LLaVA-NeXT, not by that of LLaVA-1.5")
+    if Path(config["mm_vision_tower"]).is_dir():
+        notes.append(
+            f"mm_vision_tower is a folder of this machine ({config['mm_vision_tower']}); "
+            "before the result is passed on, write the encoder's published name there"
+        )
+    return notes
 
 
 # -- the encoder ------------------------------------------------------------------------------------------------------

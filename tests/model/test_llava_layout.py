@@ -320,6 +320,36 @@ def test_a_described_encoder_needs_no_folder(v15, clip, tmp_path):
         load(tmp_path / "ours", vision_tower=str(clip))
 
 
+def test_a_folder_that_describes_the_encoder_and_does_not_hold_it(v15, clip, tmp_path):
+    """A projector that pretraining here wrote: the encoder may lie elsewhere than it did."""
+    base = liuhaotian.make_base(tmp_path / "vicuna")
+    model = load(v15[0])[1]
+    model.config.mm_vision_tower = "/no/such/clip"
+    model.config.save_pretrained(tmp_path / "projector")
+    projector = {name: value for name, value in v15[1].items() if "mm_projector" in name}
+    torch.save(projector, tmp_path / "projector" / "mm_projector.bin")
+    with pytest.raises(UserError, match="/no/such/clip"):
+        load(tmp_path / "projector", model_base=str(base))
+    state = load(tmp_path / "projector", model_base=str(base), vision_tower=str(clip))[1].state_dict()
+    assert all(torch.equal(state[name], value) for name, value in projector.items())
+
+
+def test_eval_and_chat_take_the_flag(v15, clip, tmp_path, monkeypatch):
+    found = []
+
+    def stop(*args, **options):
+        found.append(options["vision_tower"])
+        raise UserError("enough")
+
+    monkeypatch.setattr("llava_sv.serve.cli.load_for_inference", stop)
+    monkeypatch.setattr("llava_sv.eval.cli.load_for_inference", stop)
+    monkeypatch.setattr("llava_sv.eval.cli.load_questions", lambda *_: [])
+    words = ["--model-path", str(v15[0]), "--vision-tower", str(clip)]
+    assert cli.main(["chat", *words]) == 2
+    assert cli.main(["eval", *words, "--task", "toy", "--json", str(tmp_path / "it.json")]) == 2
+    assert found == [str(clip)] * 2
+
+
 def test_a_projector_on_its_base(v15, clip, tmp_path):
     """The same weights as the whole v1.5 checkpoint: the same logits."""
     base = liuhaotian.make_base(tmp_path / "vicuna")
@@ -381,4 +411,5 @@ def test_the_template_follows_the_language_model():
     assert likely_template(V15) == "v1"
     assert likely_template(V16_MISTRAL) == "mistral_instruct"
     assert likely_template(V16 | {"vocab_size": 64000}) == "chatml"
+    assert likely_template(V15 | {"vocab_size": 128256}) == "llama_3"
     assert likely_template(V15 | {"_name_or_path": "meta-llama/Llama-2-13b-chat-hf"}) == "llama_2"

@@ -90,7 +90,8 @@ def test_what_the_user_is_told(v15, clip, tmp_path):
     assert plan.notes[1].startswith("prompts: conv_template v1 by the language model")
     written(plan, tmp_path / "llava-out")
     assert f"left out, it is {clip} unchanged" in plan.notes[2]
-    assert "keep 'llava' in it" in plan.notes[3]
+    assert plan.notes[3].startswith(f"mm_vision_tower is a folder of this machine ({clip}); before the result")
+    assert "keep 'llava' in it" in plan.notes[4]
     liuhaotian.make_v16(tmp_path / "v16", clip)
     assert from_llava.read(tmp_path / "v16").notes[0] == "vision encoder: 55 tensors of the checkpoint's own"
 
@@ -173,8 +174,23 @@ def test_adapters_are_added_first(v15, clip, tmp_path, whole):
     assert plan.notes == [
         f"adapters of {tmp_path / 'lora'} added to their base {base}",
         f"vision encoder: left out, it is {clip} unchanged, which LLaVA's code loads by that name",
+        f"mm_vision_tower is a folder of this machine ({clip}); before the result is passed on, write the encoder's "
+        "published name there",
         "LLaVA's code goes by a folder's name: keep 'llava' in it, and no 'lora'",
     ]
+
+
+def test_buffers_of_older_releases_are_left_out(clip, tmp_path):
+    """Of the decoder and of the encoder, whose index has another type."""
+    weights = liuhaotian.make_v16(tmp_path / "llava", clip)
+    for file in (tmp_path / "llava").glob("*.safetensors*"):
+        file.unlink()
+    buffers = {f"{TOWER}embeddings.position_ids": torch.arange(17)[None]}
+    buffers["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
+    save_file({**weights, **buffers}, tmp_path / "llava" / "model.safetensors", {"format": "pt"})
+    plan = from_llava.read(tmp_path / "llava")
+    assert not {entry.name for entry in plan.entries} & set(buffers)
+    assert_equal(logits(write_sv(plan, tmp_path / "ours")), logits(tmp_path / "llava"))
 
 
 def test_what_a_whole_checkpoint_needs_not(v15, tmp_path):
@@ -239,7 +255,9 @@ def test_qwen2_goes_by_llava_s_name_for_it(clip, tmp_path):
     parts = build_model("llava", str(make_llm(tmp_path / "llm", kind="qwen2")), str(clip), conv_template="chatml")
     for part in parts:
         part.save_pretrained(tmp_path / "ours")
-    back = written(from_llava.read(tmp_path / "ours"), tmp_path / "llava")
+    plan = from_llava.read(tmp_path / "ours")
+    back = written(plan, tmp_path / "llava")
+    assert "llava_qwen: read by the code of LLaVA-NeXT, not by that of LLaVA-1.5" in plan.notes
     assert (config_of(back)["model_type"], config_of(back)["architectures"]) == ("llava_qwen", ["LlavaQwenForCausalLM"])
     assert_equal(logits(back), logits(tmp_path / "ours"))
 

@@ -16,6 +16,7 @@ from llava_sv.release import from_llava
 from llava_sv.release.skipping import drop_skipping, fresh_newline, make_skipping
 from tests.model import liuhaotian
 from tests.release.plans import assert_equal, logits, write_sv
+from tests.train.lora_runs import built as built_by_training
 from tests.train.runs import losses, run
 from tests.train.tiny import World
 
@@ -192,6 +193,19 @@ def test_sft_starts_from_llava_s_own_folder_and_from_the_converted_one(world, tm
     assert (config["skip_vision"]["num_retained"], config["skip_vision"]["num_skipped"]) == (4, 5)
     assert config["vision_config"]["image_size"] == 32
     load_pretrained_model(str(tmp_path / "out"), device="cpu")
+
+
+def test_sft_builds_on_v16_with_its_encoder_and_without_its_newline(world, bases, tmp_path):
+    weights = liuhaotian.make_v16(tmp_path / "v16", bases[1])
+    steps = ("--version", "v1", "--image_aspect_ratio", "anyres", "--sv_num_retained", "12")
+    flags = [word for word in world.flags("sft", tmp_path / "out") if word not in ("--vision_tower", str(world.clip))]
+    model = built_by_training([*flags, "--model_name_or_path", str(tmp_path / "v16"), *steps])[0]
+    state = model.state_dict()
+    assert set(state) >= SUMMARIES, "skipping"
+    assert NEWLINE not in state
+    shared = [name for name in weights if name != "model.image_newline"]
+    assert all(torch.equal(state[name], weights[name]) for name in shared)
+    assert model.config.skip_vision.num_skipped == 16
 
 
 def test_a_trained_encoder_is_said_in_config(world, tmp_path):
