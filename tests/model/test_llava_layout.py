@@ -29,7 +29,7 @@ from llava_sv.errors import UserError
 from llava_sv.mm_utils import process_images
 from llava_sv.model.builder import load_pretrained_model
 from llava_sv.model.checkpoint_io import out_of_reach
-from llava_sv.model.llava_layout import likely_template, weight_names
+from llava_sv.model.llava_layout import weight_names
 from llava_sv.model.loading import read_config
 from tests.model import liuhaotian
 from tests.model.liuhaotian import SIDE, V15, V16, V16_MISTRAL, VOCABULARY
@@ -292,20 +292,6 @@ def test_where_the_encoder_lies(v15, clip, tmp_path, monkeypatch, capfd):
     assert torch.equal(model.state_dict()[TOWER + "post_layernorm.weight"], of_clip(clip)["post_layernorm.weight"])
 
 
-def test_a_hub_that_may_be_asked(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("llava_sv.model.checkpoint_io.getproxies", dict)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [()])
-    assert not out_of_reach()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert out_of_reach()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: (_ for _ in ()).throw(OSError()))
-    assert out_of_reach()
-    monkeypatch.setattr("llava_sv.model.checkpoint_io.getproxies", lambda: {"https": "http://proxy:3128"})
-    assert not out_of_reach(), "a proxy may know the name"
-
-
 def test_a_held_encoder_takes_its_description_from_the_given_folder(v16, clip, tmp_path):
     """v1.6: the weights are the checkpoint's own, whatever lies in the folder."""
     folder = edited(v16[0], tmp_path / "it", mm_vision_tower="openai/clip-vit-large-patch14-336")
@@ -405,11 +391,3 @@ def test_names_without_values(v15, v16, tmp_path):
     torch.save({"a": torch.zeros(2)}, tmp_path / "pytorch_model.bin")
     assert weight_names(str(tmp_path)) == ["a"]
     assert weight_names(str(tmp_path / "none")) == []
-
-
-def test_the_template_follows_the_language_model():
-    assert likely_template(V15) == "v1"
-    assert likely_template(V16_MISTRAL) == "mistral_instruct"
-    assert likely_template(V16 | {"vocab_size": 64000}) == "chatml"
-    assert likely_template(V15 | {"vocab_size": 128256}) == "llama_3"
-    assert likely_template(V15 | {"_name_or_path": "meta-llama/Llama-2-13b-chat-hf"}) == "llama_2"

@@ -173,12 +173,16 @@ def test_what_cannot_be_converted_is_one_line(tmp_path, capsys):
     plain = run / "checkpoint-2"
     plain.mkdir()
     checkpoint.mark_complete(plain, 2, 1)
+    empty = saved(tmp_path / "empty")
+    torch.save({}, next(empty.rglob("*.pt")))
+    checkpoint.mark_complete(empty, 3, 2, {"batch": 4})
     for given, said in (
         (tmp_path / "none", "no folder"),
         (run, "is not a complete checkpoint: it has no complete.json: saving was interrupted; give one of its "
          "checkpoints (checkpoint-2, checkpoint-3)"),
         (plain, "was saved without DeepSpeed: it needs no conversion"),
-        (folder, "DeepSpeed cannot convert"),
+        (folder, "zero_pp_rank_0_mp_rank_00_optim_states.pt: cannot be read"),
+        (empty, "DeepSpeed cannot convert"),
     ):  # fmt: skip
         assert cli.main(["convert", "--universal", str(given)]) == 2
         error = capsys.readouterr().err.strip().splitlines()
