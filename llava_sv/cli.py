@@ -34,7 +34,8 @@ COMMANDS: dict[str, Command] = {
     "data shard": Command("llava_sv.data.shard:shard_main", "pack records and images into tar or parquet shards"),
     "train": Command("llava_sv.train.train:main", "pretrain or fine-tune (scripts/v1_5/*.sh call this for you)"),
     "convert": Command(
-        "llava_sv.release.convert:main", "merge adapters, or make a checkpoint fit another number of devices"
+        "llava_sv.release.convert:main",
+        "a checkpoint to another layout (transformers', LLaVA's), merged, or for other devices",
     ),
     "release": Command("llava_sv.release.release:main", "make a folder of a checkpoint that others load and check"),
     "verify": Command("llava_sv.release.verify:main", "check a downloaded release, file by file and tensor by tensor"),

@@ -63,8 +63,12 @@ def read_config(model_path: str, vision_tower: str | None = None) -> LlavaFields
     if "mm_vision_tower" not in values and "vision_config" in values and "text_config" in values:
         raise UserError(
             f"checkpoint {model_path}: is in the layout of transformers' own models (model_type "
-            f"{values.get('model_type')!r}), which is not read; take one in LLaVA's layout, such as "
-            "liuhaotian/llava-v1.5-7b, or make one by `llava-sv train`"
+            f"{values.get('model_type')!r}), which is not read as it is; "
+            + (
+                f"convert it: llava-sv convert {model_path} --to sv --out DIR"
+                if values.get("model_type") in ("llava", "llava_next")
+                else "take one of model_type llava or llava_next, or in LLaVA's layout (liuhaotian/llava-v1.5-7b)"
+            )
         )
     if not is_llava(values):
         raise UserError(
