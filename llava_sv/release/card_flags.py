@@ -30,7 +30,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": [], "metavar": "FILE"}
     card.add_argument("--eval", help="reports of llava-sv eval --json on this checkpoint", **several)
     card.add_argument("--eval-dense", help="the same of a dense control, shown beside", **several)
-    card.add_argument("--speed", help="reports of llava-sv bench train or infer, of timing, of analyze tradeoff", **several)
+    card.add_argument(
+        "--speed", help="reports of llava-sv bench train or infer, of timing, of analyze tradeoff", **several
+    )
     card.add_argument("--data-manifest", metavar="FILE", help="manifest.json of the mixture (default: found)")
     card.add_argument("--card", metavar="FILE.yaml", help="what no run knows: authors, intended_use, limitations, ...")
     card.add_argument("--license", metavar="ID", help="licence of these weights, such as apache-2.0")
