@@ -75,7 +75,7 @@ def read(source: Path) -> Plan:
 def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer as its files have it: nothing set, nothing added."""
     try:
-        return AutoTokenizer.from_pretrained(str(folder), use_fast=True)
+        return AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"tokenizer {folder}: cannot be loaded ({in_words(error)})") from error
 

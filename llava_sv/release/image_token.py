@@ -86,7 +86,7 @@ def _tokenizer_before(source: Path) -> Any:
         if folder is None:
             return None
         try:
-            return AutoTokenizer.from_pretrained(str(folder), use_fast=True)
+            return AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False)
         except (OSError, ValueError):
             return None
 

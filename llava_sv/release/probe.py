@@ -134,7 +134,7 @@ def _ask_hf(folder: Path, dtype: torch.dtype, asked: Answer | None) -> Answer:
     if wrong:
         raise UserError(f"check: {folder.name}: transformers finds {len(wrong)} weight(s) amiss, {wrong[0]} among them")
     model = model.eval().float()
-    processor = AutoProcessor.from_pretrained(str(folder))
+    processor = AutoProcessor.from_pretrained(str(folder), trust_remote_code=False)
     processor.image_processor = hf_processor.read_theirs(folder)  # pictures by PIL, whatever is installed
     given = processor(images=picture(), text=PROMPT, return_tensors="pt")
     image = model.config.image_token_index

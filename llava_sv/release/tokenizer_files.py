@@ -21,7 +21,7 @@ def write_tokenizer(plan: Plan, folder: Path) -> None:
 
     names = [name for name in GROUPS["tokenizer"] if (plan.source / name).is_file()]
     own = "tokenizer.json" in names and core_of(
-        AutoTokenizer.from_pretrained(str(plan.source), use_fast=True)
+        AutoTokenizer.from_pretrained(str(plan.source), use_fast=True, trust_remote_code=False)
     ) == core_of(plan.tokenizer)
     if own:
         for name in names:

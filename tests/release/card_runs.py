@@ -4,9 +4,11 @@ tests, which copy it before they change it."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-from contextlib import chdir
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +70,17 @@ class Sources:
         return Sources(Path(shutil.copytree(self.root, folder / "copy")))
 
 
+@contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """The current folder is `folder` for a while."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 def make_sources(root: Path) -> Sources:
     """Train (pretraining, then four steps of skipping), evaluate, time; write the rest."""
     made, world = Sources(root), World(root)
@@ -86,7 +99,7 @@ def make_sources(root: Path) -> Sources:
         asked = ("--task", "toy", "--data-path", str(bench), "--json", str(report), "--device", "cpu")
         assert cli.main(["eval", "--model-path", str(folder), "--max-new-tokens", "3", *asked]) == 0
     pair = ["--dense", str(dense), "--skip", str(made.checkpoint), "--data-path", str(bench)]
-    with chdir(root):
+    with inside(root):
         timing.main([*pair, "--samples", "1", "--repeats", "1", "--json", str(made.timing)])
     for name, report in BENCH.items():
         (root / f"{name}.json").write_text(json.dumps(report))

@@ -216,14 +216,6 @@ def test_a_recipe_that_cannot_be_meant_is_one_line(tmp_path, change, said):
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_the_recipes_are_installed_with_the_package():
-    declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[tool.setuptools.package-data]")[1]
-    declared = declared.split("\n[")[0]
-    for name in ("zoo.yaml", "zoo_memory.json"):
-        assert f'"release/*{Path(name).suffix}"' in declared
-        assert ZOO.with_name(name).is_file()
-
-
 def test_commands_are_words_of_a_shell():
     stage = replace(STAGES["llava-sv-vicuna-7b-skip-64-156"], environment={"A": 1, "B": "x/y"})
     assert shlex.split(stage.command) == ["A=1", "B=x/y", "bash", "scripts/v1_5/finetune_skip.sh"]
