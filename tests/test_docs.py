@@ -23,7 +23,6 @@ MADE_BY_RUNNING = (
     "playground/data",
     "playground/quickstart",
     "playground/families",
-    "playground/zoo",
     ".venv",
 )
 TRAINING_SCRIPT = re.compile(r"scripts/(v1_5|v1_5_hd|cos)/\w+\.sh")
