@@ -20,16 +20,10 @@ from llava_sv.model.builders.tokenizer import load_tokenizer
 from llava_sv.model.checkpoint_io import COME_AND_GO, PROJECTOR_KEY
 from llava_sv.model.config import LlavaFields
 from llava_sv.model.language_model.causal_lm import LlavaCausalLM
-from llava_sv.model.llava_layout import find_file, is_foreign
+from llava_sv.model.llava_layout import WEIGHTS, find_file, is_foreign
 from llava_sv.model.loading import is_llava, load_whole, read_config, read_config_json
 from llava_sv.model.quantization import quantized
 
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 SET_BY_BUILDER = (
     "mm_family",
     "mm_vision_tower",
@@ -106,7 +100,7 @@ def processor_source(path: str, config: LlavaFields) -> str:
 
 def is_projector_only(path: str) -> bool:
     """Whether a folder holds a projector and no language model."""
-    if not os.path.isdir(path) or any(os.path.isfile(os.path.join(path, name)) for name in WEIGHT_FILES):
+    if not os.path.isdir(path) or any(os.path.isfile(os.path.join(path, name)) for name in WEIGHTS):
         return False
     return any(os.path.isfile(os.path.join(path, f"mm_projector.{kind}")) for kind in ("bin", "safetensors"))
 

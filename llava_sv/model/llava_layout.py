@@ -30,9 +30,6 @@ KEY_MAPPING = {rf"^{re.escape(NEWLINE)}$": OUR_NEWLINE}
 TOWER = "model.vision_tower."
 """Before all names of an encoder's weights, in both layouts."""
 
-LEFT_OVER = re.compile(r".*(rotary_emb\.inv_freq|embeddings\.position_ids)")
-"""Buffers that old transformers wrote into checkpoints, and new ones compute."""
-
 YI_VOCABULARY, LLAMA_3_VOCABULARY = 64000, 128000
 """Tokens of LLaVA-1.6-34B's language model; at least so many of LLaMA 3's."""
 

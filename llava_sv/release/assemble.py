@@ -20,10 +20,12 @@ from llava_sv.mm_utils import load_image_processor
 from llava_sv.model.builders.tokenizer import load_tokenizer
 from llava_sv.model.language_model.decoders import BY_MODEL_TYPE
 from llava_sv.model.loading import read_config, read_config_json
+from llava_sv.processing import SETTINGS, LlavaSvProcessor
 from llava_sv.release import manifest
 from llava_sv.release.portable import left_out, make_portable, portable_name, without_local, write_sorted
 from llava_sv.release.releasable import Source, encoder_is_inside
-from llava_sv.release.wanted import Wanted, compare, some, wanted_by
+from llava_sv.release.self_contained import write_code
+from llava_sv.release.wanted import Wanted, refuse_mismatch, wanted_by
 from llava_sv.release.weights import SHARD_BYTES, Entry, open_weights, write_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -83,16 +85,7 @@ def config_values(
 def checked_entries(checkpoint: Path, wanted: Wanted) -> list[Entry]:
     """The weights that the model loads, by layer; `UserError` where they and config.json do not belong together."""
     entries = open_weights(checkpoint)
-    different = compare(wanted, {entry.name: entry.shape for entry in entries})
-    for names, what in (
-        (different.lacks, "lacks"),
-        (different.has, "has, unlike its config,"),
-        (different.misshapen, "has in another shape than its config says"),
-    ):
-        if names:
-            raise UserError(
-                f"checkpoint {checkpoint}: {what} {len(names)} weight(s): {some(names)}; nothing is released"
-            )
+    refuse_mismatch(checkpoint, wanted, {entry.name: entry.shape for entry in entries})
     return sorted((e for e in entries if e.name in wanted.shapes), key=lambda entry: _natural(entry.name))
 
 
@@ -143,19 +136,10 @@ def _generation(whole: Path, values: dict[str, Any], tokenizer: Any) -> dict[str
 
 def _write_processor(folder: Path, values: dict[str, Any], tokenizer: Any, image_processor: Any) -> None:
     """Tokenizer, image processor and what holds the two, with the chat template."""
-    from llava_sv.processing import SETTINGS, LlavaSvProcessor
-
     tokenizer.save_pretrained(folder)
     image_processor.save_pretrained(folder)
     settings = {name: values[name] for name in SETTINGS if name in values}
     LlavaSvProcessor(image_processor, tokenizer, **settings).save_pretrained(folder)
-
-
-def write_code(folder: Path) -> None:
-    """The code by which the folder loads without this package."""
-    from llava_sv.release.self_contained import write_code as write
-
-    write(folder)
 
 
 def _write_card(folder: Path, card: Any) -> None:

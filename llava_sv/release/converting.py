@@ -22,7 +22,7 @@ from llava_sv.release.hf_names import style_of
 from llava_sv.release.layouts import check_whole, layout_of
 from llava_sv.release.plan import Plan
 from llava_sv.release.skipping import drop_skipping, make_skipping
-from llava_sv.release.weights import STEMS, open_weights
+from llava_sv.release.weights import open_weights
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -57,9 +57,7 @@ def convert_checkpoint(options: Options) -> dict[str, Any]:
     """Write `options.out`; returns a report that JSON can hold. Raises `UserError`; then nothing is left behind."""
     layout = layout_of(options.source)
     _check_options(options, layout)
-    if options.out.resolve() == options.source.resolve() or options.out.resolve().is_relative_to(
-        options.source.resolve()
-    ):
+    if options.out.resolve().is_relative_to(options.source.resolve()):
         raise UserError(f"--out {options.out}: is or lies in the source {options.source}; choose another folder")
     needed = {"the source": str(options.source), "the current folder": "."}
     check_output(options.out, needed, options.force, "--out")
@@ -92,13 +90,7 @@ def _check_options(options: Options, layout: str) -> None:
 
 
 def _layout_module(kind: str, layout: str) -> Any:
-    name = f"llava_sv.release.{kind}_{layout}"
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        raise UserError(f"layout {layout}: this installation lacks {name}; install it anew") from error
+    return importlib.import_module(f"llava_sv.release.{kind}_{layout}")
 
 
 def _read(options: Options, layout: str) -> Plan:
@@ -106,8 +98,7 @@ def _read(options: Options, layout: str) -> Plan:
     if layout == "llava":
         given = {"vision_tower": options.vision_tower, "base": options.base}
     else:
-        names = [*STEMS, *(f"{stem}.index.json" for stem in STEMS)]
-        check_whole(options.source, any((options.source / name).is_file() for name in names))
+        check_whole(options.source)
     return _layout_module("from", layout).read(options.source, **given)
 
 

@@ -17,10 +17,11 @@ from llava_sv.model.language_model.decoders import DECODERS
 from llava_sv.model.multimodal_encoder.builder import VISION_TOWERS
 from llava_sv.release import hf_processor
 from llava_sv.release.chat_templates import read_jinja, template_of
-from llava_sv.release.hf_names import BUFFERS, style_of, to_ours
+from llava_sv.release.hf_names import style_of, to_ours
 from llava_sv.release.image_token import without_image_token
 from llava_sv.release.layouts import read_values
 from llava_sv.release.plan import Plan
+from llava_sv.release.wanted import NOT_READ
 from llava_sv.release.weights import Entry, open_weights
 from llava_sv.tiling import ANYRES
 
@@ -180,7 +181,7 @@ def _entries(source: Path, notes: list[str]) -> list[Entry]:
     style = style_of(entry.name for entry in found)
     entries, left = [], []
     for entry in found:
-        if BUFFERS.search(entry.name):
+        if NOT_READ.search(entry.name):
             left.append(entry.name)
             continue
         name = to_ours(entry.name, style)

@@ -7,7 +7,6 @@ converting.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,9 @@ from llava_sv.mm_utils import load_image_processor
 from llava_sv.model import adapters
 from llava_sv.model.builder import is_projector_only, load_pretrained_model, processor_source
 from llava_sv.model.builders.tokenizer import load_tokenizer
-from llava_sv.model.checkpoint_io import PROJECTOR_KEY, projector_file, refuse_key_mismatch
-from llava_sv.model.config import LlavaFields
-from llava_sv.model.language_model.decoders import BY_MODEL_TYPE, DECODERS, model_class
+from llava_sv.model.checkpoint_io import PROJECTOR_KEY, projector_file
+from llava_sv.model.language_model.decoders import BY_MODEL_TYPE, DECODERS
 from llava_sv.model.llava_layout import (
-    LEFT_OVER,
     NEWLINE,
     OUR_NEWLINE,
     TOWER,
@@ -32,9 +29,10 @@ from llava_sv.model.llava_layout import (
     find_file,
     is_foreign,
 )
-from llava_sv.model.loading import read_config, read_config_json, strict_config
+from llava_sv.model.loading import read_config, read_config_json
 from llava_sv.model.multimodal_encoder.builder import VISION_TOWERS, read_vision_config
 from llava_sv.release.plan import Plan
+from llava_sv.release.wanted import NOT_READ
 from llava_sv.release.weights import Entry, entries_of, open_weights
 
 ENCODER = f"{TOWER}vision_tower.vision_model."
@@ -78,7 +76,7 @@ def read(source: Path, vision_tower: str | None = None, base: str | None = None)
     tower = str(config.mm_vision_tower)
     vision = config.vision_config or read_vision_config(tower, config.mm_vision_image_size).to_dict()
     ours |= {"vision_config": vision, "mm_hidden_size": vision["hidden_size"]}
-    entries = [entry for entry in entries if not LEFT_OVER.fullmatch(entry.name)]
+    entries = [entry for entry in entries if not NOT_READ.search(entry.name)]
     entries, said = _with_encoder(entries, tower, vision["model_type"])
     plan = Plan(source, "llava", ours, entries, notes=[said])
     if values.get("conv_template") is None:
@@ -86,34 +84,9 @@ def read(source: Path, vision_tower: str | None = None, base: str | None = None)
             f"prompts: conv_template {ours['conv_template']} by the language model, since LLaVA's config.json names "
             "none; --conv-template names another"
         )
-    check(plan)
     plan.tokenizer = load_tokenizer(str(base if alone else source))
     plan.image_processor = load_image_processor(processor_source(str(source), config), config.mm_vision_image_size)
     return plan
-
-
-def check(plan: Plan) -> None:
-    """`UserError` that names weights which the config asks for and the plan lacks, or the other way round, or that have
-    another shape. No values are read."""
-    config = config_of(plan)
-    with torch.device("meta"):
-        wanted = {name: tuple(value.shape) for name, value in model_class(config)(config).state_dict().items()}
-    if config.tie_word_embeddings:
-        wanted.pop("lm_head.weight", None)
-    found = {entry.name: entry.shape for entry in plan.entries}
-    extra = set(found) - set(wanted)
-    if config.tie_word_embeddings:
-        extra.discard("lm_head.weight")
-    other = {name for name in set(found) & set(wanted) if found[name] != wanted[name]}
-    keys: dict[str, Iterable[str]] = {"missing_keys": set(wanted) - set(found), "unexpected_keys": extra}
-    refuse_key_mismatch(str(plan.source), {**keys, "mismatched_keys": other})
-
-
-def config_of(plan: Plan) -> LlavaFields:
-    """The config that a plan's fields make; `UserError` for one that cannot be."""
-    decoder = BY_MODEL_TYPE[plan.config["model_type"]]
-    values = {name: value for name, value in plan.config.items() if name != "model_type"}
-    return strict_config(lambda: decoder.config.from_dict(values))
 
 
 def _named_as_ours(entry: Entry) -> Entry:
@@ -139,7 +112,7 @@ def open_encoder(tower: str, kind: str) -> list[Entry]:
     entries = []
     for entry in open_weights(local_folder(tower)):
         name = entry.name.removeprefix("vision_model.")
-        if not name.startswith(VISION_TOWERS[kind].other_weights) and not LEFT_OVER.fullmatch(name):
+        if not name.startswith(VISION_TOWERS[kind].other_weights) and not NOT_READ.search(name):
             entries.append(entry.renamed(ENCODER + name))
     return entries
 

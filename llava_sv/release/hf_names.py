@@ -5,15 +5,11 @@ Releases of transformers name the same weight differently; which names a checkpo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 VISION = "model.vision_tower.vision_tower.vision_model."
 PROJECTOR = "model.mm_projector."
-
-BUFFERS = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$")
-"""What old releases saved beside the weights, and every model makes by itself."""
 
 LINEAR = {"linear_1": "0", "linear_2": "2"}
 

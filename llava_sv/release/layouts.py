@@ -8,12 +8,10 @@ from typing import Any
 from llava_sv.errors import UserError
 from llava_sv.files import read_json
 from llava_sv.model.language_model.decoders import BY_MODEL_TYPE
+from llava_sv.model.llava_layout import WEIGHTS, is_foreign
 
 HF_MODEL_TYPES = ("llava", "llava_next")
 """`model_type` of transformers' own LLaVA and LLaVA-NeXT."""
-
-OURS = ("mm_family", "skip_vision", "vision_config")
-"""Fields of this project's config.json, any of which LLaVA's own has not."""
 
 NOT_WHOLE: dict[str, str] = {
     "adapter_config.json": "holds adapters alone; make it whole first: llava-sv convert --merge-lora {} --output DIR",
@@ -47,7 +45,7 @@ def layout_of(folder: Path) -> str:
             f"{' and '.join(HF_MODEL_TYPES)} are"
         )
     if model_type in BY_MODEL_TYPE and "mm_vision_tower" in values:
-        return "sv" if any(name in values for name in OURS) else "llava"
+        return "llava" if is_foreign(values) else "sv"
     raise UserError(
         f"{folder / 'config.json'}: model_type {model_type!r} is in no layout that is known: this project's and "
         f"LLaVA's ({', '.join(BY_MODEL_TYPE)}; with mm_vision_tower), transformers' ({', '.join(HF_MODEL_TYPES)}; with "
@@ -55,9 +53,9 @@ def layout_of(folder: Path) -> str:
     )
 
 
-def check_whole(folder: Path, has_weights: bool) -> None:
+def check_whole(folder: Path) -> None:
     """`UserError` for a folder without weights of its own that holds a part, naming how to make it whole."""
-    if has_weights:
+    if any((folder / name).is_file() for name in WEIGHTS):
         return
     for name, why in NOT_WHOLE.items():
         if (folder / name).is_file():

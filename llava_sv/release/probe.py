@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from llava_sv.bench.room import available_bytes
 from llava_sv.constants import IMAGE_TOKEN_INDEX
 from llava_sv.errors import UserError
 from llava_sv.mm_utils import process_images, tokenizer_image_token
@@ -177,27 +178,10 @@ def _quiet() -> Iterator[None]:
 def lacks_memory(entries: list[Entry]) -> str | None:
     """Why a probe of a model with these weights would not fit, in words; None where it does."""
     needed = int(sum(entry.bytes // entry.dtype.itemsize for entry in entries) * 4 * ROOM)
-    free = free_memory()
-    if free is None or needed <= free:
+    free = available_bytes(torch.device("cpu"))
+    if needed <= free:
         return None
     return f"logits are not compared: that takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
-
-
-def free_memory() -> int | None:
-    """Bytes that a process may take now: the machine's, or its control group's where that is less. None: unknown."""
-    found = []
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            found += [int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:")]
-    except OSError:
-        pass
-    try:
-        most = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        used = Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii").strip()
-        found += [int(most) - int(used)] if most.isdigit() else []
-    except (OSError, ValueError):
-        pass
-    return min(found) if found else None
 
 
 def compare_weights(old: Plan, new: Plan, dtype: torch.dtype | None) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 from llava_sv.errors import UserError
 from llava_sv.model.adapters import base_of, is_adapter
-from llava_sv.model.builder import WEIGHT_FILES
+from llava_sv.model.llava_layout import WEIGHTS
 from llava_sv.train.checkpoint import MARKER, PROJECTOR, last_complete_checkpoint, what_is_torn
 
 
@@ -43,7 +43,7 @@ def check_source(given: Path, base: str | None) -> str | None:
         return base_of(str(given), base)
     if base is not None:
         raise UserError(f"--base {base}: is for LoRA adapters, and {given} holds none; drop it")
-    if not any((given / name).is_file() for name in WEIGHT_FILES):
+    if not any((given / name).is_file() for name in WEIGHTS):
         raise UserError(f"checkpoint {given}: {_why_no_weights(given)}")
     return None
 
@@ -63,7 +63,7 @@ def _why_no_weights(given: Path) -> str:
     last = last_complete_checkpoint(given)
     if last is not None:
         return f"has no weights of its own, the run has not finished; release {last}, or wait"
-    return f"has no weights ({' or '.join(WEIGHT_FILES)}); give the folder that training wrote"
+    return f"has no weights ({' or '.join(WEIGHTS)}); give the folder that training wrote"
 
 
 @contextmanager

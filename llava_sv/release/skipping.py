@@ -17,7 +17,7 @@ from llava_sv.model.compression.summary import SummaryTokens
 from llava_sv.model.llava_layout import OUR_NEWLINE
 from llava_sv.model.loading import check_config
 from llava_sv.model.token_counts import count_tokens, with_family_budget
-from llava_sv.release.from_llava import config_of
+from llava_sv.release.check_plan import config_of
 from llava_sv.release.plan import Plan
 from llava_sv.release.weights import Entry
 from llava_sv.tiling import ANYRES

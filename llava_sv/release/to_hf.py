@@ -5,7 +5,6 @@ Their models are dense and have one kind of projector: what they cannot do is a 
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def check(plan: Plan) -> None:
         )
     if family == "llava_hd" and not any(entry.name.endswith("mm_projector.image_newline") for entry in plan.entries):
         raise UserError(f"{where}: lacks image_newline, which LLaVA-NeXT needs; train it dense with 'anyres' first")
-    if not re.fullmatch("mlp2x_gelu", config["mm_projector_type"]):
+    if config["mm_projector_type"] != "mlp2x_gelu":
         raise UserError(
             f"{where}: mm_projector_type {config['mm_projector_type']!r}: transformers' projector is mlp2x_gelu"
         )

@@ -124,7 +124,7 @@ CASES = [
     ("hf", "sv", weights(with_foreign_key), "has a weight of no part of a LLaVA, audio_tower.weight"),
     ("hf", "sv", weights(with_new_key), "has, unlike its config, 1 weight(s): model.layers.9.mlp.up_proj.weight"),
     ("hf", "sv", weights(drop), "lacks 1 weight(s): model.vision_tower.vision_tower.vision_model.pre_layrnorm.weight"),
-    ("hf", "sv", weights(reshape), "has in another shape 1 weight(s)"),
+    ("hf", "sv", weights(reshape), "has in another shape than its config says 1 weight(s)"),
     ("hf", "hf", None, "is in layout hf already"),
     ("sv", "sv", None, "is in layout sv already; pass --dtype or --shard-size"),
     ("sv", "hf", config(mm_projector_type="linear"), "lacks 2 weight(s): model.mm_projector.weight"),
@@ -232,7 +232,7 @@ def test_weights_are_compared_one_by_one(made, tmp_path, capsys, monkeypatch):
 
 
 def test_nothing_is_loaded_that_does_not_fit(made, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(probe, "free_memory", lambda: 1000)
+    monkeypatch.setattr(probe, "available_bytes", lambda device: 1000)
     monkeypatch.setattr(probe, "ask", None)
     assert convert(made / "hf", "sv", tmp_path / "out") == 0
     out = capsys.readouterr().out

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from llava_sv.errors import UserError
 from llava_sv.model.builders import build_model
 from llava_sv.release import from_llava, to_llava
+from llava_sv.release.check_plan import check_plan
 from llava_sv.release.weights import open_weights
 from tests.model import liuhaotian
 from tests.model.checkpoints import make_llm
@@ -199,18 +200,18 @@ def test_what_a_whole_checkpoint_needs_not(v15, tmp_path):
 
 
 DAMAGE = {
-    "lacks 1 key(s): model.norm.weight": lambda w: w.pop("model.norm.weight"),
-    "has, unlike its config, 1 key(s): model.layers.0.extra": lambda w: w.update(
+    "lacks 1 weight(s): model.norm.weight": lambda w: w.pop("model.norm.weight"),
+    "has, unlike its config, 1 weight(s): model.layers.0.extra": lambda w: w.update(
         {"model.layers.0.extra": torch.ones(2)}
     ),
-    "in another shape than its config says 1 key(s): model.mm_projector.0.bias": lambda w: w.update(
+    "in another shape than its config says 1 weight(s): model.mm_projector.0.bias": lambda w: w.update(
         {"model.mm_projector.0.bias": torch.ones(2)}
     ),
 }
 
 
 @pytest.mark.parametrize("said", DAMAGE)
-def test_keys_that_do_not_fit_are_named_before_anything_is_read(v15, said):
+def test_weights_that_do_not_fit_are_named_before_anything_is_read(v15, said):
     for file in v15.glob("*.bin"):
         file.unlink()
     (v15 / "pytorch_model.bin.index.json").unlink()
@@ -218,7 +219,7 @@ def test_keys_that_do_not_fit_are_named_before_anything_is_read(v15, said):
     DAMAGE[said](weights)
     torch.save(weights, v15 / "pytorch_model.bin")
     with pytest.raises(UserError) as caught:
-        from_llava.read(v15)
+        check_plan(from_llava.read(v15))
     assert said in str(caught.value)
     assert str(v15) in str(caught.value)
 

@@ -266,7 +266,7 @@ def rename_a_weight(folder):
             without_encoder,
             "checkpoint {folder}: names its encoder ({folder}/clip) instead of holding it; run llava-sv convert",
         ),
-        (rename_a_weight, "checkpoint {folder}: lacks 1 weight(s): model.norm.weight; nothing is released"),
+        (rename_a_weight, "checkpoint {folder}: lacks 1 weight(s): model.norm.weight; does config.json"),
         (lambda f: (f / "config.json").unlink(), "checkpoint {folder}: has no config.json"),
         (
             lambda f: edit_json(f / "config.json", lambda v: v.pop("conv_template")),
