@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llava_sv import __version__
 from llava_sv.conversation import CONV_TEMPLATES, get_template
 from llava_sv.errors import UserError
@@ -26,9 +24,7 @@ from llava_sv.release.portable import left_out, make_portable, portable_name, wi
 from llava_sv.release.releasable import Source, encoder_is_inside
 from llava_sv.release.self_contained import write_code
 from llava_sv.release.wanted import Wanted, refuse_mismatch, wanted_by
-from llava_sv.release.weights import SHARD_BYTES, Entry, open_weights, write_weights
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from llava_sv.release.weights import SHARD_BYTES, Entry, open_weights, torch_dtype, write_weights
 
 
 @dataclass
@@ -114,7 +110,7 @@ def write_release(folder: Path, content: Content) -> dict[str, Any]:
         if card.missing:
             content.notes.append(f"README.md: not recorded: {', '.join(card.missing)}")
     content.notes += make_portable(folder)
-    write_weights(folder, entries, content.shard_bytes, DTYPES[content.dtype] if content.dtype else None)
+    write_weights(folder, entries, content.shard_bytes, torch_dtype(content.dtype))
     return manifest.make(folder, {"name": content.name, "llava_sv": __version__})
 
 

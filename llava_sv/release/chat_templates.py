@@ -1,12 +1,13 @@
-"""Conversation templates and the Jinja chat templates of transformers' processors: which template a Jinja text writes,
-and a Jinja text that writes a template. Called by from_hf and to_hf."""
+"""The chat templates of transformers' processors: which conversation template one writes, and the one that writes a
+conversation template. Called by from_hf and to_hf."""
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from llava_sv.chat_template import jinja_of
 from llava_sv.conversation import CONV_TEMPLATES, Template, render
 from llava_sv.errors import UserError
 from llava_sv.files import read_json
@@ -16,57 +17,11 @@ FILE = "chat_template.jinja"
 OLD_FILE = "chat_template.json"
 QUESTION = "What is this?"
 
-JINJA = """\
-{%- macro words(content) -%}
-{%- if content is string -%}{{ content | trim }}{%- else -%}
-{%- for part in content if part['type'] == 'image' -%}{{ '<image>\\n' }}{%- endfor -%}
-{%- for part in content if part['type'] == 'text' -%}{{ part['text'] | trim }}{%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-{%- set said = namespace(system=SYSTEM, turns=messages) -%}
-{%- if messages and messages[0]['role'] == 'system' -%}
-{%- set said.system = words(messages[0]['content']) -%}
-{%- set said.turns = messages[1:] -%}
-{%- endif -%}
-{%- if said.system -%}{%- set said.system = SYSTEM_PREFIX + said.system + SYSTEM_SUFFIX -%}{%- endif -%}
-{{ BOS }}
-{%- if not SYSTEM_IN_USER -%}{{ said.system }}{%- endif -%}
-{%- for message in said.turns -%}
-{%- if message['role'] == 'user' -%}
-{%- if not loop.first -%}{{ NEXT_USER_PREFIX }}{%- endif -%}
-{{ USER_PREFIX }}
-{%- if SYSTEM_IN_USER and loop.first -%}{{ said.system }}{%- endif -%}
-{{ words(message['content']) }}{{ USER_SUFFIX }}
-{%- else -%}
-{{ ASSISTANT_PREFIX }}{{ ANSWER_PREFIX }}{{ words(message['content']) }}{{ END_OF_TURN }}{{ AFTER_ANSWER }}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ ASSISTANT_PREFIX }}{%- endif -%}
-"""
 
-
-def jinja_of(template: Template, tokenizer: Any) -> str:
-    """A chat template that writes a conversation as `template` does; messages hold text, or parts of type image and
-    text. The start of sequence is left to a tokenizer that adds one by itself."""
-    values: dict[str, Any] = {
-        "SYSTEM_IN_USER": template.system_in_user,
-        "SYSTEM_PREFIX": template.system_prefix,
-        "SYSTEM_SUFFIX": template.system_suffix,
-        "SYSTEM": template.system,
-        "BOS": "" if adds_bos(tokenizer) else template.bos,
-        "NEXT_USER_PREFIX": template.next_user_prefix,
-        "USER_PREFIX": template.user_prefix,
-        "USER_SUFFIX": template.user_suffix,
-        "ASSISTANT_PREFIX": template.assistant_prefix,
-        "ANSWER_PREFIX": template.answer_prefix,
-        "END_OF_TURN": template.end_of_turn,
-        "AFTER_ANSWER": template.after_answer,
-    }
-    text = JINJA
-    for name in sorted(values, key=len, reverse=True):
-        text = text.replace(f" {name} ", f" {json.dumps(values[name])} ")
-        text = text.replace(f"={name},", f"={json.dumps(values[name])},")
-    return text
+def jinja_for(template: Template, tokenizer: Any) -> str:
+    """The chat template of a processor of transformers' that writes as `template` does; the start of sequence is left
+    to a tokenizer that adds one by itself."""
+    return jinja_of(replace(template, bos="") if adds_bos(tokenizer) else template)
 
 
 def template_of(jinja: str | None, tokenizer: Any) -> tuple[str | None, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 import signal
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, get_args
 
 from llava_sv.errors import UserError, exit_on_user_error
 from llava_sv.files import check_can_write, write_json
+from llava_sv.release.flags import DTYPES, Parser, shard_bytes
 from llava_sv.release.plan import LAYOUTS
 
 EXAMPLE = """examples: a checkpoint of transformers' layout to this project's, and back; a dense one made to skip
@@ -24,13 +24,6 @@ examples: resume on 4 devices what 8 were training under DeepSpeed; merge adapte
 
 TERMINATED = 143
 """Exit code of a conversion that was asked to end."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are a `UserError` of one line."""
-
-    def error(self, message: str):
-        raise UserError(f"{message}; see llava-sv convert --help")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,7 +58,7 @@ def _add_flags(built: argparse.ArgumentParser) -> None:
         "--base", help="language model or checkpoint under a projector or adapters (default: what they remember)"
     )
     layouts = built.add_argument_group("with --to")
-    layouts.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="store weights so [as they are]")
+    layouts.add_argument("--dtype", choices=DTYPES, help="store weights so [as they are]")
     layouts.add_argument("--shard-size", metavar="SIZE", help="most bytes of a file, such as 5GB [files as they are]")
     layouts.add_argument("--no-check", action="store_true", help="do not compare weights, logits and answers")
     layouts.add_argument("--json", metavar="FILE", help="write what was done")
@@ -134,9 +127,8 @@ def _refuse_others(args: argparse.Namespace) -> None:
     own = {"universal", "merge_lora", "base", "out", "force"}
     given = [name for name, value in vars(args).items() if name not in own and value != default[name]]
     if given:
-        flag = (
-            "SRC" if given[0] == "source" else f"--{given[0] if given[0][:3] == 'sv_' else given[0].replace('_', '-')}"
-        )
+        flag = given[0] if given[0].startswith("sv_") else given[0].replace("_", "-")
+        flag = "SRC" if flag == "source" else f"--{flag}"
         raise UserError(f"{flag} goes with --to; drop it")
 
 
@@ -162,7 +154,7 @@ def _convert(args: argparse.Namespace) -> int:
         out=Path(args.out),
         force=args.force,
         dtype=args.dtype,
-        shard_bytes=shard_bytes(args.shard_size),
+        shard_bytes=shard_bytes(args.shard_size) if args.shard_size is not None else None,
         check=not args.no_check,
         drop_skip=args.drop_skip,
         conv_template=args.conv_template,
@@ -184,20 +176,6 @@ def _skip_vision(args: argparse.Namespace) -> dict[str, Any]:
     given = {field.name: getattr(args, field.name) for field in _skip_fields()}
     arguments = ModelArguments(**{name: value for name, value in given.items() if value is not None})
     return arguments.given_skip_vision()
-
-
-def shard_bytes(text: str | None) -> int | None:
-    """`5GB` -> bytes, by powers of 1000 as transformers has it (`5GiB`: of 1024); None stays None."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    size = 0
-    if match:
-        base = 1024 if match[3] else 1000
-        size = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
-    if size < 1:
-        raise UserError(f"--shard-size {text}: cannot be read; write a number and KB, MB or GB, such as 5GB")
-    return size
 
 
 class _ending_in_order:

@@ -22,9 +22,7 @@ from llava_sv.release.hf_names import style_of
 from llava_sv.release.layouts import check_whole, layout_of
 from llava_sv.release.plan import Plan
 from llava_sv.release.skipping import drop_skipping, make_skipping
-from llava_sv.release.weights import open_weights
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+from llava_sv.release.weights import open_weights, torch_dtype
 
 SIZES = ("model_type", "hidden_size", "num_hidden_layers", "image_size", "patch_size")
 ENCODERS: dict[tuple[Any, ...], str] = {
@@ -133,7 +131,7 @@ def _likely_encoder(plan: Plan) -> str | None:
 
 def _make(plan: Plan, changed: Plan, now: dict[str, Any], options: Options, folder: Path) -> dict[str, Any]:
     """Fill `folder`, put back what the target once had, read it back and check it; returns the report."""
-    dtype = DTYPES[options.dtype] if options.dtype else None
+    dtype = torch_dtype(options.dtype)
     given: dict[str, Any] = {}
     if options.to == "llava" and options.vision_tower:
         given = {"vision_tower": options.vision_tower}

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer
 
 from llava_sv.errors import UserError, in_words
+from llava_sv.model.builders.tokenizer import read_tokenizer
 from llava_sv.model.language_model.decoders import DECODERS
 from llava_sv.model.multimodal_encoder.builder import VISION_TOWERS
 from llava_sv.release import hf_processor
@@ -50,7 +50,7 @@ def read(source: Path) -> Plan:
     theirs = _config(values, source / "config.json")
     notes: list[str] = []
     entries = _entries(source, notes)
-    tokenizer = load_tokenizer(source)
+    tokenizer = read_tokenizer(str(source))
     processor = hf_processor.read_theirs(source)
     image_processor, aspect = hf_processor.to_ours(processor, source)
     config = make_config(theirs, values, source / "config.json")
@@ -71,14 +71,6 @@ def read(source: Path) -> Plan:
     plan = Plan(source, "hf", config, entries, tokenizer, image_processor, notes)
     without_image_token(plan)
     return plan
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer as its files have it: nothing set, nothing added."""
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"tokenizer {folder}: cannot be loaded ({in_words(error)})") from error
 
 
 def _config(values: dict[str, Any], path: Path) -> Any:

@@ -24,14 +24,13 @@ from llava_sv.model.llava_layout import (
     NEWLINE,
     OUR_NEWLINE,
     TOWER,
-    WEIGHTS,
     as_ours,
-    find_file,
     is_foreign,
 )
 from llava_sv.model.loading import read_config, read_config_json
 from llava_sv.model.multimodal_encoder.builder import VISION_TOWERS, read_vision_config
 from llava_sv.release.plan import Plan
+from llava_sv.release.source import local_folder
 from llava_sv.release.wanted import NOT_READ
 from llava_sv.release.weights import Entry, entries_of, open_weights
 
@@ -122,28 +121,6 @@ def cast(entry: Entry, dtype: torch.dtype) -> Entry:
     if entry.dtype == dtype or not entry.dtype.is_floating_point:
         return entry
     return replace(entry, dtype=dtype, load=lambda: entry.load().to(dtype))
-
-
-def local_folder(name: str) -> Path:
-    """A model's folder: itself, or the cached copy of a hub name, fetched. `UserError` where it has no weights."""
-    if Path(name).is_dir():
-        return Path(name)
-    files = (find_file(name, file) for file in WEIGHTS)
-    first = next((file for file in files if file), None)
-    if first is None:
-        raise UserError(f"{name}: no such folder, and no weights can be fetched; give a folder, or: hf download {name}")
-    folder = Path(first).parent
-    if first.endswith(".json"):
-        _, values = folder, _shards(first)
-        for shard in values:
-            find_file(name, shard)
-    return folder
-
-
-def _shards(index: str) -> list[str]:
-    from llava_sv.files import read_json
-
-    return sorted(set((read_json(index, "the download again").get("weight_map") or {}).values()))
 
 
 # -- a projector on its base ------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from llava_sv.errors import UserError
 from llava_sv.mm_utils import load_image_processor
+from llava_sv.model.builders.tokenizer import read_tokenizer
 from llava_sv.model.loading import read_config
-from llava_sv.release.from_hf import load_tokenizer
 from llava_sv.release.layouts import read_values
 from llava_sv.release.plan import Plan
 from llava_sv.release.weights import open_weights
@@ -23,4 +23,4 @@ def read(source: Path) -> Plan:
     if config.vision_config is None:
         raise UserError(f"{source}: names its encoder instead of holding it, which only LLaVA's own layout may")
     image_processor = load_image_processor(str(source), config.mm_vision_image_size)
-    return Plan(source, "sv", made, open_weights(source), load_tokenizer(source), image_processor)
+    return Plan(source, "sv", made, open_weights(source), read_tokenizer(str(source)), image_processor)

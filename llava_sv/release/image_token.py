@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AddedToken, AutoTokenizer
+from transformers import AddedToken
 
 from llava_sv.constants import DEFAULT_IMAGE_TOKEN
+from llava_sv.errors import UserError
+from llava_sv.model.builders.tokenizer import read_tokenizer
 from llava_sv.release import kept
 from llava_sv.release.plan import Plan
 from llava_sv.release.weights import Entry
@@ -86,8 +88,8 @@ def _tokenizer_before(source: Path) -> Any:
         if folder is None:
             return None
         try:
-            return AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False)
-        except (OSError, ValueError):
+            return read_tokenizer(str(folder))
+        except UserError:
             return None
 
 

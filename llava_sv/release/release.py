@@ -7,7 +7,6 @@ Flags come in; the folder, a report and perhaps an upload go out. The parts: `re
 from __future__ import annotations
 
 import argparse
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,13 @@ from typing import Any
 from llava_sv.errors import NoRoom, UserError
 from llava_sv.files import check_can_write, keep_existing, write_json
 from llava_sv.release import card_flags, hub, manifest
+from llava_sv.release.flags import DTYPES, Parser, shard_bytes
 from llava_sv.release.folders import check_output, replacing_folder
-
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-DTYPES = ("float32", "bfloat16", "float16")
 
 EXAMPLE = """examples: release a run with its evaluation; look at what an upload would send; send it
   llava-sv release checkpoints/llava-v1.5-skip --out releases/llava-sv-7b --eval results/bench.json --license apache-2.0
   llava-sv release releases/llava-sv-7b --push-to-hub my-lab/llava-sv-7b
   llava-sv release releases/llava-sv-7b --push-to-hub my-lab/llava-sv-7b --upload"""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are a `UserError` of one line."""
-
-    def error(self, message: str):
-        raise UserError(f"{message}; see llava-sv release --help")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,14 +61,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", metavar="FILE", help="write what was done there: files, the test's figures, notes")
     parser.add_argument("--overwrite", action="store_true", help="replace the file of --json where it exists")
     return parser
-
-
-def shard_bytes(text: str) -> int:
-    """`5GB` -> 5 * 10**9; also MB, KB, GiB, MiB, KiB or plain bytes. Raises `UserError`."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2].upper() not in UNITS or int(float(match[1]) * UNITS[match[2].upper()]) < 1:
-        raise UserError(f"--shard-size {text}: not a size; write 5GB, 500MB or a number of bytes")
-    return int(float(match[1]) * UNITS[match[2].upper()])
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -181,15 +163,15 @@ def card_of(args: argparse.Namespace, given: Path, name: str) -> Any:
 
 def test(folder: Path, content: Any, args: argparse.Namespace, device: str) -> dict[str, Any]:
     """The smoke test of a finished folder against the checkpoint that was given; says how it went."""
-    from llava_sv.release.assemble import DTYPES as TYPES
     from llava_sv.release.smoke import answer_of, smoke_test
+    from llava_sv.release.weights import torch_dtype
 
     source = content.source
     # adapters are merged in their own precision: in another one, the merged weights are what is to be kept
     asked = source.whole if args.dtype else source.given
     template = _template_of(folder)
     answer = answer_of(
-        str(asked), source.base if asked is source.given else None, TYPES.get(args.dtype or ""), device, template
+        str(asked), source.base if asked is source.given else None, torch_dtype(args.dtype), device, template
     )
     print("smoke test: loading it in clean processes", flush=True)
     report = smoke_test(folder, answer, device)

@@ -1,5 +1,5 @@
 """A checkpoint's folder by what the user calls it: a path, or a Hugging Face id, whose files are then fetched.
-Called by `release.convert`."""
+Called by `convert`, and by LLaVA's layout for an encoder or a base."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from llava_sv.model.config import LlavaFields, patches_of
 from llava_sv.model.language_model.decoders import BY_MODEL_TYPE, DECODERS
 from llava_sv.model.multimodal_encoder.builder import VISION_TOWERS
 from llava_sv.release import hf_processor, kept
-from llava_sv.release.chat_templates import FILE, jinja_of
+from llava_sv.release.chat_templates import FILE, jinja_for
 from llava_sv.release.from_hf import JUNK
 from llava_sv.release.hf_names import Style, to_theirs
 from llava_sv.release.image_token import with_image_token
@@ -124,7 +124,7 @@ def _write_processor(plan: Plan, image_processor: Any, folder: Path) -> None:
     if template is None:
         write_chat_template(plan, folder)
     else:
-        (folder / FILE).write_text(jinja_of(template, plan.tokenizer), encoding="utf-8")
+        (folder / FILE).write_text(jinja_for(template, plan.tokenizer), encoding="utf-8")
 
 
 def _renamed(plan: Plan) -> list[Entry]:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from llava_sv.files import read_json
+from llava_sv.model.builders.tokenizer import read_tokenizer
 from llava_sv.release.kept import GROUPS, core_of
 from llava_sv.release.plan import Plan
 
@@ -17,12 +18,8 @@ PROCESSOR_CLASS = "processor_class"
 def write_tokenizer(plan: Plan, folder: Path) -> None:
     """The plan's tokenizer: the source's own files where they make it, else those that transformers writes. No file
     names a processor's class: that is the layout's to say."""
-    from transformers import AutoTokenizer
-
     names = [name for name in GROUPS["tokenizer"] if (plan.source / name).is_file()]
-    own = "tokenizer.json" in names and core_of(
-        AutoTokenizer.from_pretrained(str(plan.source), use_fast=True, trust_remote_code=False)
-    ) == core_of(plan.tokenizer)
+    own = "tokenizer.json" in names and core_of(read_tokenizer(str(plan.source))) == core_of(plan.tokenizer)
     if own:
         for name in names:
             shutil.copyfile(plan.source / name, folder / name)

@@ -57,6 +57,11 @@ class Entry:
         return replace(self, name=name)
 
 
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    """`bfloat16` -> `torch.bfloat16`; None stays None, which is: as they are."""
+    return getattr(torch, name) if name else None
+
+
 def weight_files(folder: str | Path) -> list[Path]:
     """The weight files of a whole checkpoint, in order of their names.
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from llava_sv import cli
 from llava_sv.errors import UserError
 from llava_sv.release import converting, probe
-from llava_sv.release.convert import shard_bytes
+from llava_sv.release.flags import shard_bytes
 from tests.release.hf_checkpoints import make_hf, rewrite
 from tests.release.test_convert_hf import convert
 
@@ -127,7 +127,7 @@ CASES = [
     ("hf", "sv", weights(reshape), "has in another shape than its config says 1 weight(s)"),
     ("hf", "hf", None, "is in layout hf already"),
     ("sv", "sv", None, "is in layout sv already; pass --dtype or --shard-size"),
-    ("sv", "hf", config(mm_projector_type="linear"), "lacks 2 weight(s): model.mm_projector.weight"),
+    ("sv", "hf", config(mm_projector_type="linear"), "lacks 2 weight(s): model.mm_projector.bias, "),
     ("sv", "hf", config(image_aspect_ratio="odd"), "image_aspect_ratio: unknown 'odd'"),
     ("sv", "hf", config(mm_family="llava_hd"), "has no tiles by grid (image_aspect_ratio 'square')"),
     ("sv", "hf", write("preprocessor_config.json", "{"), "cannot read the image processor"),

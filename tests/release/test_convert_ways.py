@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, CLIPVisionModel
 from llava_sv import cli
 from llava_sv.conversation import CONV_TEMPLATES, render
 from llava_sv.files import sha256_of
-from llava_sv.release.chat_templates import jinja_of, template_of
+from llava_sv.release.chat_templates import jinja_for, template_of
 from tests.model.liuhaotian import make_encoder, make_v16
 from tests.release.hf_checkpoints import (
     SIDE,
@@ -123,14 +123,14 @@ def test_what_was_edited_is_not_put_back(hf, tmp_path):
 def test_a_conversation_template_stands_where_a_layout_has_a_place_for_it(sv, tmp_path):
     """The template of an edited chat template reaches config.json; one that a flag names reaches the chat template."""
     assert convert(sv, "hf", tmp_path / "hf", "--no-check") == 0
-    chatml = jinja_of(CONV_TEMPLATES["chatml"], AutoTokenizer.from_pretrained(sv))
+    chatml = jinja_for(CONV_TEMPLATES["chatml"], AutoTokenizer.from_pretrained(sv))
     (tmp_path / "hf" / "chat_template.jinja").write_text(chatml)
     assert convert(tmp_path / "hf", "sv", tmp_path / "back", "--no-check") == 0
     assert json.loads((tmp_path / "back" / "config.json").read_text())["conv_template"] == "chatml"
     words = ("--no-check", "--conv-template", "mistral_instruct")
     assert convert(tmp_path / "back", "hf", tmp_path / "again", *words) == 0
     jinja = (tmp_path / "again" / "chat_template.jinja").read_text()
-    assert jinja == jinja_of(CONV_TEMPLATES["mistral_instruct"], AutoTokenizer.from_pretrained(sv))
+    assert jinja == jinja_for(CONV_TEMPLATES["mistral_instruct"], AutoTokenizer.from_pretrained(sv))
 
 
 def test_types_and_shards(hf, tmp_path, capsys):
@@ -224,7 +224,7 @@ def test_transformers_to_llava_s_layout_and_back(hf, tmp_path):
 def test_chat_templates_are_written_and_recognised(tmp_path, name):
     tokenizer = make_tokenizer(tmp_path)
     template = CONV_TEMPLATES[name]
-    jinja = jinja_of(template, tokenizer)
+    jinja = jinja_for(template, tokenizer)
     messages = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What? "}]},
         {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},

@@ -308,8 +308,8 @@ def test_a_checkpoint_without_generation_config_stops_where_its_turns_end(checkp
     ("words", "said"),
     [
         (["{run}"], "--out DIR is needed"),
-        (["{run}", "--out", "{new}", "--shard-size", "big"], "--shard-size big: not a size"),
-        (["{run}", "--out", "{new}", "--shard-size", "0"], "--shard-size 0: not a size"),
+        (["{run}", "--out", "{new}", "--shard-size", "big"], "--shard-size big: cannot be read"),
+        (["{run}", "--out", "{new}", "--shard-size", "0"], "--shard-size 0: cannot be read"),
         (["{run}", "--out", "{new}", "--upload"], "--upload goes with --push-to-hub"),
         (["{run}", "--out", "{new}", "--public"], "--public goes with --push-to-hub"),
         (["{run}", "--out", "{new}", "--eval", "{new}/x"], "--eval {new}/x: no such file"),

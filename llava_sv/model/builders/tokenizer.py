@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from llava_sv.errors import UserError
+from llava_sv.errors import UserError, in_words
 from llava_sv.files import read_json
 from llava_sv.mm_utils import set_pad_token
 from llava_sv.model.config import LlavaConfig
@@ -15,12 +15,17 @@ from llava_sv.model.llava_layout import find_file
 
 def load_tokenizer(path: str) -> Any:
     """The fast tokenizer at `path`. A missing pad token is set and said; no token is added to the vocabulary."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False, **_read_as(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer {path}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    tokenizer = read_tokenizer(path)
     set_pad_token(tokenizer, path)
     return tokenizer
+
+
+def read_tokenizer(path: str) -> Any:
+    """The same as its files have it: nothing set."""
+    try:
+        return AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False, **_read_as(path))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"tokenizer {path}: cannot be loaded ({in_words(error)})") from error
 
 
 def _read_as(path: str) -> dict[str, Any]:
