@@ -32,8 +32,8 @@ class CardOptions:
     """`llava_sv.eval.timing`, `llava-sv bench train|infer`; and `llava-sv analyze tradeoff`, of other budgets."""
     data_manifest: Path | None = None
     """A mixture's manifest.json or its folder; None: found where the run's data_path is a mixture."""
-    card_file: Path | None = None
-    """YAML with what no run knows: `card_sources.CardFile` has the keys."""
+    card_file: Path | CardFile | None = None
+    """What no run knows: YAML with the keys of `card_sources.CardFile`, or what was read of it."""
     base_models: Sequence[str] = ()
     """Names of the language model and the encoder; empty: as the run's settings name them."""
     pretrain_run: Path | None = None
@@ -63,7 +63,8 @@ def make_card(checkpoint: Path, options: CardOptions | None = None) -> Card:
     model = card_model.read_model(checkpoint)
     pretrain = None if options.pretrain_run is None else _pretrain(Path(options.pretrain_run))
     bases = card_model.bases_of(options.base_models, run, model)
-    card_file = read_card_file(options.card_file)
+    said = options.card_file
+    card_file = said if isinstance(said, CardFile) else read_card_file(said)
     found = find_manifest(options.data_manifest, run)
     manifest = None if found is None else read_manifest(found, run)
     reports = card_eval.read_reports(options.eval_reports)

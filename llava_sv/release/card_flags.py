@@ -1,17 +1,14 @@
 """Flags of `llava-sv release` that the model card is made of, to `CardOptions`.
 
-Parsed arguments and the checkpoint come in; the options go out, valid as long as the context lasts. `--license` and
+Parsed arguments and the checkpoint come in; the options go out. `--license` and
 `--base-license` are card-file keys by another way: they win over the file's. Called by `release`.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from llava_sv.errors import UserError
@@ -60,11 +57,8 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--{flag.replace('_', '-')} {path}: no such file")
 
 
-@contextmanager
-def card_options(args: argparse.Namespace, checkpoint: Path, name: str) -> Iterator[CardOptions]:
-    """Yield the options of `checkpoint`'s card."""
-    import yaml
-
+def card_options(args: argparse.Namespace, checkpoint: Path, name: str) -> CardOptions:
+    """The options of `checkpoint`'s card."""
     from llava_sv.release.card import CardOptions
     from llava_sv.release.card_sources import read_card_file
 
@@ -79,16 +73,10 @@ def card_options(args: argparse.Namespace, checkpoint: Path, name: str) -> Itera
         pretrain_run=Path(args.pretrain_run) if args.pretrain_run else None,
     )
     if not args.license and not args.base_license:
-        yield options
-        return
-    said = read_card_file(options.card_file)
+        return options
+    said = read_card_file(Path(args.card) if args.card else None)
     licences = {**said.base_licenses, **_base_licences(args.base_license, checkpoint, options)}
-    said = replace(said, license=args.license or said.license, base_licenses=licences)
-    values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(said).items()}
-    with TemporaryDirectory(prefix="llava-sv-card.") as folder:
-        file = Path(folder) / "card.yaml"
-        file.write_text(yaml.safe_dump(values), encoding="utf-8")
-        yield replace(options, card_file=file)
+    return replace(options, card_file=replace(said, license=args.license or said.license, base_licenses=licences))
 
 
 def _base_licences(given: list[str], checkpoint: Path, options: CardOptions) -> dict[str, str]:

@@ -157,8 +157,7 @@ def card_of(args: argparse.Namespace, given: Path, name: str) -> Any:
     from llava_sv.release.card import make_card
     from llava_sv.release.card_flags import card_options
 
-    with card_options(args, given, name) as options:
-        return make_card(given, options)
+    return make_card(given, card_options(args, given, name))
 
 
 def test(folder: Path, content: Any, args: argparse.Namespace, device: str) -> dict[str, Any]:
