@@ -5,10 +5,12 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, CLIPVisionModel
+from transformers import AutoProcessor, AutoTokenizer, CLIPVisionModel
 
 from llava_sv import cli
+from llava_sv.constants import IMAGE_TOKEN_INDEX
 from llava_sv.conversation import CONV_TEMPLATES, render
 from llava_sv.files import sha256_of
 from llava_sv.release.chat_templates import jinja_for, template_of
@@ -244,6 +246,19 @@ def test_chat_templates_are_written_and_recognised(tmp_path, name):
     found, note = template_of(jinja, tokenizer)
     assert CONV_TEMPLATES[found] is template
     assert note == ""
+
+
+def test_a_converted_folder_has_a_processor(hf, tmp_path):
+    """Of this project, by config.json alone; the chat template of the other layout beside it is not taken for its."""
+    assert convert(hf, "sv", tmp_path / "sv", "--no-check", "--conv-template", "vicuna_v1") == 0
+    (tmp_path / "sv" / "chat_template.jinja").write_text("another one")
+    processor = AutoProcessor.from_pretrained(tmp_path / "sv")
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    said = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    turns = [{"from": "human", "value": "<image>\nWhat?"}]
+    assert said == render(CONV_TEMPLATES["vicuna_v1"], turns, add_generation_prompt=True).text
+    ids = processor(text=said, images=Image.new("RGB", (40, 30)))["input_ids"][0]
+    assert ids.tolist().count(IMAGE_TOKEN_INDEX) == 1
 
 
 def test_a_source_in_use_stays_as_it_was(hf, tmp_path):
