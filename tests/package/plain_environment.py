@@ -83,9 +83,12 @@ def clean() -> dict[str, str]:
 
 COMMANDS = """
 import contextlib, io, json, sys
+said = io.StringIO()
+with contextlib.redirect_stdout(said):
+    exec(sys.argv[2])
 sys.argv[0] = "llava-sv"
 from llava_sv import cli
-done = []
+done = [[0, said.getvalue(), ""]]
 for command in json.loads(sys.argv[1]):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -98,9 +101,10 @@ print(json.dumps(done))
 """
 
 
-def run_all(binaries: Path, cwd: Path, commands: list[list[str]]) -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of each `llava-sv` command, all in one process of the environment."""
-    line = [str(binaries / "python"), "-c", COMMANDS, json.dumps(commands)]
+def run_all(binaries: Path, cwd: Path, commands: list[list[str]], first: str = "") -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of the program `first`, then of each `llava-sv` command: all in one process of the
+    environment, since importing takes longest."""
+    line = [str(binaries / "python"), "-c", COMMANDS, json.dumps(commands), first]
     done = subprocess.run(line, cwd=cwd, env=clean(), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return [tuple(one) for one in json.loads(done.stdout.splitlines()[-1])]

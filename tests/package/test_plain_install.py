@@ -12,7 +12,6 @@ from PIL import Image
 
 import llava_sv
 from llava_sv import cli
-from llava_sv.extras import EXTRA_OF
 from tests.checkpoints import SKIP, save_checkpoint
 from tests.package.plain_environment import clean, make, run_all
 from tests.tokenizers_util import CORPUS
@@ -57,13 +56,14 @@ def test_the_installed_command_knows_its_version(binaries, place):
 AUTO = """
 import importlib.util, pathlib, sys
 import llava_sv, torch
+from llava_sv.extras import EXTRA_OF
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 assert pathlib.Path(llava_sv.__file__).is_relative_to(sys.prefix), llava_sv.__file__
 assert pathlib.Path(llava_sv.__file__).with_name("py.typed").is_file()
 model = AutoModelForCausalLM.from_pretrained("model")
 ids = AutoTokenizer.from_pretrained("model")("a b c", return_tensors="pt").input_ids
 print(AutoConfig.from_pretrained("model").model_type, bool(model(ids).logits.isfinite().all()))
-print([name for name in sys.argv[1:] if importlib.util.find_spec(name)])
+print([name for name in EXTRA_OF if importlib.util.find_spec(name)])
 print(AutoTokenizer.from_pretrained("llama")("the red square").input_ids)
 """
 
@@ -82,14 +82,6 @@ def llama_tokenizer(folder):
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     own = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
     return [own.bos_id(), *own.encode("the red square")]
-
-
-def test_the_auto_classes_load_a_checkpoint_and_a_tokenizer_of_sentencepiece(binaries, place):
-    ids = llama_tokenizer(place / "llama")
-    command = [str(binaries / "python"), "-c", AUTO, *EXTRA_OF]
-    done = subprocess.run(command, cwd=place, env=clean(), capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["llava_llama True", "[]", str(ids)]
 
 
 WORK = {
@@ -116,8 +108,21 @@ WANTING = {
 """Commands that end in one line about the extra -> what it begins with."""
 
 
-def test_what_works_without_extras_and_what_says_which_one_it_needs(binaries, place):
-    done = run_all(binaries, place, [line.split() for line in [*WORK, *WANTING]])
+@pytest.fixture(scope="module")
+def asked(binaries, place):
+    """(what AUTO printed, ids that it must print, what each of WORK and WANTING ended in)."""
+    ids = llama_tokenizer(place / "llama")
+    (_, printed, _), *done = run_all(binaries, place, [line.split() for line in [*WORK, *WANTING]], AUTO)
+    return printed, ids, done
+
+
+def test_the_auto_classes_load_a_checkpoint_and_a_tokenizer_of_sentencepiece(asked):
+    printed, ids, _ = asked
+    assert printed.splitlines() == ["llava_llama True", "[]", str(ids)]
+
+
+def test_what_works_without_extras_and_what_says_which_one_it_needs(asked, place):
+    done = asked[2]
     for (line, said), (code, out, err) in zip({**WORK, **WANTING}.items(), done, strict=True):
         if line in WORK:
             assert (code, said in out) == (0, True), f"{line}: {code}, {out}{err}"
@@ -141,7 +146,8 @@ def test_the_lighter_extra_is_enough_for_data_and_figures(wheel, place, tmp_path
         "data mix llava-665k --list",
         "analyze flops-share --output figures-of-flops",
     ]
-    for line, (code, out, err) in zip(lines, run_all(binaries, place, [line.split() for line in lines]), strict=True):
+    done = run_all(binaries, place, [line.split() for line in lines])[1:]
+    for line, (code, out, err) in zip(lines, done, strict=True):
         assert code == 0, f"{line}: {code}, {out}{err}"
-    (code, _, err), *_ = run_all(binaries, place, [["train", "--deepspeed", "zero.json"]])
+    _, (code, _, err) = run_all(binaries, place, [["train", "--deepspeed", "zero.json"]])
     assert (code, "this needs deepspeed, " + TRAIN in err) == (2, True)
