@@ -75,7 +75,7 @@ def make_card(checkpoint: Path, options: CardOptions | None = None) -> Card:
     fine = card_eval.fine_detail(reports, dense)
     sections = {
         "": [card_model.summary_line(model, name), "", *_authors(card_file, book)],
-        "What it is": card_model.about(model, bases, run, book),
+        "What it is": card_model.about(model, bases, book),
         "Token budget": card_model.tokens_section(model),
         "How to use it": how_to_use(name, model.config),
         "Training data": card_data.data_section(run, manifest, card_file, book),

@@ -90,7 +90,7 @@ def summary_line(model: Model, name: str) -> str:
     )
 
 
-def about(model: Model, bases: list[str], run: Run, book: Book) -> list[str]:
+def about(model: Model, bases: list[str], book: Book) -> list[str]:
     """The table of parts, and parameters by part."""
     config, vision = model.config, model.config.vision_config
     layer = config.mm_vision_select_layer

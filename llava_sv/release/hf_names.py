@@ -24,10 +24,6 @@ class Style:
     parts: str = ""
 
 
-IN_MEMORY = Style("model.language_model.", "lm_head.", "model.vision_tower.", "model.")
-"""transformers' own names since 4.52."""
-
-
 def style_of(names: Iterable[str]) -> Style:
     """The style that a checkpoint's names are in; the published checkpoints' where nothing tells."""
     known = list(names)
