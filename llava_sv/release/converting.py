@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from llava_sv.conversation import get_template
-from llava_sv.errors import UserError
+from llava_sv.errors import NoRoom, UserError
 from llava_sv.release import kept, probe
 from llava_sv.release.check_plan import check_plan
 from llava_sv.release.folders import check_output, replacing_folder
@@ -71,7 +71,8 @@ def convert_checkpoint(options: Options) -> dict[str, Any]:
         try:
             return _make(plan, changed, now, options, folder)
         except UserError as error:  # what the result is called is not where it is being made
-            raise UserError(str(error).replace(str(folder), f"of the result {options.out}")) from error
+            kind = NoRoom if isinstance(error, NoRoom) else UserError
+            raise kind(str(error).replace(str(folder), f"of the result {options.out}")) from error
 
 
 def _check_options(options: Options, layout: str) -> None:
@@ -189,13 +190,14 @@ def _check(
     plan: Plan, changed: Plan, written: Plan, options: Options, folder: Path, dtype: torch.dtype | None
 ) -> dict[str, Any]:
     """Weights compared one by one; then, where memory allows, logits and greedy text."""
-    done: dict[str, Any] = {"ran": True, "equal_weights": probe.compare_weights(changed, written, dtype)}
+    done: dict[str, Any] = {"ran": True, "equal_weights": probe.compare_weights(changed, written, dtype, changed.notes)}
     why = probe.lacks_memory(written.entries)
     if why:
         return {**done, "logits": None, "why": why}
     stored = dtype or next(entry.dtype for entry in written.entries if entry.name == "model.embed_tokens.weight")
     given: dict[str, Any] = {"vision_tower": options.vision_tower} if options.vision_tower else {}
     new = probe.ask(folder, options.to, stored, **(given if options.to == "llava" else {}))
+    probe.refuse_no_numbers(new, changed.notes)
     if options.skip_vision:
         return {**done, "logits": None, "why": "a model that skips is not the dense one; it was loaded and answers"}
     how = given | ({"model_base": options.base} if options.base else {}) if plan.layout == "llava" else {}
