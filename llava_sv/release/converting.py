@@ -196,14 +196,17 @@ def _check(
         return {**done, "logits": None, "why": why}
     stored = dtype or next(entry.dtype for entry in written.entries if entry.name == "model.embed_tokens.weight")
     given: dict[str, Any] = {"vision_tower": options.vision_tower} if options.vision_tower else {}
-    new = probe.ask(folder, options.to, stored, **(given if options.to == "llava" else {}))
-    probe.refuse_no_numbers(new, changed.notes)
+    given_new = given if options.to == "llava" else {}
     if options.skip_vision:
+        probe.refuse_no_numbers(probe.ask(folder, options.to, stored, **given_new), changed.notes)
         return {**done, "logits": None, "why": "a model that skips is not the dense one; it was loaded and answers"}
     how = given | ({"model_base": options.base} if options.base else {}) if plan.layout == "llava" else {}
     if options.drop_skip and plan.config["mm_family"] != "llava":
+        probe.refuse_no_numbers(probe.ask(folder, options.to, stored, **given_new), changed.notes)
         return {**done, "logits": None, "why": "the source skips and the result does not; it was loaded and answers"}
     old = probe.ask(plan.source, plan.layout, stored, dense=options.drop_skip, **how)
+    new = probe.ask(folder, options.to, stored, asked=old, **given_new)
+    probe.refuse_no_numbers(new, changed.notes)
     same_ids = old.ids == new.ids
     if not same_ids:
         changed.notes.append(
@@ -211,8 +214,6 @@ def _check(
             f"{len(new.ids)} (spaces beside the picture, most often); logits are compared on the source's ids"
         )
     same_pixels = old.pixels.shape == new.pixels.shape and torch.allclose(old.pixels, new.pixels, atol=1e-6)
-    if not (same_ids and same_pixels):
-        new = probe.ask(folder, options.to, stored, asked=old, **(given if options.to == "llava" else {}))
     agreement = probe.compare(old, new)
     probe.refuse(agreement)
     return {

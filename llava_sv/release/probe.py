@@ -40,8 +40,8 @@ ROOM = 1.3
 
 @dataclass
 class Answer:
-    """What a model was asked and said: ids [T0] with one mark for the picture, pixels [3, H, W] or [views, 3, H, W],
-    logits [T, K], greedy text."""
+    """What a model said: logits [T, K] and greedy text; and what its own tokenizer and image processor make of the
+    question: ids [T0] with one mark for the picture, pixels [3, H, W] or [views, 3, H, W]."""
 
     ids: list[int]
     pixels: Tensor
@@ -101,8 +101,8 @@ def refuse_no_numbers(answer: Answer, notes: list[str]) -> None:
 def ask(
     folder: Path, layout: str, dtype: torch.dtype, dense: bool = False, asked: Answer | None = None, **how: Any
 ) -> Answer:
-    """The answer of the checkpoint in `folder`. dense: leave its skipping out; asked: take ids and pixels from there,
-    not from its own tokenizer and image processor; how: more for `load_pretrained_model`."""
+    """The answer of the checkpoint in `folder`. dense: leave its skipping out; asked: give it the ids and pixels
+    of that one, not those of its own tokenizer and image processor; how: more for `load_pretrained_model`."""
     with _quiet(), torch.inference_mode(), _in_a_line(folder, layout):
         answer = _ask_hf(folder, dtype, asked) if layout == "hf" else _ask_ours(folder, dtype, dense, asked, how)
     gc.collect()
@@ -125,11 +125,11 @@ def _ask_ours(folder: Path, dtype: torch.dtype, dense: bool, asked: Answer | Non
             str(folder), device="cpu", device_map=None, torch_dtype=dtype, **how
         )
     model = model.float()
-    ids = asked.ids if asked else list(tokenizer_image_token(PROMPT, tokenizer))
     image = picture()
-    pixels = asked.pixels if asked else process_images([image], processor, model.config)[0]
-    given: dict[str, Any] = {"images": [pixels], "image_sizes": [image.size]}
-    prompt = torch.tensor([ids])
+    ids = list(tokenizer_image_token(PROMPT, tokenizer))
+    pixels = process_images([image], processor, model.config)[0]
+    given: dict[str, Any] = {"images": [asked.pixels if asked else pixels], "image_sizes": [image.size]}
+    prompt = torch.tensor([asked.ids if asked else ids])
     logits = model(input_ids=prompt, **given).logits[0].float()
     tokens = model.generate(prompt, **given, max_new_tokens=NEW_TOKENS, do_sample=False)
     return Answer(ids, pixels, logits, tokenizer.decode(tokens[0], skip_special_tokens=True))
@@ -149,17 +149,17 @@ def _ask_hf(folder: Path, dtype: torch.dtype, asked: Answer | None) -> Answer:
     processor.image_processor = hf_processor.read_theirs(folder)  # pictures by PIL, whatever is installed
     given = processor(images=picture(), text=PROMPT, return_tensors="pt")
     image = model.config.image_token_index
+    ids, pixels = _with_one_mark(given["input_ids"][0].tolist(), image), given["pixel_values"][0]
     if asked is not None:
         tokens = int((given["input_ids"] == image).sum())
         row = [one for i in asked.ids for one in ([image] * tokens if i == IMAGE_TOKEN_INDEX else [i])]
         given["input_ids"] = torch.tensor([row])
         given["attention_mask"] = torch.ones_like(given["input_ids"])
         given["pixel_values"] = asked.pixels[None]
-    ids = _with_one_mark(given["input_ids"][0].tolist(), image)
     logits = model(**given).logits[0].float()
     tokens = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)
     new = tokens[0, given["input_ids"].shape[1] :]
-    return Answer(ids, given["pixel_values"][0], logits, processor.tokenizer.decode(new, skip_special_tokens=True))
+    return Answer(ids, pixels, logits, processor.tokenizer.decode(new, skip_special_tokens=True))
 
 
 def _with_one_mark(ids: list[int], image: int) -> list[int]:

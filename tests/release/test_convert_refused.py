@@ -234,6 +234,23 @@ def test_weights_are_compared_one_by_one(made, tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_each_folder_is_loaded_once(made, tmp_path, capsys, monkeypatch):
+    """Also where two tokenizers disagree about the prompt: the result is then asked what the source was."""
+    ask, asked, ids_of = probe.ask, [], probe.tokenizer_image_token
+
+    def counted(folder, layout, *rest, **how):
+        asked.append(layout)
+        return ask(folder, layout, *rest, **how)
+
+    monkeypatch.setattr(probe, "ask", counted)
+    monkeypatch.setattr(probe, "tokenizer_image_token", lambda *words: [*ids_of(*words), 5])
+    assert convert(made / "hf", "sv", tmp_path / "out") == 0
+    out = capsys.readouterr().out
+    assert "logits are compared on the source's ids" in out
+    assert "logits are at most" in out
+    assert asked == ["hf", "sv"]
+
+
 def weight(part, value):
     """Put a number into the first weight whose name ends with `part`."""
 
