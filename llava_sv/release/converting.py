@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from llava_sv.conversation import get_template
-from llava_sv.errors import UserError
+from llava_sv.errors import NoRoom, UserError
 from llava_sv.release import kept, probe
 from llava_sv.release.check_plan import check_plan
 from llava_sv.release.folders import check_output, replacing_folder
@@ -67,7 +67,8 @@ def convert_checkpoint(options: Options) -> dict[str, Any]:
         try:
             return _make(plan, changed, now, options, folder)
         except UserError as error:  # what the result is called is not where it is being made
-            raise UserError(str(error).replace(str(folder), f"of the result {options.out}")) from error
+            kind = NoRoom if isinstance(error, NoRoom) else UserError
+            raise kind(str(error).replace(str(folder), f"of the result {options.out}")) from error
 
 
 def _check_options(options: Options, layout: str) -> None:
@@ -178,19 +179,23 @@ def _check(
     plan: Plan, changed: Plan, written: Plan, options: Options, folder: Path, dtype: torch.dtype | None
 ) -> dict[str, Any]:
     """Weights compared one by one; then, where memory allows, logits and greedy text."""
-    done: dict[str, Any] = {"ran": True, "equal_weights": probe.compare_weights(changed, written, dtype)}
+    done: dict[str, Any] = {"ran": True, "equal_weights": probe.compare_weights(changed, written, dtype, changed.notes)}
     why = probe.lacks_memory(written.entries)
     if why:
         return {**done, "logits": None, "why": why}
     stored = dtype or next(entry.dtype for entry in written.entries if entry.name == "model.embed_tokens.weight")
     given: dict[str, Any] = {"vision_tower": options.vision_tower} if options.vision_tower else {}
-    new = probe.ask(folder, options.to, stored, **(given if options.to == "llava" else {}))
+    given_new = given if options.to == "llava" else {}
     if options.skip_vision:
+        probe.refuse_no_numbers(probe.ask(folder, options.to, stored, **given_new), changed.notes)
         return {**done, "logits": None, "why": "a model that skips is not the dense one; it was loaded and answers"}
     how = given | ({"model_base": options.base} if options.base else {}) if plan.layout == "llava" else {}
     if options.drop_skip and plan.config["mm_family"] != "llava":
+        probe.refuse_no_numbers(probe.ask(folder, options.to, stored, **given_new), changed.notes)
         return {**done, "logits": None, "why": "the source skips and the result does not; it was loaded and answers"}
     old = probe.ask(plan.source, plan.layout, stored, dense=options.drop_skip, **how)
+    new = probe.ask(folder, options.to, stored, asked=old, **given_new)
+    probe.refuse_no_numbers(new, changed.notes)
     same_ids = old.ids == new.ids
     if not same_ids:
         changed.notes.append(
@@ -198,8 +203,6 @@ def _check(
             f"{len(new.ids)} (spaces beside the picture, most often); logits are compared on the source's ids"
         )
     same_pixels = old.pixels.shape == new.pixels.shape and torch.allclose(old.pixels, new.pixels, atol=1e-6)
-    if not (same_ids and same_pixels):
-        new = probe.ask(folder, options.to, stored, asked=old, **(given if options.to == "llava" else {}))
     agreement = probe.compare(old, new)
     probe.refuse(agreement)
     return {

@@ -19,6 +19,8 @@ def check_output(output: Path, needed: dict[str, str], force: bool, flag: str = 
     for what, path in needed.items():
         if Path(path).is_dir() and Path(path).resolve().is_relative_to(output.resolve()):
             raise UserError(f"{flag} {output}: is or holds {what}; choose another folder")
+    if output.is_symlink() and not output.exists():
+        raise UserError(f"{flag} {output}: is a link to nothing; choose another, or make the folder it points to")
     if output.exists() and not (output.is_dir() and (force or not any(output.iterdir()))):
         mend = "choose another, or pass --force to replace it" if output.is_dir() else "choose a folder"
         raise UserError(f"{flag} {output}: exists; {mend}")

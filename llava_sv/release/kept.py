@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 from llava_sv.errors import UserError
 from llava_sv.files import read_json, sha256_of, write_json
 from llava_sv.release.plan import LAYOUTS, Plan
@@ -76,6 +78,7 @@ def print_of(plan: Plan) -> dict[str, Any]:
         "tokenizer": tokenizer_print(plan.tokenizer),
         "processor": processor,
         "generation": {name: value for name, value in values.items() if name != "transformers_version"},
+        "transformers": transformers.__version__,
     }
     return json.loads(json.dumps(made, default=str))
 
@@ -92,9 +95,10 @@ def core_of(tokenizer: Any) -> str:
     return backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
 
 
-def unchanged(then: Any, now: Any) -> bool:
-    """Whether two prints agree; fields that only one of two releases of transformers knows are not compared."""
-    if isinstance(then, dict) and isinstance(now, dict):
+def unchanged(then: Any, now: Any, exact: bool = False) -> bool:
+    """Whether two prints agree; but for `exact`, fields that only one of two releases of transformers knows are not
+    compared."""
+    if not exact and isinstance(then, dict) and isinstance(now, dict):
         return all(unchanged(then[name], now[name]) for name in then.keys() & now.keys())
     return then == now
 
@@ -102,7 +106,12 @@ def unchanged(then: Any, now: Any) -> bool:
 def _same_groups(source: Path, now: dict[str, Any], layout: str) -> set[str]:
     """Groups of `layout`'s files that still say what `source` (`now` is its print) said when it was made."""
     then = record(source).get("print") or {}
-    same = {need for need in now if need in then and unchanged(then[need], now[need])}
+    one_release = then.get("transformers") == now["transformers"]
+    same = {
+        need
+        for need in now
+        if need in then and unchanged(then[need], now[need], exact=one_release or need == "generation")
+    }
     groups = {group for group, needs in NEEDS.items() if same.issuperset(needs)} | {"index"}
     # transformers' config.json names no conversation template, the others' do
     return groups if layout == "hf" or "conv_template" in same else groups - {"config", "processor"}

@@ -13,8 +13,10 @@ from llava_sv.model.llava_layout import WEIGHTS, is_foreign
 HF_MODEL_TYPES = ("llava", "llava_next")
 """`model_type` of transformers' own LLaVA and LLaVA-NeXT."""
 
+ADAPTERS = "adapter_config.json"
+
 NOT_WHOLE: dict[str, str] = {
-    "adapter_config.json": "holds adapters alone; make it whole first: llava-sv convert --merge-lora {} --output DIR",
+    ADAPTERS: "holds adapters alone; make it whole first: llava-sv convert --merge-lora {} --output DIR",
     "mm_projector.bin": "holds a projector alone; train on it, or merge it with its language model first",
     "mm_projector.safetensors": "holds a projector alone; train on it, or merge it with its language model first",
 }
@@ -54,8 +56,11 @@ def layout_of(folder: Path) -> str:
 
 
 def check_whole(folder: Path) -> None:
-    """`UserError` for a folder without weights of its own that holds a part, naming how to make it whole."""
+    """`UserError` for a folder without weights of its own that holds a part, naming how to make it whole; and for one
+    with adapters beside a whole model."""
     if any((folder / name).is_file() for name in WEIGHTS):
+        if (folder / ADAPTERS).is_file():
+            raise UserError(f"{folder}: holds adapters ({ADAPTERS}) beside a whole model; move one of them elsewhere")
         return
     for name, why in NOT_WHOLE.items():
         if (folder / name).is_file():

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from llava_sv.bench.room import available_bytes
 from llava_sv.constants import IMAGE_TOKEN_INDEX
-from llava_sv.errors import UserError
-from llava_sv.mm_utils import process_images, tokenizer_image_token
+from llava_sv.errors import UserError, in_words
+from llava_sv.mm_utils import load_image_processor, process_images, tokenizer_image_token
 from llava_sv.release import hf_processor
 from llava_sv.release.layouts import read_values
 from llava_sv.release.plan import Plan
@@ -34,14 +34,15 @@ TOLERANCE = 1e-4
 """Largest difference of logits, in units of the largest logit where that is above 1."""
 PROMPT = "USER: <image>\nWhat is in this picture? ASSISTANT:"
 NEW_TOKENS = 8
+NO_NUMBERS = "weights: NaN or infinite values in "
 ROOM = 1.3
 """Memory that a probe takes, in units of its float32 weights."""
 
 
 @dataclass
 class Answer:
-    """What a model was asked and said: ids [T0] with one mark for the picture, pixels [3, H, W] or [views, 3, H, W],
-    logits [T, K], greedy text."""
+    """What a model said: logits [T, K] and greedy text; and what its own tokenizer and image processor make of the
+    question: ids [T0] with one mark for the picture, pixels [3, H, W] or [views, 3, H, W]."""
 
     ids: list[int]
     pixels: Tensor
@@ -91,12 +92,19 @@ def refuse(agreement: Agreement) -> None:
         )
 
 
+def refuse_no_numbers(answer: Answer, notes: list[str]) -> None:
+    """`UserError` for logits that are NaN or infinite, with the note of `compare_weights` on weights that are."""
+    if not bool(answer.logits.isfinite().all()):
+        why = next((note for note in notes if note.startswith(NO_NUMBERS)), "no weight is, a sum grows too large")
+        raise UserError(f"check: the result's logits are NaN or infinite ({why}); nothing is left behind")
+
+
 def ask(
     folder: Path, layout: str, dtype: torch.dtype, dense: bool = False, asked: Answer | None = None, **how: Any
 ) -> Answer:
-    """The answer of the checkpoint in `folder`. dense: leave its skipping out; asked: take ids and pixels from there,
-    not from its own tokenizer and image processor; how: more for `load_pretrained_model`."""
-    with _quiet(), torch.inference_mode():
+    """The answer of the checkpoint in `folder`. dense: leave its skipping out; asked: give it the ids and pixels
+    of that one, not those of its own tokenizer and image processor; how: more for `load_pretrained_model`."""
+    with _quiet(), torch.inference_mode(), _in_a_line(folder, layout):
         answer = _ask_hf(folder, dtype, asked) if layout == "hf" else _ask_ours(folder, dtype, dense, asked, how)
     gc.collect()
     return answer
@@ -104,22 +112,25 @@ def ask(
 
 def _ask_ours(folder: Path, dtype: torch.dtype, dense: bool, asked: Answer | None, how: dict[str, Any]) -> Answer:
     from llava_sv.model.builder import load_pretrained_model
+    from llava_sv.model.builders.tokenizer import load_tokenizer
     from llava_sv.model.loading import load_whole, read_config
 
-    tokenizer, model, processor, _ = load_pretrained_model(
-        str(folder), device="cpu", device_map=None, torch_dtype=dtype, **how
-    )
-    if dense and model.config.skip_vision is not None:
-        del model
+    if dense:
         config = read_config(str(folder))
         config.skip_vision = None
         model = load_whole(str(folder), config, dtype=dtype, unused_weights=("model.mm_projector.summary.",)).eval()
+        tokenizer = load_tokenizer(str(folder))
+        processor = load_image_processor(str(folder), config.mm_vision_image_size)
+    else:
+        tokenizer, model, processor, _ = load_pretrained_model(
+            str(folder), device="cpu", device_map=None, torch_dtype=dtype, **how
+        )
     model = model.float()
-    ids = asked.ids if asked else list(tokenizer_image_token(PROMPT, tokenizer))
     image = picture()
-    pixels = asked.pixels if asked else process_images([image], processor, model.config)[0]
-    given: dict[str, Any] = {"images": [pixels], "image_sizes": [image.size]}
-    prompt = torch.tensor([ids])
+    ids = list(tokenizer_image_token(PROMPT, tokenizer))
+    pixels = process_images([image], processor, model.config)[0]
+    given: dict[str, Any] = {"images": [asked.pixels if asked else pixels], "image_sizes": [image.size]}
+    prompt = torch.tensor([asked.ids if asked else ids])
     logits = model(input_ids=prompt, **given).logits[0].float()
     tokens = model.generate(prompt, **given, max_new_tokens=NEW_TOKENS, do_sample=False)
     return Answer(ids, pixels, logits, tokenizer.decode(tokens[0], skip_special_tokens=True))
@@ -139,23 +150,36 @@ def _ask_hf(folder: Path, dtype: torch.dtype, asked: Answer | None) -> Answer:
     processor.image_processor = hf_processor.read_theirs(folder)  # pictures by PIL, whatever is installed
     given = processor(images=picture(), text=PROMPT, return_tensors="pt")
     image = model.config.image_token_index
+    ids, pixels = _with_one_mark(given["input_ids"][0].tolist(), image), given["pixel_values"][0]
     if asked is not None:
         tokens = int((given["input_ids"] == image).sum())
         row = [one for i in asked.ids for one in ([image] * tokens if i == IMAGE_TOKEN_INDEX else [i])]
         given["input_ids"] = torch.tensor([row])
         given["attention_mask"] = torch.ones_like(given["input_ids"])
         given["pixel_values"] = asked.pixels[None]
-    ids = _with_one_mark(given["input_ids"][0].tolist(), image)
     logits = model(**given).logits[0].float()
     tokens = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)
     new = tokens[0, given["input_ids"].shape[1] :]
-    return Answer(ids, given["pixel_values"][0], logits, processor.tokenizer.decode(new, skip_special_tokens=True))
+    return Answer(ids, pixels, logits, processor.tokenizer.decode(new, skip_special_tokens=True))
 
 
 def _with_one_mark(ids: list[int], image: int) -> list[int]:
     """A run of image tokens as one mark."""
     marked = [IMAGE_TOKEN_INDEX if i == image else i for i in ids]
     return [i for n, i in enumerate(marked) if i != IMAGE_TOKEN_INDEX or n == 0 or marked[n - 1] != IMAGE_TOKEN_INDEX]
+
+
+@contextmanager
+def _in_a_line(folder: Path, layout: str) -> Iterator[None]:
+    """What transformers refuses in a folder of its own layout is that folder's fault, not a bug here."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, ImportError) as error:
+        if layout != "hf":
+            raise
+        raise UserError(f"check: {folder}: transformers cannot ask it ({in_words(error)})") from error
 
 
 @contextmanager
@@ -184,9 +208,11 @@ def lacks_memory(entries: list[Entry]) -> str | None:
     return f"logits are not compared: that takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
 
 
-def compare_weights(old: Plan, new: Plan, dtype: torch.dtype | None) -> int:
+def compare_weights(old: Plan, new: Plan, dtype: torch.dtype | None, notes: list[str]) -> int:
     """Number of weights of both plans, each read and equal in the type that the new one stores; embedding rows that
-    were added or removed are not compared. `UserError` names the first that differs."""
+    were added or removed are not compared. `UserError` names the first that differs; weights that hold NaN or infinity
+    are told in `notes`."""
+    broken: list[str] = []
     by_name = {entry.name: entry for entry in new.entries}
     shared = [entry for entry in old.entries if entry.name in by_name]
     size = sum(entry.bytes for entry in shared)
@@ -200,8 +226,12 @@ def compare_weights(old: Plan, new: Plan, dtype: torch.dtype | None) -> int:
         same = first.dtype == second.dtype and torch.equal(first, second)
         if not same and not (first.isnan().any() and _same_bytes(first, second)):
             raise UserError(f"check: {entry.name} is not what {entry.file} holds; nothing is left behind")
+        if second.is_floating_point() and not bool(second.isfinite().all()):
+            broken.append(entry.name)
         bar.update(entry.bytes)
     bar.close()
+    if broken:
+        notes.append(NO_NUMBERS + ", ".join(broken[:3]) + (f" and {len(broken) - 3} more" if broken[3:] else ""))
     return len(shared)
 
 

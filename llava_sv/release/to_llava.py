@@ -119,7 +119,10 @@ def check_expressible(plan: Plan) -> None:
         known = ", ".join(name.removeprefix("llava_") for name in THEIR_TYPES)
         raise UserError(f"{where}: LLaVA's code has no {config['model_type']} ({known}); use --to sv or --to hf")
     if not config.get("mm_vision_tower"):
-        raise UserError(f"{where}: config.json names no mm_vision_tower, which LLaVA's code builds its encoder from")
+        raise UserError(
+            f"{where}: config.json names no mm_vision_tower, which LLaVA's code builds its encoder from; "
+            "say it by --vision-tower"
+        )
 
 
 def their_config(plan: Plan) -> dict[str, Any]:

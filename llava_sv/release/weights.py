@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from llava_sv.errors import UserError
+from llava_sv.errors import UserError, not_written
 from llava_sv.files import read_json, replacing, write_json
 from llava_sv.model.checkpoint_io import UNREADABLE
 
@@ -184,7 +185,7 @@ def write_weights(
         for entry in shard:
             value = entry.load().detach()
             if dtype is not None and value.is_floating_point():
-                value = value.to(dtype)
+                value = _as_type(value, dtype, entry)
             if tuple(value.shape) != entry.shape:
                 raise UserError(f"weights {entry.file}: {entry.name} has shape {list(value.shape)}, not as announced")
             tensors[entry.name] = value.contiguous()
@@ -198,6 +199,18 @@ def write_weights(
         metadata = {"total_parameters": parameters, "total_size": total}
         _write_index(folder / "model.safetensors.index.json", metadata, weight_map)
     return names
+
+
+def _as_type(value: Tensor, dtype: torch.dtype, entry: Entry) -> Tensor:
+    """`UserError` for a number that the type has no room for."""
+    made = value.to(dtype)
+    if made.dtype != value.dtype and bool((value.isfinite() & ~made.isfinite()).any()):
+        most = value[value.isfinite()].abs().max()
+        raise UserError(
+            f"weights {entry.file}: {entry.name} has values up to {most:.3g}, more than "
+            f"{str(dtype).removeprefix('torch.')} holds; store another type"
+        )
+    return made
 
 
 def _as_in_source(entries: list[Entry]) -> list[list[Entry]]:
@@ -215,7 +228,14 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
         else:
             places[value.untyped_storage().data_ptr()] = name
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            code = re.search(r"\(os error (\d+)\)", str(error))
+            if code is None:
+                raise
+            system = OSError(int(code[1]), str(error))
+            raise not_written(f"weights {path}:", system, "make room there, or write elsewhere") from error
 
 
 def _write_index(path: Path, metadata: dict[str, Any], weight_map: dict[str, str]) -> None:

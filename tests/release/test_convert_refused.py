@@ -1,6 +1,7 @@
 """Everything that `llava-sv convert SRC --to` refuses: one line, exit code 2, and nothing left behind."""
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -8,11 +9,13 @@ import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llava_sv import cli
 from llava_sv.errors import UserError
 from llava_sv.release import converting, probe
+from llava_sv.release import weights as files_of_weights
 from llava_sv.release.flags import shard_bytes
 from tests.release.hf_checkpoints import make_hf, rewrite
 from tests.release.test_convert_hf import convert
@@ -229,6 +232,89 @@ def test_weights_are_compared_one_by_one(made, tmp_path, capsys, monkeypatch):
     assert convert(made / "hf", "sv", tmp_path / "out") == 2
     assert "is not what model-0000" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_each_folder_is_loaded_once(made, tmp_path, capsys, monkeypatch):
+    """Also where two tokenizers disagree about the prompt: the result is then asked what the source was."""
+    ask, asked, ids_of = probe.ask, [], probe.tokenizer_image_token
+
+    def counted(folder, layout, *rest, **how):
+        asked.append(layout)
+        return ask(folder, layout, *rest, **how)
+
+    monkeypatch.setattr(probe, "ask", counted)
+    monkeypatch.setattr(probe, "tokenizer_image_token", lambda *words: [*ids_of(*words), 5])
+    assert convert(made / "hf", "sv", tmp_path / "out") == 0
+    out = capsys.readouterr().out
+    assert "logits are compared on the source's ids" in out
+    assert "logits are at most" in out
+    assert asked == ["hf", "sv"]
+
+
+def weight(part, value):
+    """Put a number into the first weight whose name ends with `part`."""
+
+    def change(folder):
+        for path in sorted(folder.glob("*.safetensors")):
+            values = load_file(path)
+            name = next((name for name in values if name.endswith(part)), None)
+            if name:
+                values[name].view(-1)[0] = value
+                save_file(values, path, metadata={"format": "pt"})
+                return
+        raise AssertionError(part)
+
+    return change
+
+
+def test_a_number_that_the_type_does_not_hold(refused):
+    said = refused("hf", "sv", weight("layers.1.mlp.up_proj.weight", 1e6), "--no-check", "--dtype", "float16")
+    assert "model.layers.1.mlp.up_proj.weight has values up to 1e+06, more than float16 holds" in said
+
+
+@pytest.mark.parametrize("flags", [(), ("--sv_num_retained", "4", "--sv_num_skipped", "5")])
+def test_weights_that_are_no_numbers(refused, flags):
+    """NaN equals NaN bit for bit, and a model made to skip is compared with nothing: it is refused all the same."""
+    said = refused("hf", "sv", weight("layers.1.mlp.up_proj.weight", float("nan")), *flags)
+    assert "logits are NaN or infinite (weights: NaN or infinite values in model.layers.1.mlp.up_proj.weight)" in said
+
+
+def test_a_file_that_cannot_be_written_whole(made, tmp_path, capsys, monkeypatch):
+    """Under a real limit on a file's size; then on a disk that is full, as the library says it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        assert convert(made / "hf", "sv", tmp_path / "out", "--shard-size", "1GB") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert f"of the result {tmp_path / 'out'}/model.safetensors: cannot be written (File too large)" in said[0]
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(files_of_weights, "save_file", full)
+    assert convert(made / "hf", "sv", tmp_path / "out") == 74
+    assert "cannot be written (No space left on device)" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_transformers_cannot_ask_is_a_line(refused):
+    assert "transformers cannot ask it (Image features and image tokens" in refused(
+        "hf", "sv", config(image_token_index=7)
+    )
+
+
+def test_adapters_beside_a_whole_model(refused):
+    said = refused("hf", "sv", lambda folder: (folder / "adapter_config.json").write_text("{}"), "--no-check")
+    assert "holds adapters (adapter_config.json) beside a whole model" in said
+
+
+def test_a_link_to_nothing_is_no_place(made, tmp_path, capsys):
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    assert convert(made / "hf", "sv", tmp_path / "out", "--no-check") == 2
+    assert "is a link to nothing" in capsys.readouterr().err
 
 
 def test_nothing_is_loaded_that_does_not_fit(made, tmp_path, capsys, monkeypatch):

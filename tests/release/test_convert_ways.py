@@ -122,6 +122,22 @@ def test_what_was_edited_is_not_put_back(hf, tmp_path):
     same_answers(tmp_path / "back", tmp_path / "sv")
 
 
+def test_what_was_added_is_not_put_back(tmp_path):
+    """Generation settings where there were none, and a new field inside of another, reach the way home."""
+    source = make_hf(tmp_path / "hf")
+    (source / "generation_config.json").unlink()
+    sv, back = tmp_path / "sv", tmp_path / "back"
+    assert convert(source, "sv", sv, "--no-check") == 0
+    assert not (sv / "generation_config.json").exists()
+    (sv / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.25}))
+    rope = json.loads((sv / "config.json").read_text())["rope_parameters"]
+    rewrite(sv, "config.json", rope_parameters={**rope, "partial_rotary_factor": 0.5})
+    assert convert(sv, "hf", back, "--no-check") == 0
+    assert json.loads((back / "generation_config.json").read_text())["temperature"] == 0.25
+    text = json.loads((back / "config.json").read_text())["text_config"]
+    assert text["rope_parameters"]["partial_rotary_factor"] == 0.5
+
+
 def test_a_conversation_template_stands_where_a_layout_has_a_place_for_it(sv, tmp_path):
     """The template of an edited chat template reaches config.json; one that a flag names reaches the chat template."""
     assert convert(sv, "hf", tmp_path / "hf", "--no-check") == 0
