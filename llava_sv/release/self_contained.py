@@ -189,7 +189,7 @@ def _entry(classes: list[Any]) -> str:
             f"__all__ = [{names}]",
             "",
             f"for _class in ({', '.join(named)}):",
-            "    _class.__module__ = __name__  # transformers' `save_pretrained` copies this file, and all that it needs",
+            "    _class.__module__ = __name__  # `save_pretrained` copies this file, and all that it needs",
             "",
         ]
     )
