@@ -248,7 +248,8 @@ class LlavaSvProcessor(ProcessorMixin):
         path, values = str(pretrained_model_name_or_path), processor_dict or {}
         hub = {name: value for name, value in kwargs.items() if name in OF_THE_HUB}
         others = {name: value for name, value in kwargs.items() if name not in (*SETTINGS, "chat_template")}
-        tokenizer = AutoTokenizer.from_pretrained(path, **others)
+        # the flag is for the class of the processor: its tokenizer is one of transformers' own
+        tokenizer = AutoTokenizer.from_pretrained(path, **(others | {"trust_remote_code": False}))
         set_pad_token(tokenizer, path)
         size = values.get("mm_vision_image_size")
         try:
