@@ -7,6 +7,7 @@ B texts, T0 prompt length (an image is one mark in it).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import AutoConfig, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.utils import cached_file
 
 from llava_sv.chat_template import jinja_of
@@ -248,7 +249,9 @@ class LlavaSvProcessor(ProcessorMixin):
         path, values = str(pretrained_model_name_or_path), processor_dict or {}
         hub = {name: value for name, value in kwargs.items() if name in OF_THE_HUB}
         others = {name: value for name, value in kwargs.items() if name not in (*SETTINGS, "chat_template")}
-        # the flag is for the class of the processor: its tokenizer is one of transformers' own
+        with contextlib.suppress(OSError, ValueError):  # none, in a folder of a processor alone
+            others["config"] = AutoConfig.from_pretrained(path, **others)
+        # the flag is for the classes of model and processor: the tokenizer is one of transformers' own
         tokenizer = AutoTokenizer.from_pretrained(path, **(others | {"trust_remote_code": False}))
         set_pad_token(tokenizer, path)
         size = values.get("mm_vision_image_size")
