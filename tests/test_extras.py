@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -71,3 +72,14 @@ def test_a_clone_has_its_script_and_a_wheel_has_pip(monkeypatch):
     assert extras.how_to_get("train-gpu") == 'pip install "llava-sv[train-gpu]"'
     assert extras.how_to_get("flash") == 'pip install --no-build-isolation "llava-sv[flash]"'
     assert extras.how_to_get(what="peft>=0.18") == 'pip install "peft>=0.18"'
+
+
+def test_flags_of_training_need_no_reader_of_tables():
+    """`convert` takes the flags that say what skips: a plain install converts."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('pyarrow', 'datasets', 'deepspeed', 'matplotlib'))); "
+        "from llava_sv.release.convert import main; main(['--help'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert "--sv_num_retained" in done.stdout

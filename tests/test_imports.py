@@ -14,7 +14,7 @@ LEVELS: list[set[str]] = [
     {"errors", "constants"},
     {"files", "tiling", "pixels", "decoding", "model.partitioned_loading", "model.gathering", "model.reach"},
     {"conversation", "mm_utils", "cluster"},
-    {"chat_template"},
+    {"chat_template", "pictures"},
     {"processing"},
     {"data", "model.token_groups", "model.cos_presets", "model.retained_budget"},
     {"model.token_counts"},

@@ -23,14 +23,15 @@ from transformers import (
 )
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from llava_sv import processing
+from llava_sv import pictures as pictures_module
 from llava_sv.chat_template import jinja_of
 from llava_sv.conversation import CONV_TEMPLATES, get_template, render
 from llava_sv.errors import UserError
 from llava_sv.generation import Assistant, generate, load_for_inference, make_batch, user_turn
 from llava_sv.mm_utils import load_image
 from llava_sv.model.language_model.decoders import DECODERS
-from llava_sv.processing import LlavaSvProcessor, as_picture
+from llava_sv.pictures import as_picture
+from llava_sv.processing import LlavaSvProcessor
 from tests.checkpoints import SKIP, save_checkpoint
 from tests.data.test_preprocess import KINDS, PAIRS
 
@@ -275,17 +276,20 @@ def test_pictures_come_in_many_forms(tmp_path):
     data = io.BytesIO()
     picture.save(data, "PNG")
     text = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+    lines = base64.encodebytes(data.getvalue()).decode()
     array = np.asarray(picture)
     processor = make()
     (expected,) = processor(images=picture)["images"]
     forms = [picture, tmp_path / "a.png", str(tmp_path / "a.png"), text, array, torch.from_numpy(array.copy())]
+    forms += [text.partition(",")[2], lines, "data:image/png;base64," + lines]
     found = processor(images=forms, text="<image>" * len(forms))
     assert all(torch.equal(one, expected) for one in found["images"])
     assert found["image_sizes"] == [picture.size] * len(forms)
     url = {"type": "image_url", "image_url": {"url": str(tmp_path / "a.png")}}
-    asked = [{"role": "user", "content": [url, words("What?")]}]
-    inputs = processor.apply_chat_template(asked, tokenize=True, return_dict=True, return_tensors="pt")
-    assert torch.equal(inputs["images"][0], expected)
+    for one in (url, {"type": "image", "base64": lines}):
+        asked = [{"role": "user", "content": [one, words("What?")]}]
+        inputs = processor.apply_chat_template(asked, tokenize=True, return_dict=True, return_tensors="pt")
+        assert torch.equal(inputs["images"][0], expected)
 
 
 def test_a_picture_from_the_web(tmp_path, monkeypatch):
@@ -298,7 +302,15 @@ def test_a_picture_from_the_web(tmp_path, monkeypatch):
         assert as_picture(f"{url}/a.png").tobytes() == picture.tobytes()
         with pytest.raises(UserError, match=r"/b\.png: cannot be fetched \(HTTP Error 404"):
             as_picture(f"{url}/b.png")
-        monkeypatch.setattr(processing, "WEB_BYTES", 100)
+        for named in (f"{url}/a b.png", "http://[a/b.png"):
+            with pytest.raises(UserError, match="cannot be fetched"):
+                as_picture(named)
+        assert as_picture(f"HTTP{url[4:]}/a.png").tobytes() == picture.tobytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(pictures_module, "time", types.SimpleNamespace(monotonic=iter((0.0, 31.0)).__next__))
+            with pytest.raises(UserError, match="not there after 30 seconds"):
+                as_picture(f"{url}/a.png")
+        monkeypatch.setattr(pictures_module, "WEB_BYTES", 100)
         with pytest.raises(UserError, match=r"/a\.png: has more than 0 MiB; fetch it"):
             as_picture(f"{url}/a.png")
         server.shutdown()
@@ -483,6 +495,12 @@ def test_an_image_processor_that_only_the_encoder_has(checkpoint, tmp_path):
         AutoProcessor.from_pretrained(tmp_path)
 
 
+def png() -> bytes:
+    data = io.BytesIO()
+    pictures(1)[0].save(data, "PNG")
+    return data.getvalue()
+
+
 CALLS = {
     "nothing": (dict(), "neither text nor images were given"),
     "marks without pictures": (dict(text="<image> a"), r"hold 1 <image> mark\(s\), but 0 image\(s\) came"),
@@ -498,6 +516,13 @@ CALLS = {
     "another thing": (dict(images=3.5), "cannot read a float; give a PIL image"),
     "an array of floats": (dict(images=np.zeros((3, 4, 4))), r"ndarray of shape \[3, 4, 4\] and float64"),
     "no such file": (dict(images="nowhere.png"), "no such image file: nowhere.png"),
+    "no such file in a deep folder": (dict(images="/data/" * 10), "no such image file: /data"),
+    "half a picture in base64": (
+        dict(images=base64.b64encode(png()[:-40]).decode()),
+        r"image file iVBORw0KGgo[^ ]*\.\.\. \(base64\) cannot be read",
+    ),
+    "a picture without rows": (dict(images=Image.new("RGB", (5, 0))), "cannot read a Image of 5 x 0 pixels"),
+    "an array without rows": (dict(images=np.zeros((0, 5, 3), np.uint8)), r"ndarray of shape \[0, 5, 3\]"),
     "broken base64": (dict(images="data:image/png;base64,!!"), "is not base64"),
 }
 

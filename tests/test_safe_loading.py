@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava_sv import cli
 from llava_sv.errors import UserError
 from llava_sv.model.builder import load_pretrained_model
 from llava_sv.model.builders import build_model
 from llava_sv.model.builders.tokenizer import load_tokenizer
+from llava_sv.model.language_model.causal_lm import LlavaCausalLM
 from llava_sv.release import from_llava
 from llava_sv.release.weights import entries_of
 from llava_sv.train import universal
@@ -162,6 +164,8 @@ def remote_code(folder: Path, mark: Path) -> None:
         file = folder / name
         values = json.loads(file.read_text()) if file.exists() else {}
         file.write_text(json.dumps(values | {"auto_map": auto_map}))
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate/generate.py").write_text(code + "def generate(model, **kwargs): return None\n")
 
 
 @pytest.mark.parametrize("layout", ["llava", "sv"])
@@ -178,6 +182,11 @@ def test_an_auto_map_runs_nothing(clip, tmp_path, mark, layout, capfd):
     assert tokenizer("a red circle").input_ids == expected
     words = ["chat", "--model-path", str(folder), "--device", "cpu", "--prompt", "what is it", "--max-new-tokens", "2"]
     assert cli.main(words) == 0
+    if layout == "sv":  # with the flag, too: the package's classes go before the folder's
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        assert processor.tokenizer("a red circle").input_ids == expected
+        model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+        assert model.generate.__func__ is LlavaCausalLM.generate
     assert not mark.exists()
 
 

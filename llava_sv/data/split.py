@@ -8,13 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from llava_sv.data.index import Records
 from llava_sv.data.records import LlavaRecord
 from llava_sv.errors import UserError
+
+if TYPE_CHECKING:  # it needs pyarrow, which flags alone do without
+    from llava_sv.data.index import Records
 
 
 class SomeRecords:

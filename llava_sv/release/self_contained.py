@@ -174,7 +174,8 @@ def _is_module(name: str) -> bool:
 
 def _entry(classes: list[Any]) -> str:
     imports = sorted(f"from .{flat_name(one.__module__)} import {one.__name__}" for one in classes)
-    names = ", ".join(f'"{one.__name__}"' for one in sorted(classes, key=lambda one: one.__name__))
+    named = sorted(one.__name__ for one in classes)
+    names = ", ".join(f'"{name}"' for name in named)
     return "\n".join(
         [
             _notice("for the checkpoint beside it") + _ENTRY_DOCSTRING,
@@ -186,6 +187,9 @@ def _entry(classes: list[Any]) -> str:
             *(f"{line}  # noqa: E402" for line in imports),
             "",
             f"__all__ = [{names}]",
+            "",
+            f"for _class in ({', '.join(named)}):",
+            "    _class.__module__ = __name__  # `save_pretrained` copies this file, and all that it needs",
             "",
         ]
     )

@@ -137,6 +137,7 @@ def run(what, folders, tmp_path):
         list(map(str, words)), cwd=tmp_path, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
     assert done.returncode == 0, done.stderr
+    assert "to instantiate a model of type" not in done.stderr, "transformers knows the config by the folder's code"
     return torch.load(out, weights_only=True)
 
 
@@ -163,6 +164,13 @@ def test_code_and_package_in_one_process(released, tmp_path):
     for how in ("without", "package", "package, flag"):
         assert_equal(found[how][0], expected)
     assert found["without"][0]["modules"][0].startswith("transformers_modules.")
+    # saved by transformers, it is whole: the same code under the same names, all of it beside
+    saved = tmp_path / "answers.pt.saved"
+    for name in {path.name for path in folder.iterdir() if path.suffix == ".py"}:
+        assert (saved / name).read_bytes() == (folder / name).read_bytes()
+    for name in ("config.json", "processor_config.json"):
+        assert json.loads((saved / name).read_text())["auto_map"] == json.loads((folder / name).read_text())["auto_map"]
+    assert len(set(found["saved again"])) == 1, "one copy of the code"
     # imported, the package goes first, flag or no flag: the folder's code is not run
     assert all(
         module.startswith("llava_sv.") for how in ("package", "package, flag") for module in found[how][0]["modules"]

@@ -49,6 +49,16 @@ def answers(folder, **options):
     return found
 
 
+def saved_again(folder, out):
+    """Model and processor, loaded by the folder's code and saved into `out`: loaded from there, by each Auto class."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+    for kind in (AutoModelForImageTextToText, AutoProcessor):
+        kind.from_pretrained(folder, trust_remote_code=True).save_pretrained(out)
+    kinds = (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor)
+    return [type(kind.from_pretrained(out, trust_remote_code=True)).__module__ for kind in kinds]
+
+
 def refused(folder):
     """What each Auto class says without the flag, and that no line of the folder's code has run."""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -72,6 +82,7 @@ def main():
 
     found = {"refused": refused(folders[0]), "without": [answers(one, trust_remote_code=True) for one in folders]}
     if what == "both":
+        found["saved again"] = saved_again(folders[0], f"{out}.saved")
         import llava_sv
 
         found["package"] = [answers(one) for one in folders]
