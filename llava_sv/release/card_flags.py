@@ -61,8 +61,10 @@ def check(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def card_options(args: argparse.Namespace, checkpoint: Path, name: str) -> Iterator[CardOptions]:
-    """Yield the options of `checkpoint`'s card."""
+def card_options(
+    args: argparse.Namespace, checkpoint: Path, name: str, whole: Path | None = None
+) -> Iterator[CardOptions]:
+    """Yield the options of `checkpoint`'s card; whole: what merging its adapters made."""
     import yaml
 
     from llava_sv.release.card import CardOptions
@@ -77,6 +79,9 @@ def card_options(args: argparse.Namespace, checkpoint: Path, name: str) -> Itera
         card_file=Path(args.card) if args.card else None,
         base_models=tuple(args.base_models),
         pretrain_run=Path(args.pretrain_run) if args.pretrain_run else None,
+        whole=whole,
+        dtype=args.dtype,
+        conv_template=args.conv_template,
     )
     if not args.license and not args.base_license:
         yield options

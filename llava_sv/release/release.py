@@ -146,7 +146,7 @@ def make_release(args: argparse.Namespace, size: int) -> dict[str, Any]:
     name = args.name or default_name(given)
     print(f"{name}: releasing {given}" + (f", its adapters merged into {base}" if base else ""), flush=True)
     with whole_checkpoint(given, base, out.absolute().parent) as source, replacing_folder(out) as folder:
-        content = Content(source, name, args.dtype, size, args.conv_template, lambda: card_of(args, source.given, name))
+        content = Content(source, name, args.dtype, size, args.conv_template, lambda: card_of(args, source, name))
         listed = write_release(folder, content)
         home = [Path.home(), given.absolute(), given.resolve(), Path.cwd()]
         content.notes += paths_said(folder, home)
@@ -170,13 +170,13 @@ def make_release(args: argparse.Namespace, size: int) -> dict[str, Any]:
     return report
 
 
-def card_of(args: argparse.Namespace, given: Path, name: str) -> Any:
-    """The model card of the run that made `given`."""
+def card_of(args: argparse.Namespace, source: Any, name: str) -> Any:
+    """The model card of the run that made `source.given`, for the weights that are released."""
     from llava_sv.release.card import make_card
     from llava_sv.release.card_flags import card_options
 
-    with card_options(args, given, name) as options:
-        return make_card(given, options)
+    with card_options(args, source.given, name, source.whole if source.base else None) as options:
+        return make_card(source.given, options)
 
 
 def test(folder: Path, content: Any, args: argparse.Namespace, device: str) -> dict[str, Any]:

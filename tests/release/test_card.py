@@ -196,7 +196,7 @@ FOLLOWED = [
     ("out/config.json", ("conv_template",), "v1", "What it is", "| Conversation template | v1 |"),
     ("skip.json", ("accuracy",), 0.7654, "Evaluation", "**76.5%**"),
     ("skip.json", ("per_category", "text"), 0.4321, "Evaluation", "43.2%"),
-    ("skip.json", ("per_category", "text"), 0.4321, "Known weak spots and limits", "43.2%"),
+    ("skip.json", ("per_category", "fine_detail"), 0.4321, "Known weak spots and limits", "43.2%"),
     ("skip.json", ("generation", "skip_kv"), "none", "Evaluation", "| Skip KV-cache level | none |"),
     ("dense.json", ("accuracy",), 0.6543, "Evaluation", "**65.4%**"),
     ("timing.json", ("skip", "time_to_first_token_ms"), 12345.6, "Measured speed", "12,345.60 ms"),
