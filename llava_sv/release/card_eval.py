@@ -19,6 +19,7 @@ from llava_sv.release.card_format import (
     Book,
     count,
     interval,
+    listed,
     mapping,
     mean,
     numeric,
@@ -200,8 +201,9 @@ def _settings(report: Report, known: str, control: Report | None, book: Book) ->
     if not made:
         book.lacks(f"generation settings ({named(report.path)})")
     level = made.get("skip_kv") or values.get("skip_kv") or "the checkpoint's own"
+    how = "sampled" if made.get("do_sample") else "greedy"
     answers = (
-        f"greedy, at most {plain(made.get('max_new_tokens'))} new tokens, batches of "
+        f"{how}, at most {plain(made.get('max_new_tokens'))} new tokens, batches of "
         f"{plain(made.get('batch_size'))}" + (", quantised weights" if made.get("quantized") else "")
         if made
         else NOT_RECORDED
@@ -219,8 +221,23 @@ def _settings(report: Report, known: str, control: Report | None, book: Book) ->
             ("Retained tokens an image", f"{mean(kept['mean'])} on average ({kept['least']} to {kept['most']})")
         )
     if control:
-        rows.append(("Dense control", f"`{short(str(control.values['model_path']))}`, asked the same benchmark"))
+        other = _otherwise(report, control)
+        apart = f"; otherwise than this one: {listed(other)}" if other else ""
+        rows.append(("Dense control", f"`{short(str(control.values['model_path']))}`, asked the same benchmark{apart}"))
     return table(("", ""), rows)
+
+
+def _otherwise(report: Report, control: Report) -> list[str]:
+    """In what a control was asked otherwise, as far as both recorded it, that may change its answers."""
+    found = []
+    for part, names in (("generation", ("do_sample", "max_new_tokens", "quantized")), ("environment", ("dtype",))):
+        here, there = (mapping(one.values, part, str(one.path)) for one in (report, control))
+        found += [
+            f"{name} {plain(there[name])}"
+            for name in names
+            if name in here and name in there and here[name] != there[name]
+        ]
+    return found
 
 
 def _environment(values: dict[str, Any], report: Report, book: Book) -> str:

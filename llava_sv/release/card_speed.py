@@ -101,7 +101,7 @@ def speed_section(
             lines += _pair(report, checkpoint, own, skips, book)
         elif kind != "budgets":
             _check_family(report, config)
-            lines += (_infer if kind == "infer" else _train)(report, book) + _budget_note(report, config)
+            lines += (_infer if kind == "infer" else _train)(report, config, book) + _budget_note(report, config)
     for report in evals:
         if report.values.get("timing"):
             lines += _alone(report, dense)
@@ -205,7 +205,7 @@ def _differs(one: dict[str, Any], other: dict[str, Any]) -> str | None:
     return next((name for name in ALIKE if one.get(name) != other.get(name)), None)
 
 
-def _infer(report: Report, book: Book) -> list[str]:
+def _infer(report: Report, config: Any, book: Book) -> list[str]:
     """`llava-sv bench infer`."""
     values, where = report.values, str(report.path)
     sides = [mapping(values, name, where) for name in ("dense", "skip")]
@@ -217,13 +217,13 @@ def _infer(report: Report, book: Book) -> list[str]:
         ("peak memory", "peak_bytes", size_of),
     )
     rows = [(what, *(numeric(side, key, where) for side in sides), write) for what, key, write in keys]
-    return [*_head(report, "Answers"), *_compared(rows, PAIR), *_saved(report), *_below(report, book)]
+    return [*_head(report, "Answers", config), *_compared(rows, PAIR), *_saved(report), *_below(report, book)]
 
 
-def _train(report: Report, book: Book) -> list[str]:
+def _train(report: Report, config: Any, book: Book) -> list[str]:
     """`llava-sv bench train`."""
     where = str(report.path)
-    lines = _head(report, "Training steps")
+    lines = _head(report, "Training steps", config)
     rows = []
     for region, name in (("llm", "decoder"), ("model", "whole model")):
         found = mapping(mapping(report.values, "regions", where), region, where)
@@ -233,14 +233,17 @@ def _train(report: Report, book: Book) -> list[str]:
     return [*lines, *_compared(rows, PAIR), *_saved(report), *_below(report, book)]
 
 
-def _head(report: Report, what: str) -> list[str]:
+def _head(report: Report, what: str, config: Any) -> list[str]:
     values, settings = report.values, mapping(report.values, "settings", str(report.path))
+    layers, whole = (numeric(values, name, str(report.path)) for name in ("layers", "all_layers"))
+    part = f" ({count(layers)} of its {count(whole)} decoder layers)" if layers and whole and layers != whole else ""
     asked = ", ".join(f"{name} {plain(settings[name])}" for name in sorted(settings))
     return [
         f"### {what} at size {plain(values.get('size'))}, family {plain(values.get('family'))}",
         "",
-        "Random weights of that size, the same for both, not this checkpoint's: speed depends on sizes alone. "
-        f"Settings: {asked or NOT_RECORDED}.",
+        f"Random weights of that size{part}, the same for both, not this checkpoint's, which has "
+        f"{config.num_hidden_layers} decoder layers of width {count(config.hidden_size)}: speed depends on sizes "
+        f"alone. Settings: {asked or NOT_RECORDED}.",
         "",
     ]
 

@@ -93,6 +93,14 @@ def test_times_of_two_machines_are_not_compared(copy):
     assert "the dense control was timed with another device, and is not compared" in speed
 
 
+def test_a_bench_of_a_slice_says_so(copy):
+    values = json.loads(copy.infer.read_text()) | {"layers": 4, "all_layers": 32}
+    copy.infer.write_text(json.dumps(values))
+    speed = section(make_card(copy.checkpoint, CardOptions(speed_reports=(copy.infer,))).text, "Measured speed")
+    assert "has 2 decoder layers of width 32" in speed
+    assert "(4 of its 32 decoder layers)" in speed
+
+
 def test_a_projector_alone(made):
     card = make_card(made.pretrain, CardOptions())
     assert row(section(card.text, "Training"), "What trained") == ["pretraining: the projector alone"]
