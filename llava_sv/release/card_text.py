@@ -3,6 +3,7 @@ arrive, markdown leaves. Called by `card`."""
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from llava_sv.model.token_groups import KV_LEVELS
@@ -42,7 +43,7 @@ def how_to_use(name: str, config: Any) -> list[str]:
         "With `llava-sv` installed:",
         "",
         "```bash",
-        f'llava-sv chat --model-path {name} --image-file photo.jpg --prompt "What is shown?"',
+        f'llava-sv chat --model-path {shlex.quote(name)} --image-file photo.jpg --prompt "What is shown?"',
         "```",
         "",
         *OWN.format(name=name).splitlines(),
@@ -127,7 +128,8 @@ def _fine_words(config: Any) -> str:
     skip, layers = config.skip_vision, config.num_hidden_layers
     what, risk = AT_RISK[config.mm_family]
     skipping = len(skip.layers_that_skip(layers))
-    done = [f"are merged into {count(skip.num_skipped)} tokens"] if skip.merge else []
+    mean = " on average" if skip.adaptive else ""
+    done = [f"are merged into {count(skip.num_skipped)} tokens{mean}"] if skip.merge else []
     if skipping:
         done.append(
             "skip the feed-forward layers" + ("" if skipping == layers else f" of {skipping} of {layers} layers")

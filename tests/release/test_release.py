@@ -164,6 +164,7 @@ def test_shards_and_another_type(checkpoint, tmp_path):
     same_tensors(weights(out), {name: value.bfloat16() for name, value in weights(checkpoint).items()})
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     assert row((out / "README.md").read_text(), "Weights stored as") == ["bfloat16"]
+    assert "llava-sv chat --model-path 'my model' --image-file" in (out / "README.md").read_text()
     assert json.loads((out / "manifest.json").read_text())["name"] == "my model"
     assert (out / "README.md").read_text().count("# my model\n") == 1
     _, model, _, _ = load_pretrained_model(str(out), device="cpu")
@@ -333,6 +334,8 @@ def test_a_checkpoint_without_generation_config_stops_where_its_turns_end(checkp
         (["{run}"], "--out DIR is needed"),
         (["{run}", "--out", "{new}", "--shard-size", "big"], "--shard-size big: not a size"),
         (["{run}", "--out", "{new}", "--shard-size", "0"], "--shard-size 0: not a size"),
+        (["{run}", "--push-to-hub", "a/b", "--license", "mit"], "--license goes with --out DIR"),
+        (["{run}", "--push-to-hub", "a/b", "--no-smoke-test"], "--no-smoke-test goes with --out DIR"),
         (["{run}", "--out", "{new}", "--upload"], "--upload goes with --push-to-hub"),
         (["{run}", "--out", "{new}", "--public"], "--public goes with --push-to-hub"),
         (["{run}", "--out", "{new}", "--eval", "{new}/x"], "--eval {new}/x: no such file"),
