@@ -287,7 +287,7 @@ def paper_table(rows: Sequence[tuple[str, str, Paper]]) -> tuple[list[str], list
     return head, lines
 
 
-def _planned(zoo: Zoo, other: Other) -> str:
+def _same(zoo: Zoo, other: Other) -> str:
     """The planned checkpoint that a row of another table tells of too: the one with the same scores; empty for none."""
     same = (one.name for one in zoo.checkpoints.values() if other.paper.scores.items() <= one.paper.scores.items())
     return next(same, "")
@@ -297,6 +297,6 @@ def _papers(facts: Facts) -> list[str]:
     parts = ["## The paper's figures", "Of the planned checkpoints none is measured yet: these are the paper's alone."]
     for table in (2, 3, 5):
         ours = [(one.label, one.name, one.paper) for one in facts.zoo.checkpoints.values() if one.table == table]
-        others = [(one.label, _planned(facts.zoo, one), one.paper) for one in facts.zoo.others if one.table == table]
+        others = [(one.label, _same(facts.zoo, one), one.paper) for one in facts.zoo.others if one.table == table]
         parts += [f"### Table {table}", markdown(*paper_table([*ours, *others]))]
     return parts
