@@ -43,16 +43,17 @@ SETTINGS = (
 """Fields of config.json that decide how an image is seen and a question is put, beside `skip_vision`."""
 
 
-def identity(folder: str | Path) -> dict[str, str] | None:
+def identity(folder: str | Path, conv_template: str | None = None) -> dict[str, str] | None:
     """`{"weights": ..., "settings": ...}`, both SHA-256 in hexadecimal; None for what is no folder with safetensors.
 
-    A folder of adapters is known by the adapters. Raises `UserError` for files that cannot be read.
+    conv_template: in place of config.json's. A folder of adapters is known by the adapters. Raises `UserError` for
+    files that cannot be read.
     """
     folder = Path(folder)
     files = weight_files(folder) if folder.is_dir() else []
     if not files or not (folder / "config.json").is_file():
         return None
-    return {"weights": of_weights(files), "settings": of_settings(folder / "config.json")}
+    return {"weights": of_weights(files), "settings": of_settings(folder / "config.json", conv_template)}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -99,12 +100,14 @@ def _of_tensor(file: Any, name: str) -> str:
     return digest.hexdigest()
 
 
-def of_settings(path: Path) -> str:
+def of_settings(path: Path, conv_template: str | None = None) -> str:
     """The part of config.json; a default that is written out counts as one that is not."""
     values = read_json(path, "the download again")
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a JSON object; take the checkpoint's own config.json")
     chosen = {name: values[name] for name in SETTINGS if values.get(name) is not None}
+    if conv_template:
+        chosen["conv_template"] = conv_template
     if values.get("skip_vision") is not None:
         try:
             chosen["skip_vision"] = SkipVisionConfig.from_dict(values["skip_vision"]).to_dict()

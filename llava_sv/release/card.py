@@ -14,7 +14,15 @@ from llava_sv.eval.identity import identity
 from llava_sv.release import card_budgets, card_data, card_eval, card_model, card_speed, card_training
 from llava_sv.release.card_format import Book
 from llava_sv.release.card_front import front_matter
-from llava_sv.release.card_sources import CardFile, Run, find_manifest, read_card_file, read_manifest, read_run
+from llava_sv.release.card_sources import (
+    CardFile,
+    Run,
+    find_manifest,
+    read_card_file,
+    read_manifest,
+    read_object,
+    read_run,
+)
 from llava_sv.release.card_text import citation, how_to_use, intended_use, limits
 
 
@@ -38,6 +46,12 @@ class CardOptions:
     """Names of the language model and the encoder; empty: as the run's settings name them."""
     pretrain_run: Path | None = None
     """OUTPUT of the pretraining that the projector came from."""
+    whole: Path | None = None
+    """Of adapters, the folder with what merging them made: the card is of that model."""
+    dtype: str | None = None
+    """Type that the weights will be stored in; None: as they are."""
+    conv_template: str | None = None
+    """Conversation template in place of the checkpoint's."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +74,7 @@ def make_card(checkpoint: Path, options: CardOptions | None = None) -> Card:
     if options.name is not None and (not options.name.strip() or not options.name.isprintable()):
         raise UserError(f"name {options.name!r}: is empty or more than a line; give a name such as my-model-7b")
     run = read_run(checkpoint)
-    model = card_model.read_model(checkpoint)
+    model = card_model.read_model(options.whole or checkpoint, options.dtype, options.conv_template)
     pretrain = None if options.pretrain_run is None else _pretrain(Path(options.pretrain_run))
     bases = card_model.bases_of(options.base_models, run, model)
     said = options.card_file
@@ -70,7 +84,7 @@ def make_card(checkpoint: Path, options: CardOptions | None = None) -> Card:
     reports = card_eval.read_reports(options.eval_reports)
     dense = card_eval.read_reports(options.dense_reports)
     speeds = card_speed.read_speeds(options.speed_reports)
-    own, name, book = identity(checkpoint), options.name or checkpoint.resolve().name, Book()
+    own, name, book = _identities(checkpoint, options), options.name or checkpoint.resolve().name, Book()
     budgets = card_budgets.budgets_section([one for kind, one in speeds if kind == "budgets"], checkpoint, own)
     fine = card_eval.fine_detail(reports, dense)
     sections = {
@@ -100,6 +114,15 @@ def make_card(checkpoint: Path, options: CardOptions | None = None) -> Card:
     return Card(head + "\n" + "\n".join(body).rstrip() + "\n", files, book.missing)
 
 
+def _identities(checkpoint: Path, options: CardOptions) -> list[dict[str, str]]:
+    """Fingerprints that a report of this model may have: of the folder, and of what is made of it."""
+    template = options.conv_template
+    found = [identity(checkpoint, template), identity(options.whole, template) if options.whole else None]
+    if template and not read_object(checkpoint / "config.json", "training").get("conv_template"):
+        found.append(identity(checkpoint))  # asked by `eval --conv-mode`
+    return [one for one in found if one]
+
+
 def _pretrain(folder: Path) -> Run:
     run = read_run(folder)
     if not run.summary:
@@ -108,8 +131,9 @@ def _pretrain(folder: Path) -> Run:
 
 
 def _authors(card_file: CardFile, book: Book) -> list[str]:
-    said = ", ".join(card_file.authors) or None
-    lines = [f"Made by: {book.say('authors (card file: authors)', said)}.", ""]
+    lines = [f"Made by: {', '.join(card_file.authors)}.", ""] if card_file.authors else []
+    if not card_file.authors:
+        book.lacks("authors (card file: authors)")
     if card_file.homepage:
         lines += [f"Home: {card_file.homepage}", ""]
     return lines if not card_file.notes else [*lines, card_file.notes, ""]

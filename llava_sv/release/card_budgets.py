@@ -10,7 +10,7 @@ from typing import Any
 
 from llava_sv.data.toy_questions import FINE_DETAIL
 from llava_sv.errors import UserError
-from llava_sv.release.card_eval import held_against
+from llava_sv.release.card_eval import Own, held_against
 from llava_sv.release.card_format import count, mapping, numeric, percent, ratio, table
 from llava_sv.release.card_sources import Report
 
@@ -22,12 +22,12 @@ def is_tradeoff(values: dict[str, Any]) -> bool:
     return isinstance(values.get("rows"), list) and {"checkpoint", "task", "questions"} <= set(values)
 
 
-def budgets_section(reports: list[Report], checkpoint: Path, own: dict[str, str] | None) -> list[str]:
+def budgets_section(reports: list[Report], checkpoint: Path, own: Own) -> list[str]:
     """A table of each report; none without."""
     return [line for report in reports for line in _table(report, checkpoint, own)]
 
 
-def _table(report: Report, checkpoint: Path, own: dict[str, str] | None) -> list[str]:
+def _table(report: Report, checkpoint: Path, own: Own) -> list[str]:
     values, where = report.values, str(report.path)
     known = held_against(report.path, values["checkpoint"], values.get("identity"), checkpoint, own)
     rows = []

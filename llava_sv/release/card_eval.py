@@ -19,6 +19,7 @@ from llava_sv.release.card_format import (
     Book,
     count,
     interval,
+    listed,
     mapping,
     mean,
     numeric,
@@ -38,6 +39,10 @@ FINE = ("fine_detail", "text", "small_text", "ocr", "small_object", "count")
 
 Z = 1.959963984540054
 """Of the normal distribution, for 95%."""
+
+
+Own = Sequence[dict[str, str]]
+"""Fingerprints (`eval.identity`) of the checkpoint that a card is of; several where a release is stored otherwise."""
 
 
 def read_reports(paths: Sequence[Path]) -> list[Report]:
@@ -80,22 +85,21 @@ def asked_of(report: Report) -> dict[str, int]:
     return dict(found) if whole else {}
 
 
-def check_own(report: Report, checkpoint: Path, own: dict[str, str] | None) -> str:
+def check_own(report: Report, checkpoint: Path, own: Own) -> str:
     """How a report is known to be of this checkpoint, in words. `UserError` where it is of another one."""
     return held_against(report.path, report.values["model_path"], report.values.get("checkpoint"), checkpoint, own)
 
 
-def held_against(
-    path: Path, model_path: Any, recorded: dict[str, str] | None, checkpoint: Path, own: dict[str, str] | None
-) -> str:
+def held_against(path: Path, model_path: Any, recorded: dict[str, str] | None, checkpoint: Path, own: Own) -> str:
     """The same for any report: the path and the identity (`eval.identity`) that it recorded."""
     mend = f"evaluate this one ({MADE_BY})"
     if recorded and recorded.get("weights") and own:
+        known = {part: [one[part] for one in own] for part in ("weights", "settings")}
         for part, what in (("weights", "other weights"), ("settings", "other settings in config.json")):
-            if recorded.get(part) != own[part]:
+            if recorded.get(part) not in known[part]:
                 raise UserError(
                     f"{path}: is a report of another checkpoint than {checkpoint}: {what} (recorded "
-                    f"{str(recorded.get(part))[:12]}, here {own[part][:12]}; it names {model_path}); {mend}"
+                    f"{str(recorded.get(part))[:12]}, here {known[part][0][:12]}; it names {model_path}); {mend}"
                 )
         return "yes, by its fingerprint"
     other = Path(str(model_path)).name
@@ -114,15 +118,13 @@ def wilson(share: float, questions: float) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def evaluation_section(
-    reports: list[Report], dense: list[Report], checkpoint: Path, own: dict[str, str] | None, book: Book
-) -> list[str]:
+def evaluation_section(reports: list[Report], dense: list[Report], checkpoint: Path, own: Own, book: Book) -> list[str]:
     """A table of each report, its settings, and how it is known to be of this checkpoint."""
     if not reports:
         book.lacks("evaluation (llava-sv eval --json)")
         return [f"Evaluation: {NOT_RECORDED}.", ""]
     for one in dense:
-        if own and (one.values.get("checkpoint") or {}) == own:
+        if one.values.get("checkpoint") in own:
             raise UserError(f"{one.path}: is of this checkpoint itself, not of a dense control; give it as its own")
     lines: list[str] = []
     for report in reports:
@@ -162,7 +164,14 @@ def _accuracies(report: Report, control: Report | None, book: Book) -> list[str]
     numbers = asked_of(report)
     chance = mapping(values, "chance", str(report.path))
     by_chance = mapping(chance, "per_category", f"{report.path}: chance")
-    head = ["category", "questions", "accuracy", "95% interval", *(["dense control"] if control else []), "chance"]
+    head = [
+        "category",
+        "questions",
+        "accuracy",
+        "95% interval (Wilson)",
+        *(["dense control"] if control else []),
+        "chance",
+    ]
     rows = []
     for category, share in values["per_category"].items():
         asked = numeric(numbers, category, f"{report.path}: questions_per_category")
@@ -192,8 +201,9 @@ def _settings(report: Report, known: str, control: Report | None, book: Book) ->
     if not made:
         book.lacks(f"generation settings ({named(report.path)})")
     level = made.get("skip_kv") or values.get("skip_kv") or "the checkpoint's own"
+    how = "sampled" if made.get("do_sample") else "greedy"
     answers = (
-        f"greedy, at most {plain(made.get('max_new_tokens'))} new tokens, batches of "
+        f"{how}, at most {plain(made.get('max_new_tokens'))} new tokens, batches of "
         f"{plain(made.get('batch_size'))}" + (", quantised weights" if made.get("quantized") else "")
         if made
         else NOT_RECORDED
@@ -211,8 +221,23 @@ def _settings(report: Report, known: str, control: Report | None, book: Book) ->
             ("Retained tokens an image", f"{mean(kept['mean'])} on average ({kept['least']} to {kept['most']})")
         )
     if control:
-        rows.append(("Dense control", f"`{short(str(control.values['model_path']))}`, asked the same benchmark"))
+        other = _otherwise(report, control)
+        apart = f"; otherwise than this one: {listed(other)}" if other else ""
+        rows.append(("Dense control", f"`{short(str(control.values['model_path']))}`, asked the same benchmark{apart}"))
     return table(("", ""), rows)
+
+
+def _otherwise(report: Report, control: Report) -> list[str]:
+    """In what a control was asked otherwise, as far as both recorded it, that may change its answers."""
+    found = []
+    for part, names in (("generation", ("do_sample", "max_new_tokens", "quantized")), ("environment", ("dtype",))):
+        here, there = (mapping(one.values, part, str(one.path)) for one in (report, control))
+        found += [
+            f"{name} {plain(there[name])}"
+            for name in names
+            if name in here and name in there and here[name] != there[name]
+        ]
+    return found
 
 
 def _environment(values: dict[str, Any], report: Report, book: Book) -> str:
@@ -235,15 +260,29 @@ def fine_detail(reports: list[Report], dense: list[Report]) -> list[str]:
         if report.values.get("blind"):
             continue
         control = _control(report, dense)
-        for category in (name for name in FINE if name in report.values["per_category"]):
-            share = report.values["per_category"][category]
-            line = f"- {report.values['task']}, `{category}`: {percent(share)}"
-            line += f" (all categories: {percent(report.values['accuracy'])})"
-            if control and category in control.values["per_category"]:
-                other = control.values["per_category"][category]
-                line += f"; the dense control {percent(other)}, a difference of {points(share - other)}"
-            lines.append(line)
+        lines += [line for name in FINE if (line := _fine_line(report, control, name))]
     return lines
+
+
+def _fine_line(report: Report, control: Report | None, category: str) -> str | None:
+    """One category's figure; None where there is none, or where it is no weak spot of this checkpoint."""
+    values = report.values
+    share, all_of_them = values["per_category"].get(category), values["accuracy"]
+    other = control.values["per_category"].get(category) if control else None
+    weak = share is not None and (share < all_of_them or (other is not None and share < other))
+    if share is None or not (weak or category == FINE[0]):
+        return None
+    asked = numeric(asked_of(report), category, str(report.path))
+    chance = numeric(mapping(mapping(values, "chance", ""), "per_category", ""), category, str(report.path))
+    beside = [f"all categories: {percent(all_of_them)}"]
+    beside += [f"95% interval {interval(*wilson(share, asked))}"] if asked else []
+    beside += [f"chance: {percent(chance)}"] if chance is not None else []
+    line = f"- {values['task']}, `{category}`: {percent(share)} ({'; '.join(beside)})"
+    if other is None:
+        return line
+    line += f"; the dense control {percent(other)}, a difference of {points(share - other)}"
+    low, high = wilson(share, asked) if asked else (share, share)
+    return f"{line}, less than this number of questions can tell" if low < other < high else line
 
 
 def model_index(name: str, reports: list[Report]) -> list[dict[str, Any]]:

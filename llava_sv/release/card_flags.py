@@ -57,8 +57,8 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--{flag.replace('_', '-')} {path}: no such file")
 
 
-def card_options(args: argparse.Namespace, checkpoint: Path, name: str) -> CardOptions:
-    """The options of `checkpoint`'s card."""
+def card_options(args: argparse.Namespace, checkpoint: Path, name: str, whole: Path | None = None) -> CardOptions:
+    """The options of `checkpoint`'s card; whole: what merging its adapters made."""
     from llava_sv.release.card import CardOptions
     from llava_sv.release.card_sources import read_card_file
 
@@ -71,6 +71,9 @@ def card_options(args: argparse.Namespace, checkpoint: Path, name: str) -> CardO
         card_file=Path(args.card) if args.card else None,
         base_models=tuple(args.base_models),
         pretrain_run=Path(args.pretrain_run) if args.pretrain_run else None,
+        whole=whole,
+        dtype=args.dtype,
+        conv_template=args.conv_template,
     )
     if not args.license and not args.base_license:
         return options

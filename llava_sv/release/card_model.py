@@ -27,6 +27,7 @@ TEXT_TOKENS = 200
 """Beside the image, where FLOPs are counted: `llava-sv flops`'s own default."""
 
 FAMILY_NAMES = {"llava": "LLaVA", "llava_hd": "LLaVA-HD (an overview and tiles)", "cos": "CoS (Chain-of-Sight)"}
+DECODERS = {"llava_llama": "LLaMA", "llava_mistral": "Mistral", "llava_qwen2": "Qwen2", "llava_qwen3": "Qwen3"}
 ENCODERS = {"clip_vision_model": "CLIP", "siglip_vision_model": "SigLIP"}
 OWN_FOLDERS = ("playground", "checkpoints")
 """Of this project: `checkpoints/x` is a folder, not organisation/name."""
@@ -41,6 +42,8 @@ class Model:
     entries: list[Entry]
     partial: bool = False
     """Adapters, or a projector alone: the rest lies elsewhere."""
+    stored: str | None = None
+    """Type that the weights will be stored in, where it is not the files' own."""
 
     @cached_property
     def parameters(self) -> dict[str, int]:
@@ -57,17 +60,20 @@ class Model:
     @property
     def dtypes(self) -> list[str]:
         """Types that the weights are stored in."""
-        return sorted({str(entry.dtype).removeprefix("torch.") for entry in self.entries})
+        written = {(self.stored if e.dtype.is_floating_point else None) or str(e.dtype) for e in self.entries}
+        return sorted(one.removeprefix("torch.") for one in written)
 
 
-def read_model(checkpoint: Path) -> Model:
-    """Config and headers. `UserError` for a broken config.json, with its line, and for weights that cannot be read."""
+def read_model(checkpoint: Path, stored: str | None = None, template: str | None = None) -> Model:
+    """Config and headers; `stored` and `template` go before the type of the weights and the conversation template that
+    are there. `UserError` for a broken config.json, with its line, and for weights that cannot be read."""
     read_json(checkpoint / "config.json", "llava-sv train")  # names the line of what is broken
     config = read_checkpoint(str(checkpoint), flag="checkpoint", may_be_dense=True)
     whole = any((checkpoint / f"{stem}{end}").is_file() for stem in STEMS for end in ("", ".index.json"))
     parts = [] if whole else safetensors_of(checkpoint)
     entries = [entry for path in parts for entry in entries_of(path)] if parts else open_weights(checkpoint)
-    return Model(checkpoint, config, entries, partial=bool(parts))
+    config.conv_template = template or config.conv_template
+    return Model(checkpoint, config, entries, bool(parts), stored)
 
 
 # -- what it is -----------------------------------------------------------------------------------------------------
@@ -77,17 +83,29 @@ def summary_line(model: Model, name: str) -> str:
     """The card's first sentence."""
     config, skip, tokens = model.config, model.config.skip_vision, count_tokens(model.config)
     what = f"{name} is a vision-language model that answers questions about images: {FAMILY_NAMES[config.mm_family]}"
-    if skip is None:
-        return f"{what}, dense: an image is {count(tokens.total)} visual tokens, and each passes every layer."
     most = "up to " if config.mm_family == "llava_hd" else ""
     before = count(config.dense_tokens_per_image())
-    kept = f"Of {most}{before} visual tokens an image, {count(tokens.retained)} are kept"
-    rest = "the rest are merged into" if skip.merge else "the others are"
-    ffn = "attention but not the feed-forward layers" if skip.skip_ffn else "all layers"
-    return (
-        f"{what}, with Skip-Vision. {kept} whole, {rest} {count(tokens.skipped)} that pass {ffn}, and there are "
-        f"{count(tokens.summaries)} summaries."
+    if skip is None:
+        return f"{what}. It is dense: an image is {most}{before} visual tokens, and each passes every layer."
+    mean = " on average" if skip.adaptive else ""
+    kept = f"Of {most}{before} visual tokens an image, {count(tokens.retained)} are kept whole{mean}"
+    rest = (
+        f"the rest are merged into {count(tokens.skipped)} that" if skip.merge else f"the other {count(tokens.skipped)}"
     )
+    summaries = {0: "", 1: " One summary token is added."}.get(
+        tokens.summaries, f" {tokens.summaries} summary tokens are added."
+    )
+    return f"{what}, with Skip-Vision. {kept}, {rest} pass {_passed(config)}.{summaries}"
+
+
+def _passed(config: Any) -> str:
+    """What skipped tokens pass, in words."""
+    skip, layers = config.skip_vision, config.num_hidden_layers
+    if not skip.skip_ffn:
+        return "all layers"
+    skipping = len(skip.layers_that_skip(layers))
+    some = "" if skipping == layers else f" of {skipping} of {layers} decoder layers"
+    return f"attention but not the feed-forward part{some}" if some else "attention but not the feed-forward layers"
 
 
 def about(model: Model, bases: list[str], book: Book) -> list[str]:
@@ -104,9 +122,9 @@ def about(model: Model, bases: list[str], book: Book) -> list[str]:
         f"{vision['hidden_size']}, {vision['image_size']} pixels in patches of {vision['patch_size']}, {states}"
     )
     decoder = (
-        f"{config.model_type}: {config.num_hidden_layers} layers, width {config.hidden_size}, feed-forward "
-        f"{config.intermediate_size}, {config.num_attention_heads} heads ({config.num_key_value_heads} of keys and "
-        f"values), {count(config.vocab_size)} tokens"
+        f"{DECODERS.get(config.model_type, config.model_type)}, {config.num_hidden_layers} layers, width "
+        f"{config.hidden_size}, feed-forward {config.intermediate_size}, {config.num_attention_heads} heads "
+        f"({config.num_key_value_heads} of keys and values), vocabulary of {count(config.vocab_size)}"
     )
     rows = [
         ("Family", FAMILY_NAMES[config.mm_family]),

@@ -13,7 +13,7 @@ from typing import Any
 from llava_sv.errors import UserError
 from llava_sv.model.token_counts import count_tokens
 from llava_sv.release.card_budgets import is_tradeoff
-from llava_sv.release.card_eval import environment_of, held_against
+from llava_sv.release.card_eval import Own, environment_of, held_against
 from llava_sv.release.card_format import (
     NOT_RECORDED,
     Book,
@@ -89,7 +89,7 @@ def speed_section(
     evals: list[Report],
     dense: list[Report],
     checkpoint: Path,
-    own: dict[str, str] | None,
+    own: Own,
     config: Any,
     book: Book,
 ) -> list[str]:
@@ -101,7 +101,7 @@ def speed_section(
             lines += _pair(report, checkpoint, own, skips, book)
         elif kind != "budgets":
             _check_family(report, config)
-            lines += (_infer if kind == "infer" else _train)(report, book) + _budget_note(report, config)
+            lines += (_infer if kind == "infer" else _train)(report, config, book) + _budget_note(report, config)
     for report in evals:
         if report.values.get("timing"):
             lines += _alone(report, dense)
@@ -139,7 +139,7 @@ def _answer_rows(before: dict[str, Any], after: dict[str, Any], where: str) -> l
     tokens = numeric(after, "new_tokens", where)
     if tokens:
         whole = [_end_to_end(side, tokens, where) for side in (before, after)]
-        rows.insert(2, (f"an answer of {count(tokens)} tokens, end to end", *whole, milliseconds))
+        rows.insert(2, (f"an answer of {count(tokens)} tokens, end to end (added up)", *whole, milliseconds))
     return rows
 
 
@@ -148,7 +148,7 @@ def _end_to_end(side: dict[str, Any], tokens: float, where: str) -> float | None
     return None if first is None or further is None else first + (tokens - 1) * further
 
 
-def _pair(report: Report, checkpoint: Path, own: dict[str, str] | None, skips: bool, book: Book) -> list[str]:
+def _pair(report: Report, checkpoint: Path, own: Own, skips: bool, book: Book) -> list[str]:
     """`llava_sv.eval.timing`: two checkpoints that took turns."""
     values, where = report.values, str(report.path)
     told = mapping(mapping(values, "checkpoints", where), "skip" if skips else "dense", where)
@@ -180,9 +180,11 @@ def _alone(report: Report, dense: list[Report]) -> list[str]:
     other = next(
         (one for one in dense if one.values["task"] == report.values["task"] and one.values.get("timing")), None
     )
-    head = HEAD if other else ALONE
-    apart = "" if other is None else "; the dense control in a run of its own"
     env = mapping(report.values, "environment", where)
+    apart = "" if other is None else "; the dense control in a run of its own"
+    if other is not None and (differs := _differs(env, mapping(other.values, "environment", str(other.path)))):
+        other, apart = None, f"; the dense control was timed with another {differs}, and is not compared"
+    head = HEAD if other else ALONE
     return [
         f"### Answers to questions of {report.values['task']}",
         "",
@@ -194,7 +196,16 @@ def _alone(report: Report, dense: list[Report]) -> list[str]:
     ]
 
 
-def _infer(report: Report, book: Book) -> list[str]:
+ALIKE = ("device", "cpu", "threads", "dtype", "attention")
+"""Of an environment: times are compared only where these are the same."""
+
+
+def _differs(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """The first of `ALIKE` in which two environments differ."""
+    return next((name for name in ALIKE if one.get(name) != other.get(name)), None)
+
+
+def _infer(report: Report, config: Any, book: Book) -> list[str]:
     """`llava-sv bench infer`."""
     values, where = report.values, str(report.path)
     sides = [mapping(values, name, where) for name in ("dense", "skip")]
@@ -206,13 +217,13 @@ def _infer(report: Report, book: Book) -> list[str]:
         ("peak memory", "peak_bytes", size_of),
     )
     rows = [(what, *(numeric(side, key, where) for side in sides), write) for what, key, write in keys]
-    return [*_head(report, "Answers"), *_compared(rows, PAIR), *_saved(report), *_below(report, book)]
+    return [*_head(report, "Answers", config), *_compared(rows, PAIR), *_saved(report), *_below(report, book)]
 
 
-def _train(report: Report, book: Book) -> list[str]:
+def _train(report: Report, config: Any, book: Book) -> list[str]:
     """`llava-sv bench train`."""
     where = str(report.path)
-    lines = _head(report, "Training steps")
+    lines = _head(report, "Training steps", config)
     rows = []
     for region, name in (("llm", "decoder"), ("model", "whole model")):
         found = mapping(mapping(report.values, "regions", where), region, where)
@@ -222,14 +233,17 @@ def _train(report: Report, book: Book) -> list[str]:
     return [*lines, *_compared(rows, PAIR), *_saved(report), *_below(report, book)]
 
 
-def _head(report: Report, what: str) -> list[str]:
+def _head(report: Report, what: str, config: Any) -> list[str]:
     values, settings = report.values, mapping(report.values, "settings", str(report.path))
+    layers, whole = (numeric(values, name, str(report.path)) for name in ("layers", "all_layers"))
+    part = f" ({count(layers)} of its {count(whole)} decoder layers)" if layers and whole and layers != whole else ""
     asked = ", ".join(f"{name} {plain(settings[name])}" for name in sorted(settings))
     return [
         f"### {what} at size {plain(values.get('size'))}, family {plain(values.get('family'))}",
         "",
-        "Random weights of that size, the same for both, not this checkpoint's: speed depends on sizes alone. "
-        f"Settings: {asked or NOT_RECORDED}.",
+        f"Random weights of that size{part}, the same for both, not this checkpoint's, which has "
+        f"{config.num_hidden_layers} decoder layers of width {count(config.hidden_size)}: speed depends on sizes "
+        f"alone. Settings: {asked or NOT_RECORDED}.",
         "",
     ]
 

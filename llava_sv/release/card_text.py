@@ -3,10 +3,11 @@ arrive, markdown leaves. Called by `card`."""
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from llava_sv.model.token_groups import KV_LEVELS
-from llava_sv.release.card_format import NOT_RECORDED, Book
+from llava_sv.release.card_format import NOT_RECORDED, Book, count, listed
 from llava_sv.release.card_sources import CardFile
 
 AUTO = """```python
@@ -42,7 +43,7 @@ def how_to_use(name: str, config: Any) -> list[str]:
         "With `llava-sv` installed:",
         "",
         "```bash",
-        f'llava-sv chat --model-path {name} --image-file photo.jpg --prompt "What is shown?"',
+        f'llava-sv chat --model-path {shlex.quote(name)} --image-file photo.jpg --prompt "What is shown?"',
         "```",
         "",
         *OWN.format(name=name).splitlines(),
@@ -103,17 +104,40 @@ def limits(config: Any, fine: list[str], budgets: list[str], card_file: CardFile
     return [*lines, card_file.limitations, ""] if card_file.limitations else lines
 
 
+AT_RISK = {
+    "llava": (
+        "Patches that are not retained",
+        "small text, small objects and exact counts are the first at risk, most of all in patches unlike the image as "
+        "a whole.",
+    ),
+    "llava_hd": (
+        "The overview is kept. The tiles",
+        "text and objects that only the tiles resolve are the first at risk. An image without tiles has its overview "
+        "alone.",
+    ),
+    "cos": (
+        "The coarse scales are kept. The small windows of the finest",
+        "small text and small objects are the first at risk.",
+    ),
+}
+"""Family -> what is skipped, and what that may cost."""
+
+
 def _fine_words(config: Any) -> str:
-    """What is lost, by family."""
-    kept = {
-        "llava": "Patches that are not retained are merged or skip the feed-forward layers: small text, small objects "
-        "and exact counts are the first at risk, most of all in patches unlike the image as a whole.",
-        "llava_hd": "The overview is kept, tiles are merged and skip the feed-forward layers: text and objects that "
-        "only the tiles resolve are the first at risk. An image without tiles has its overview alone.",
-        "cos": "The coarse scales are kept, the small windows of the finest are merged and skip the feed-forward "
-        "layers: small text and small objects are the first at risk.",
-    }
-    return kept[config.mm_family]
+    """What becomes of the tokens that are not retained, by this checkpoint's own switches, and what that may cost."""
+    skip, layers = config.skip_vision, config.num_hidden_layers
+    what, risk = AT_RISK[config.mm_family]
+    skipping = len(skip.layers_that_skip(layers))
+    mean = " on average" if skip.adaptive else ""
+    done = [f"are merged into {count(skip.num_skipped)} tokens{mean}"] if skip.merge else []
+    if skipping:
+        done.append(
+            "skip the feed-forward layers" + ("" if skipping == layers else f" of {skipping} of {layers} layers")
+        )
+    if KV_LEVELS[skip.skip_kv]:
+        also = ", as do those of the middle scale" if skip.skip_kv == "fine+skipped" else ""
+        done.append(f"leave the cache after prefill, so that only the first token of an answer attends to them{also}")
+    return f"{what} {listed(done) or 'pass every layer'}: {risk}"
 
 
 def citation(card_file: CardFile) -> list[str]:

@@ -99,7 +99,7 @@ def _figures(run: Run, card_file: CardFile, book: Book, main: bool) -> dict[str,
     def figure(name: str) -> float | None:
         return numeric(run.summary, name, run.where)
 
-    last = final_loss(run)
+    last, settings = final_loss(run), run.settings
     wasted, problems = figure("skipped_steps"), mapping(run.summary, "image_problems", run.where)
     steps = run.step if run.step is not None else figure("steps")
     return {
@@ -107,6 +107,8 @@ def _figures(run: Run, card_file: CardFile, book: Book, main: bool) -> dict[str,
         "Steps": say("steps", steps, count),
         "Samples": say("samples", figure("samples"), count),
         "Epochs": say("epochs", run.rows[-1].get("epoch") if run.rows else None, number),
+        "Data": say("data", settings.get("data_path"), lambda path: f"`{short(str(path))}`"),
+        "Learning rate": say("learning rate", numeric(settings, "learning_rate", run.where), number),
         "Batch": say("batch", numeric(run.settings, "batch", run.where), count),
         "Time": say("time", figure("train_seconds"), seconds),
         "Devices x hours": say("device hours", device_hours(run), hours),
@@ -141,7 +143,9 @@ def throughput_of(run: Run) -> str | None:
         if values:
             middle = (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
             said.append(f"{mean(middle)} {unit}")
-    return ", ".join(said) + " (median)" if said else None
+    took, samples = (numeric(run.summary, name, run.where) for name in ("train_seconds", "samples"))
+    whole = f"; over the whole run {mean(samples / took)} samples/s" if took and samples and run.step is None else ""
+    return ", ".join(said) + f" (median of the logged steps){whole}" if said else None
 
 
 def hardware_of(run: Run, card_file: CardFile) -> str | None:

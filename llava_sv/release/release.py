@@ -17,6 +17,9 @@ from llava_sv.release import card_flags, hub, manifest
 from llava_sv.release.flags import DTYPES, Parser, shard_bytes
 from llava_sv.release.folders import check_output, replacing_folder
 
+SENDING = ("checkpoint", "out", "push_to_hub", "upload", "public", "json", "overwrite")
+"""What a release that is pushed, and not made, has to do with."""
+
 EXAMPLE = """examples: release a run with its evaluation; look at what an upload would send; send it
   llava-sv release checkpoints/llava-v1.5-skip --out releases/llava-sv-7b --eval results/bench.json --license apache-2.0
   llava-sv release releases/llava-sv-7b --push-to-hub my-lab/llava-sv-7b
@@ -71,6 +74,11 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"{hub.GO if args.upload else '--public'} goes with --push-to-hub OWNER/NAME")
     if args.out is None and not args.push_to_hub:
         raise UserError("--out DIR is needed: the folder to write")
+    if args.out is None:
+        parser = build_parser()
+        idle = [name for name, value in vars(args).items() if name not in SENDING and value != parser.get_default(name)]
+        if idle:
+            raise UserError(f"--{idle[0].replace('_', '-')} goes with --out DIR: what is pushed is sent as it is")
     card_flags.check(args)
     if args.json:
         keep_existing(args.json, args.overwrite)
@@ -124,11 +132,11 @@ def make_release(args: argparse.Namespace, size: int) -> dict[str, Any]:
     check_output(out, needed, args.force, "--out")
     if base is None:
         config_values(given, args.dtype, args.conv_template)  # what is wrong is said before anything is written
-    check_room(out, Path(base or given))
+    check_room(out, Path(base or given), 2 if base else 1)  # what merging makes lies beside it for a while
     name = args.name or default_name(given)
     print(f"{name}: releasing {given}" + (f", its adapters merged into {base}" if base else ""), flush=True)
     with whole_checkpoint(given, base, out.absolute().parent) as source, replacing_folder(out) as folder:
-        content = Content(source, name, args.dtype, size, args.conv_template, lambda: card_of(args, source.given, name))
+        content = Content(source, name, args.dtype, size, args.conv_template, lambda: card_of(args, source, name))
         listed = write_release(folder, content)
         home = [Path.home(), given.absolute(), given.resolve(), Path.cwd()]
         content.notes += paths_said(folder, home)
@@ -152,12 +160,12 @@ def make_release(args: argparse.Namespace, size: int) -> dict[str, Any]:
     return report
 
 
-def card_of(args: argparse.Namespace, given: Path, name: str) -> Any:
-    """The model card of the run that made `given`."""
+def card_of(args: argparse.Namespace, source: Any, name: str) -> Any:
+    """The model card of the run that made `source.given`, for the weights that are released."""
     from llava_sv.release.card import make_card
     from llava_sv.release.card_flags import card_options
 
-    return make_card(given, card_options(args, given, name))
+    return make_card(source.given, card_options(args, source.given, name, source.whole if source.base else None))
 
 
 def test(folder: Path, content: Any, args: argparse.Namespace, device: str) -> dict[str, Any]:
@@ -192,14 +200,14 @@ def _check_untouched(folder: Path, listed: dict[str, Any]) -> None:
         raise UserError(f"release {folder}: {strange[0]} appeared or went while it was tested; nothing was written")
 
 
-def check_room(out: Path, checkpoint: Path) -> None:
-    """`NoRoom` where the disk of `out` has less free than the checkpoint's weights take."""
+def check_room(out: Path, checkpoint: Path, copies: int = 1) -> None:
+    """`NoRoom` where the disk of `out` has less free than so many copies of the checkpoint's weights take."""
     from llava_sv.release.weights import weight_files
 
     if not checkpoint.is_dir():
         return
     try:
-        needed = sum(path.stat().st_size for path in weight_files(checkpoint))
+        needed = copies * sum(path.stat().st_size for path in weight_files(checkpoint))
     except UserError:
         return
     there = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())

@@ -26,6 +26,12 @@ IGNORED = (".git", ".gitattributes", ".cache", ".DS_Store", ".huggingface")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 LOADED = (".safetensors", *PICKLES, ".h5", ".msgpack", ".onnx", ".gguf", ".index.json", ".py", ".pyc", ".so", ".pyd")
 """Ends of names that loading might read: weights and code that the release did not have are an error."""
+CODE = (".py", ".pyc", ".so", ".pyd")
+SETTINGS = (
+    *("config.json", "added_tokens.json", "special_tokens_map.json", "chat_template.json", ".jinja"),
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"),
+)
+"""The same of what makes another model, tokenizer or prompt of it; `adapter_config.json` names another base."""
 
 
 @dataclass(frozen=True)
@@ -153,13 +159,21 @@ def _check_extra(found: Findings, files: dict[str, Any]) -> None:
     """Files that the release did not have: an error where loading might read them, else a note."""
     for path in sorted(found.folder.rglob("*")):
         name = path.relative_to(found.folder)
-        if name.parts[0] in IGNORED or path.is_dir() or name.as_posix() in (*files, manifest.NAME):
+        folder = path.is_dir() and not path.is_symlink()  # what a link leads to is not looked through
+        if name.parts[0] in IGNORED or folder or name.as_posix() in (*files, manifest.NAME):
             continue
-        if path.name.endswith(LOADED):
-            kind = "code" if path.suffix in (".py", ".pyc", ".so", ".pyd") else "a file of weights"
+        kind = _read_as(path.name.lower())
+        if kind and not path.is_dir():
             found.add("extra", name.as_posix(), f"is no part of the release, and it is {kind}; remove it")
         else:
             found.notes.append(f"{name.as_posix()}: is no part of the release")
+
+
+def _read_as(name: str) -> str | None:
+    """What loading might take a file of this name for; None where it reads none such."""
+    if name.endswith(LOADED):
+        return "code" if name.endswith(CODE) else "a file of weights"
+    return "read with the settings" if name.endswith(SETTINGS) else None
 
 
 def _check_index(found: Findings, held: dict[str, str], unread: set[str]) -> None:
@@ -200,9 +214,12 @@ def _check_config(found: Findings, held: dict[str, tuple[str, tuple[int, ...]]],
         if "config.json" not in {p.file for p in found.problems}:
             found.add("config", "config.json", "is missing")
         return
-    from llava_sv.model.loading import read_config
+    from llava_sv.model.loading import read_config, read_config_json
+    from llava_sv.release.releasable import encoder_is_inside
 
     try:
+        if not encoder_is_inside(read_config_json(str(found.folder))[1]):
+            raise UserError("it holds no encoder")  # building it would look for one elsewhere, on a hub even
         wanted = wanted_by(read_config(str(found.folder)))
     except Exception as error:  # whatever a damaged config makes the model's classes raise
         found.add("config", "config.json", f"no model can be built of it ({_about(found.folder, error)})")

@@ -11,7 +11,7 @@ from typing import Any
 
 from llava_sv.bench.cells import markdown, percent
 from llava_sv.release.zoo_page_checks import checks_section
-from llava_sv.release.zoo_recipes import DEVICES, Checkpoint, Paper, Stage, Zoo
+from llava_sv.release.zoo_recipes import DEVICES, Checkpoint, Other, Paper, Stage, Zoo
 from llava_sv.release.zoo_released import RELEASED, Released
 
 MADE_WITH = "llava-sv zoo --markdown docs/MODEL_ZOO.md --overwrite"
@@ -260,8 +260,8 @@ def _assumptions(facts: Facts) -> list[str]:
                 f"- {'; '.join(devices)}. The H200 is given the MFU of the A100; faster cards wait more for memory and "
                 "for one another.",
                 "- Pretraining is given the MFU of its family's SFT.",
-                "- No padding, no waiting for data, no evaluation. A mean length stands for all: attention, which "
-                "grows with the square, is counted a little low.",
+                "- No padding, no waiting for data, no evaluation. Attention is counted over the whole square of the "
+                "sequence, the masked half too: a little high; at one mean length for all: a little low.",
             ]
         ),
         "`llava-sv zoo --text-tokens 300`, `llava-sv zoo --mfu 0.4` and `llava-sv zoo --device h200` count with other "
@@ -287,10 +287,16 @@ def paper_table(rows: Sequence[tuple[str, str, Paper]]) -> tuple[list[str], list
     return head, lines
 
 
+def _same(zoo: Zoo, other: Other) -> str:
+    """The planned checkpoint that a row of another table tells of too: the one with the same scores; empty for none."""
+    same = (one.name for one in zoo.checkpoints.values() if other.paper.scores.items() <= one.paper.scores.items())
+    return next(same, "")
+
+
 def _papers(facts: Facts) -> list[str]:
     parts = ["## The paper's figures", "Of the planned checkpoints none is measured yet: these are the paper's alone."]
     for table in (2, 3, 5):
         ours = [(one.label, one.name, one.paper) for one in facts.zoo.checkpoints.values() if one.table == table]
-        others = [(one.label, "", one.paper) for one in facts.zoo.others if one.table == table]
+        others = [(one.label, _same(facts.zoo, one), one.paper) for one in facts.zoo.others if one.table == table]
         parts += [f"### Table {table}", markdown(*paper_table([*ours, *others]))]
     return parts

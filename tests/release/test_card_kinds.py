@@ -30,6 +30,77 @@ def test_a_dense_checkpoint(made):
     assert "whether it is this checkpoint: yes, by its fingerprint" in card.text
 
 
+def test_words_follow_the_switches(copy):
+    """What is merged, skipped and dropped is said as config.json has it."""
+    path = copy.checkpoint / "config.json"
+
+    def said(**switches):
+        values = json.loads(path.read_text())
+        values["skip_vision"] |= switches
+        path.write_text(json.dumps(values))
+        text = make_card(copy.checkpoint, CardOptions(name="tiny")).text
+        return text.split("# tiny")[1].split("##")[0], section(text, "Known weak spots and limits")
+
+    first, weak = said()
+    assert "4 are kept whole, the rest are merged into 5 that pass attention but not the feed-forward layers." in first
+    assert "2 summary tokens are added." in first
+    assert "are merged into 5 tokens, skip the feed-forward layers and leave the cache after prefill" in weak
+    first, weak = said(merge=False, skip_layers="1", skip_kv="none", latter_summary=False)
+    assert (
+        "4 are kept whole, the other 12 pass attention but not the feed-forward part of 1 of 2 decoder layers." in first
+    )
+    assert "One summary token is added." in first
+    assert "not retained skip the feed-forward layers of 1 of 2 layers: " in weak
+    first, weak = said(merge=True, skip_ffn=False, former_summary=False)
+    assert "merged into 5 that pass all layers.\n" in first
+    assert "not retained are merged into 5 tokens: " in weak
+
+
+def test_weak_spots_are_those_of_this_checkpoint(copy):
+    """Fine detail always; what else detail may decide, where this checkpoint is weak in it."""
+    values = json.loads(copy.skip.read_text())
+    values["per_category"] |= {"fine_detail": 0.5, "text": 0.9, "count": 0.4}
+    values |= {"accuracy": 0.8, "questions_per_category": {"fine_detail": 100}}
+    copy.skip.write_text(json.dumps(values))
+
+    def lines(**more):
+        options = CardOptions(eval_reports=(copy.skip,), **more)
+        weak = section(make_card(copy.checkpoint, options).text, "Known weak spots and limits")
+        return [line for line in weak.splitlines() if line.startswith("- ")]
+
+    fine, counted = lines()
+    assert "`fine_detail`: 50.0% (all categories: 80.0%; 95% interval 40.4% to 59.6%; chance: " in fine
+    assert "`count`: 40.0%" in counted
+    control = json.loads(copy.dense.read_text())
+    control["per_category"] |= {"fine_detail": 0.55, "text": 0.95, "count": 0.3}
+    copy.dense.write_text(json.dumps(control))
+    fine, text, _ = lines(dense_reports=(copy.dense,))
+    assert fine.endswith("a difference of -5.0 points, less than this number of questions can tell")
+    assert text.endswith("the dense control 95.0%, a difference of -5.0 points")
+
+
+def test_times_of_two_machines_are_not_compared(copy):
+    timed = json.loads(copy.timing.read_text())
+    for path, side in ((copy.skip, "skip"), (copy.dense, "dense")):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"timing": timed[side]}))
+    options = CardOptions(eval_reports=(copy.skip,), dense_reports=(copy.dense,))
+    name = "each further token (decode)"
+    both = row(section(make_card(copy.checkpoint, options).text, "Measured speed"), name)
+    assert both[2] == f"{timed['skip']['decode_ms_per_token'] / timed['dense']['decode_ms_per_token']:.3f}"
+    change(copy.dense, "environment", "device", value="Other GPU")
+    speed = section(make_card(copy.checkpoint, options).text, "Measured speed")
+    assert row(speed, name) == both[1:2]
+    assert "the dense control was timed with another device, and is not compared" in speed
+
+
+def test_a_bench_of_a_slice_says_so(copy):
+    values = json.loads(copy.infer.read_text()) | {"layers": 4, "all_layers": 32}
+    copy.infer.write_text(json.dumps(values))
+    speed = section(make_card(copy.checkpoint, CardOptions(speed_reports=(copy.infer,))).text, "Measured speed")
+    assert "has 2 decoder layers of width 32" in speed
+    assert "(4 of its 32 decoder layers)" in speed
+
+
 def test_a_projector_alone(made):
     card = make_card(made.pretrain, CardOptions())
     assert row(section(card.text, "Training"), "What trained") == ["pretraining: the projector alone"]

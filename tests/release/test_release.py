@@ -14,12 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from llava_sv import cli
+from llava_sv.eval.identity import identity
 from llava_sv.generation import load_for_inference, make_batch, user_turn
 from llava_sv.model.builder import load_pretrained_model
 from llava_sv.release import assemble, smoke
 from llava_sv.release import release as module
 from llava_sv.release.portable import portable_name, without_local
 from tests.checkpoints import SKIP, save_checkpoint
+from tests.release.card_runs import row
 from tests.release.releases import contents, edit_json, release, verify
 from tests.train.lora_runs import FAMILIES, LORA, logits, run
 from tests.train.tiny import World
@@ -161,6 +163,8 @@ def test_shards_and_another_type(checkpoint, tmp_path):
     assert set(json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]) == set(weights(out))
     same_tensors(weights(out), {name: value.bfloat16() for name, value in weights(checkpoint).items()})
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert row((out / "README.md").read_text(), "Weights stored as") == ["bfloat16"]
+    assert "llava-sv chat --model-path 'my model' --image-file" in (out / "README.md").read_text()
     assert json.loads((out / "manifest.json").read_text())["name"] == "my model"
     assert (out / "README.md").read_text().count("# my model\n") == 1
     _, model, _, _ = load_pretrained_model(str(out), device="cpu")
@@ -193,6 +197,24 @@ def test_adapters_are_merged_first(adapter, tmp_path, capsys):
     assert verify(out) == 0
     of_release, of_run = (load_pretrained_model(str(path), device="cpu") for path in (out, folder))
     assert torch.equal(logits(of_release[1], of_release[2]), logits(of_run[1], of_run[2]))
+    card = (out / "README.md").read_text()
+    assert "adapters or a projector" not in card, "the card is of the merged model"
+    assert row(card, r"**all**") == [f"**{sum(value.numel() for value in of_release[1].state_dict().values()):,}**"]
+
+
+def test_reports_of_adapters_and_of_their_release_are_both_its_own(adapter, made, tmp_path, capsys):
+    folder, out = adapter[0], tmp_path / "out"
+    assert release(folder, out) == 0
+    report = tmp_path / "report.json"
+    for of in (folder, out):
+        values = json.loads(made.skip.read_text()) | {"checkpoint": identity(of), "model_path": "x"}
+        report.write_text(json.dumps(values))
+        assert release(folder, tmp_path / "again", "--force", "--eval", report) == 0
+        card = (tmp_path / "again" / "README.md").read_text()
+        assert row(card, "Of this checkpoint") == ["yes, by its fingerprint"]
+    report.write_text(json.dumps(values | {"checkpoint": {**identity(out), "weights": "0"}}))
+    assert release(folder, tmp_path / "other", "--eval", report) == 2
+    assert "is a report of another checkpoint" in error(capsys)
 
 
 def test_a_base_that_is_not_asked_for_or_not_there(checkpoint, adapter, tmp_path, capsys):
@@ -294,6 +316,8 @@ def test_a_template_where_the_checkpoint_names_none(checkpoint, tmp_path):
     edit_json(folder / "config.json", lambda values: values.pop("conv_template"))
     assert release(folder, tmp_path / "out", "--conv-template", "llama_3") == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["conv_template"] == "llama_3"
+    assert row((tmp_path / "out" / "README.md").read_text(), "Conversation template") == ["llama_3"]
+    assert identity(tmp_path / "out") == identity(folder, "llama_3"), "a report of the release goes into its next card"
 
 
 def test_a_checkpoint_without_generation_config_stops_where_its_turns_end(checkpoint, tmp_path):
@@ -310,6 +334,8 @@ def test_a_checkpoint_without_generation_config_stops_where_its_turns_end(checkp
         (["{run}"], "--out DIR is needed"),
         (["{run}", "--out", "{new}", "--shard-size", "big"], "--shard-size big: cannot be read"),
         (["{run}", "--out", "{new}", "--shard-size", "0"], "--shard-size 0: cannot be read"),
+        (["{run}", "--push-to-hub", "a/b", "--license", "mit"], "--license goes with --out DIR"),
+        (["{run}", "--push-to-hub", "a/b", "--no-smoke-test"], "--no-smoke-test goes with --out DIR"),
         (["{run}", "--out", "{new}", "--upload"], "--upload goes with --push-to-hub"),
         (["{run}", "--out", "{new}", "--public"], "--public goes with --push-to-hub"),
         (["{run}", "--out", "{new}", "--eval", "{new}/x"], "--eval {new}/x: no such file"),

@@ -353,3 +353,28 @@ def test_a_header_that_lies(tmp_path):
     path.write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
     with pytest.raises(BadHeader, match="announce a header"):
         spans_of(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["adapter_config.json", "chat_template.json", "additional_chat_templates/x.jinja", "tokenizer.model", "EXTRA.PY"],
+)
+def test_files_that_would_change_what_is_loaded(download, capsys, name):
+    """`adapter_config.json` alone makes transformers load another base than the folder's own weights."""
+    (download / name).parent.mkdir(exist_ok=True)
+    (download / name).write_text("{}")
+    assert verify(download) == 2
+    assert f"bad: {name}: is no part of the release, and it is " in capsys.readouterr().out
+
+
+def test_a_linked_folder_is_noted(download, tmp_path, capsys):
+    (download / "more").symlink_to(tmp_path)
+    assert verify(download) == 0
+    assert "note: more: is no part of the release\n" in capsys.readouterr().out
+
+
+def test_a_config_without_its_encoder_is_found_without_a_network(download, capsys, monkeypatch):
+    edit_json(download / "config.json", lambda values: values.update(vision_config=None, mm_vision_tower="no/such"))
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("a name was looked up"))
+    assert verify(download) == 2
+    assert "bad: config.json: no model can be built of it (it holds no encoder)" in capsys.readouterr().out

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 EIGHT = ("MME", "TextVQA", "MMB", "MMVet", "MMMU", "MathV", "OCRB", "MMStar")
 NINE = (*EIGHT, "Avg")
-FOUR = ("GQA", "MMB", "TextVQA", "MMVet")
+FIVE = ("GQA", "MMB", "TextVQA", "MMVet", "Avg %")
 
 OURS = {
     # name: table, benchmarks, scores, (hours, FLOPs in percent, latency in ms), (retained, skipped), data
@@ -63,8 +63,15 @@ OURS = {
         *(3, EIGHT, (1550, 69.1, 78.4, 51.7, 43, 61.3, 69.4, 52.3), (72, None, None)),
         *((272, 256), "sv-9m"),
     ),
-    "llava-sv-vicuna-7b-dense": (5, FOUR, (61.9, 64.7, 58.2, 31.1), (None, None, None), None, "llava-665k"),
-    "llava-sv-vicuna-7b-skip-64-156": (5, FOUR, (60.8, 65.1, 57.4, 32.5), (None, None, None), (64, 156), "llava-665k"),
+    "llava-sv-vicuna-7b-dense": (5, FIVE, (61.9, 64.7, 58.2, 31.1, 100), (None, None, None), None, "llava-665k"),
+    "llava-sv-vicuna-7b-skip-64-156": (
+        5,
+        FIVE,
+        (60.8, 65.1, 57.4, 32.5, 100),
+        (None, None, None),
+        (64, 156),
+        "llava-665k",
+    ),
 }
 
 OTHERS = {
@@ -78,10 +85,10 @@ OTHERS = {
     (3, "LLaVA-Next (LLaMA-3)"): (1604, 64.6, 72.1, 41.7, 36.3, 49.0),
     (3, "Ovis (LLaMA-3)"): (77.4, 44.7, 40.8, 49.5),
     (3, "MiniCPM-V2.5 (LLaMA-3)"): (76.6, 77.6, 45.8, 54.3, 72.5),
-    (5, "SparseVLM (64 tokens)"): (52.7, 56.2, 51.8, 23.3),
-    (5, "VisionZip (64 tokens)"): (55.1, 60.1, 55.5, 31.7),
+    (5, "SparseVLM (64 tokens)"): (52.7, 56.2, 51.8, 23.3, 85.2),
+    (5, "VisionZip (64 tokens)"): (55.1, 60.1, 55.5, 31.7, 93.7),
     (5, "PDrop (64 tokens)"): (47.5, 58.8, 50.6),
-    (5, "FasterVLM (58 tokens)"): (54.9, 60.6, 55.3, 30.1),
+    (5, "FasterVLM (58 tokens)"): (54.9, 60.6, 55.3, 30.1, 93.1),
     (5, "LLaVA-PruMerge (32 tokens)"): (60.9, 56.0),
 }
 
