@@ -31,6 +31,8 @@ def local_folder(name: str) -> Path:
         files = HfApi().list_repo_files(name)
         wanted = [pattern for pattern in WANTED if pattern != "*.bin" or not any("safetensors" in f for f in files)]
         return Path(snapshot_download(name, allow_patterns=wanted))
+    except UserError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:  # the hub's own errors are of these kinds
         raise UserError(f"{name}: no such folder, and it cannot be fetched ({in_words(error)})") from error
 
