@@ -6,6 +6,7 @@ The installed `llava-sv` script calls `main`. A command's module is imported onl
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from dataclasses import dataclass
 
@@ -107,6 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     name, rest = resolve(argv)
     if name is None:
         return _unknown(argv)
+    if name != "train" and not sys.stderr.isatty():  # bars of models being fetched and loaded are for a terminal
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     guard = exit_on_user_error if name == "train" else exit_on_any_trouble  # training tells its own ends
     return guard(_run, COMMANDS[name], rest)
 

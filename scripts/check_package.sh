@@ -56,7 +56,7 @@ fi
 if [ -n "$image" ]; then
     cp "$image" "$work/elsewhere/image"
 else
-    "$PYTHON" -m llava_sv.cli data toy --output "$work/toy" --train 1 --bench 6 --fine-train 0 --fine-bench 0 >/dev/null
+    "$PYTHON" -m llava_sv.cli data toy --output "$work/toy" --train 2 --bench 6 --fine-train 0 --fine-bench 0 >/dev/null
     cp "$work/toy/images/bench-000000.jpg" "$work/elsewhere/image"
 fi
 question=(chat --model-path model --image-file image --prompt "$prompt" --max-new-tokens 32 --device cpu)

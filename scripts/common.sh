@@ -2,7 +2,8 @@
 # Sourced, never run. A script sets its defaults with ${NAME:=value}, fills FLAGS and calls `launch "$@"`.
 #
 # Environment that every training script reads (its own page has the defaults):
-#   LLM VISION_TOWER DATA IMAGE_FOLDER ADAPTER OUTPUT   models, data, where results go
+#   LLM VISION_TOWER DATA IMAGE_FOLDER ADAPTER OUTPUT   models, data, where results go; with a whole LLaVA for LLM, give
+#               VISION_TOWER= ADAPTER= (nothing): its own encoder and projector are trained on
 #   BATCH PER_DEVICE_BATCH (or auto) GRAD_ACCUM EPOCHS LR MAX_LENGTH SEED VERSION CHECKPOINTING SAVE_STEPS WORKERS
 #   NPROC NNODES NODE_RANK MASTER_ADDR MASTER_PORT HOSTFILE   processes a node, nodes, where they meet (docs/MultiNode.md)
 #   LAUNCHER    torchrun, deepspeed or python (default: chosen by the others)    MAX_RESTARTS   torchrun's
@@ -77,7 +78,7 @@ common_flags() {
     FLAGS=(
         --model_name_or_path "$LLM"
         --version "$VERSION"
-        --vision_tower "$VISION_TOWER"
+        ${VISION_TOWER:+--vision_tower "$VISION_TOWER"}
         --data_path "$DATA"
         --image_folder "$IMAGE_FOLDER"
         --mm_family "$MM_FAMILY"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 
@@ -111,3 +112,16 @@ def test_the_help_of_a_command_that_is_a_group_too_is_its_own(capsys):
     with pytest.raises(SystemExit):
         cli.main(["doctor", "--help"])
     assert "example: llava-sv doctor --json doctor.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("terminal", "given", "bars"), [(False, None, "1"), (False, "0", "0"), (True, None, None)])
+def test_bars_of_loading_are_for_a_terminal(terminal, given, bars, monkeypatch):
+    """What transformers and the hub draw; `--help` of a command ends before anything loads."""
+    name = "HF_HUB_DISABLE_PROGRESS_BARS"
+    monkeypatch.setenv(name, given or "")  # whatever the command does to it is undone
+    if given is None:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    with pytest.raises(SystemExit):
+        cli.main(["verify", "--help"])
+    assert os.environ.get(name) == bars

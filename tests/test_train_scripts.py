@@ -327,3 +327,18 @@ def test_deepspeed_configurations(name):
     assert "optimizer" not in config, "one there would take --mm_projector_lr away"
     if name.startswith("zero3"):
         assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if not name.endswith("pretrain.sh")])
+@pytest.mark.parametrize("preset", ["", "tiny"])
+def test_a_whole_llava_brings_its_encoder_and_projector(script, preset):
+    """VISION_TOWER and ADAPTER that are given and empty leave their flags out, and nothing else."""
+    room = {"PRESET": preset, "LLM": "checkpoints/my model", "USE_CPU": "1"}
+    _, usual = flags_of(script, **room)
+    _, flags = flags_of(script, **room, VISION_TOWER="", ADAPTER="")
+    for name in ("--vision_tower", "--pretrain_mm_mlp_adapter"):
+        at = usual.index(name)
+        assert usual[at + 1]
+        del usual[at : at + 2]
+    assert flags == usual
+    assert flags[flags.index("--model_name_or_path") + 1] == "checkpoints/my model"

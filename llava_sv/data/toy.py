@@ -220,7 +220,7 @@ def write_toy(output: Path, seed: int, counts: Counts, image_scale: int = 1) -> 
     ]
     drawn = [(image, scene, False) for image, scene in train] + [(image, scene, True) for image, scene in fine]
     drawn += [(image, scene, question.category == FINE_DETAIL) for _, image, scene, question in items]
-    for image, scene, is_fine in tqdm(drawn, desc="toy images", unit="image"):
+    for image, scene, is_fine in tqdm(drawn, desc="toy images", unit="image", disable=None):
         _write_image(output / "images" / image, scene, is_fine, image_scale)
 
     captions = [pretrain_record(f"toy-{i}", image, scene) for i, (image, scene) in enumerate(train)]

@@ -44,7 +44,6 @@ def build_parser() -> argparse.ArgumentParser:
         prog="llava-sv eval",
         description="Ask a checkpoint a benchmark's questions, and score the answers.",
         epilog="example: llava-sv eval --model-path checkpoints/tiny-skip --task toy --json result.json",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
         "--model-path", required=True, help="a checkpoint folder (a pretrained projector alone needs --model-base)"
@@ -66,12 +65,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--blind", action="store_true", help="ask without the image: what the question alone gives away"
     )
     parser.add_argument("--skip-kv", choices=list(KV_LEVELS), help="skip KV-cache level (default: the checkpoint's)")
-    parser.add_argument("--batch-size", type=int, default=16, help="questions a batch")
-    parser.add_argument("--num-workers", type=int, default=0, help="processes that read images ahead")
+    parser.add_argument("--batch-size", type=int, default=16, help="questions a batch (default: %(default)s)")
+    parser.add_argument(
+        "--num-workers", type=int, default=0, help="processes that read images ahead (default: %(default)s)"
+    )
     parser.add_argument("--max-new-tokens", type=int, help="longest answer (default: the benchmark's)")
     parser.add_argument("--limit", type=int, help="ask the first N questions only")
-    parser.add_argument("--timing", type=int, default=0, metavar="N", help="also time the answers to N questions")
-    parser.add_argument("--timing-repeats", type=int, default=5, help="how often each is timed")
+    parser.add_argument(
+        "--timing", type=int, default=0, metavar="N", help="also time the answers to N questions (default: %(default)s)"
+    )
+    parser.add_argument("--timing-repeats", type=int, default=5, help="how often each is timed (default: %(default)s)")
     parser.add_argument("--conv-template", help="conversation template (default: the checkpoint's)")
     parser.add_argument("--attn-implementation", help="sdpa, eager, flash_attention_2 (default: the model's)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")

@@ -77,6 +77,7 @@ def make_card(checkpoint: Path, options: CardOptions | None = None) -> Card:
     model = card_model.read_model(options.whole or checkpoint, options.dtype, options.conv_template)
     pretrain = None if options.pretrain_run is None else _pretrain(Path(options.pretrain_run))
     bases = card_model.bases_of(options.base_models, run, model)
+    on_hub = card_model.hub_bases(bases, options.base_models, run, model)
     said = options.card_file
     card_file = said if isinstance(said, CardFile) else read_card_file(said)
     found = find_manifest(options.data_manifest, run)
@@ -99,7 +100,7 @@ def make_card(checkpoint: Path, options: CardOptions | None = None) -> Card:
         "FLOPs": card_model.flops_section(model),
         "Intended use": intended_use(card_file, book),
         "Known weak spots and limits": limits(model.config, fine, budgets, card_file, book),
-        "Licences": card_model.licences(bases, card_file, manifest, book),
+        "Licences": card_model.licences(bases, on_hub, card_file, manifest, book),
         "Settings of the run": card_training.settings_section(run, book),
         "Citation": citation(card_file),
     }
@@ -108,7 +109,7 @@ def make_card(checkpoint: Path, options: CardOptions | None = None) -> Card:
         body += [*([f"## {title}", ""] if title else []), *lines]
     index = card_eval.model_index(name, reports)
     datasets = card_data.hub_datasets(manifest, card_file)
-    head = front_matter(card_file, card_model.hub_bases(bases, run), datasets, _tags(model, card_file), index)
+    head = front_matter(card_file, on_hub, datasets, _tags(model, card_file), index)
     picture = card_training.loss_picture(run)
     files = {} if picture is None else {card_training.PICTURE: picture}
     return Card(head + "\n" + "\n".join(body).rstrip() + "\n", files, book.missing)

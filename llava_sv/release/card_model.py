@@ -278,24 +278,31 @@ def is_hub_id(name: str) -> bool:
 
 def bases_of(given: Sequence[str], run: Run, model: Model) -> list[str]:
     """The models that this one was made from: as given, or as the run and the config name them."""
-    if given:
-        return list(given)
+    return list(given) if given else [short(name) for name in _named(run, model)]
+
+
+def _named(run: Run, model: Model) -> list[str]:
+    """The models that the run or, after a conversion, config.json names: ids of the hub, or paths."""
     names = (run.settings.get("model_name_or_path"), run.settings.get("vision_tower") or model.config.mm_vision_tower)
-    return [short(name) for name in names if isinstance(name, str) and name]
+    return [name for name in names if isinstance(name, str) and name]
 
 
-def hub_bases(bases: list[str], run: Run) -> list[str]:
-    """Those of `bases` that are on the hub; folders that the run read are not."""
-    local = {short(name) for name in run.record.get("local_bases") or []}
+def hub_bases(bases: list[str], given: Sequence[str], run: Run, model: Model) -> list[str]:
+    """Those of `bases` that are on the hub. Folders are not: those that the run read, and `/models/clip`, which a card
+    shows as `models/clip`. What the user gave is taken at its word."""
+    paths = [] if given else [name for name in _named(run, model) if name != short(name)]
+    local = {short(name) for name in [*(run.record.get("local_bases") or []), *paths]}
     return [name for name in bases if is_hub_id(name) and name not in local]
 
 
-def licences(bases: list[str], card_file: CardFile, manifest: dict[str, Any] | None, book: Book) -> list[str]:
-    """Licences of this model, its bases and its data, as recorded."""
+def licences(
+    bases: list[str], on_hub: list[str], card_file: CardFile, manifest: dict[str, Any] | None, book: Book
+) -> list[str]:
+    """Licences of this model, its bases and its data, as recorded. on_hub: the bases that have a page there."""
     own = book.say("licence of these weights (card file: license)", card_file.license)
     rows = [("these weights", own + (f" ({card_file.license_link})" if card_file.license_link else ""))]
     for name in bases:
-        look = f"https://huggingface.co/{name}" if is_hub_id(name) else "the model's own page"
+        look = f"https://huggingface.co/{name}" if name in on_hub else "the model's own page"
         rows.append((name, card_file.base_licenses.get(name) or _lacking(book, name, look)))
     rows += [(name, terms) for name, terms in sorted(card_file.base_licenses.items()) if name not in bases]
     for source in (manifest or {}).get("sources", []):

@@ -68,6 +68,8 @@ def digest_of(values: dict[str, Any]) -> str:
 def read(folder: Path) -> dict[str, Any]:
     """manifest.json of `folder`, its fields checked. Raises `UserError`: for a folder that is not there or has none,
     for one that is broken or of another format, and for names that lead out of the folder."""
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; give the folder that it is in")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give one that llava-sv release wrote, or a download of it")
     path = folder / NAME

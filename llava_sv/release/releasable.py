@@ -34,6 +34,8 @@ class Source:
 
 def check_source(given: Path, base: str | None) -> str | None:
     """The base of a LoRA folder, None for a whole checkpoint; `UserError` for a folder that cannot be released."""
+    if given.is_file():
+        raise UserError(f"checkpoint {given}: is a file; give the folder that it is in")
     if not given.is_dir():
         raise UserError(f"no such checkpoint folder: {given}; give one that training wrote")
     torn = what_is_torn(given) if (given / MARKER).is_file() else None

@@ -27,9 +27,25 @@ def local_folder(name: str) -> Path:
 
     try:
         if out_of_reach():
-            return Path(snapshot_download(name, local_files_only=True))
+            return _cached(name)
         files = HfApi().list_repo_files(name)
         wanted = [pattern for pattern in WANTED if pattern != "*.bin" or not any("safetensors" in f for f in files)]
         return Path(snapshot_download(name, allow_patterns=wanted))
+    except UserError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:  # the hub's own errors are of these kinds
         raise UserError(f"{name}: no such folder, and it cannot be fetched ({in_words(error)})") from error
+
+
+def _cached(name: str) -> Path:
+    """The copy of a repository that an earlier download left. `UserError` where there is none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError as error:  # its own words speak of an argument that no user of a command has
+        raise UserError(
+            f"{name}: no such folder, and offline no copy of it was fetched before; fetch it where there is a network "
+            f"(hf download {name}), or give a folder"
+        ) from error

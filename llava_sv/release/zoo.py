@@ -107,6 +107,8 @@ def _check(zoo: Zoo, args: argparse.Namespace) -> None:
     if args.row is not None and args.row not in zoo.checkpoints:
         like = difflib.get_close_matches(args.row, zoo.checkpoints, 3, 0.3) or list(zoo.checkpoints)
         raise UserError(f"--row: no checkpoint {args.row!r} in the zoo; there are {', '.join(like)}")
+    if args.released != str(RELEASED) and not Path(args.released).is_dir():
+        raise UserError(f"--released {args.released}: no such folder; name the one that holds the releases")
     if args.device is not None and args.device not in zoo.devices:
         raise UserError(f"--device: unknown device {args.device!r}; known: {', '.join(zoo.devices)}")
     if args.mfu is not None and not 0 < args.mfu <= 1:

@@ -33,7 +33,6 @@ def build_parser() -> argparse.ArgumentParser:
         description="Talk with a checkpoint about one or more images. /reset forgets the conversation, /exit leaves.",
         epilog="example: llava-sv chat --model-path checkpoints/tiny-skip --image-file "
         "playground/data/toy/images/bench-000000.jpg",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
         "--model-path", required=True, help="a checkpoint folder (a pretrained projector alone needs --model-base)"
@@ -49,10 +48,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", help="ask this once and leave, instead of a conversation")
     parser.add_argument("--system", help="system message (default: the template's)")
     parser.add_argument("--skip-kv", choices=list(KV_LEVELS), help="skip KV-cache level (default: the checkpoint's)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     parser.add_argument("--top-p", type=float, help="sample from the likeliest tokens of this total probability")
-    parser.add_argument("--num-beams", type=int, default=1, help="beams; more than one does not stream")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer")
+    parser.add_argument(
+        "--num-beams", type=int, default=1, help="beams; more than one does not stream (default: %(default)s)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default: %(default)s)")
     parser.add_argument("--conv-template", help="conversation template (default: the checkpoint's)")
     parser.add_argument("--attn-implementation", help="sdpa, eager, flash_attention_2 (default: the model's)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")

@@ -10,8 +10,8 @@ MM_FAMILY=cos
 source "$(dirname "$0")/../common.sh"
 
 : "${LLM:=meta-llama/Meta-Llama-3-8B-Instruct}"
-: "${VISION_TOWER:=openai/clip-vit-large-patch14}"
-: "${ADAPTER:=checkpoints/llava-sv-cos-llama-3-8b-pretrain/mm_projector.bin}"
+: "${VISION_TOWER=openai/clip-vit-large-patch14}"
+: "${ADAPTER=checkpoints/llava-sv-cos-llama-3-8b-pretrain/mm_projector.bin}"
 : "${DATA:=playground/data/llava_v1_5_mix665k.json}"
 : "${IMAGE_FOLDER:=playground/data}"
 : "${OUTPUT:=checkpoints/llava-sv-cos-llama-3-8b-dense}"
@@ -21,6 +21,6 @@ source "$(dirname "$0")/../common.sh"
 : "${PROJECTOR:=cos_1296}" "${IMAGE_SIZE:=448}" "${TOWER_LR:=$LR}" "${TOWER_LR_DECAY:=1.0}"
 
 common_flags
-FLAGS+=(--pretrain_mm_mlp_adapter "$ADAPTER" --group_by_modality_length True --mm_vision_image_size "$IMAGE_SIZE")
+FLAGS+=(${ADAPTER:+--pretrain_mm_mlp_adapter "$ADAPTER"} --group_by_modality_length True --mm_vision_image_size "$IMAGE_SIZE")
 FLAGS+=(--unfreeze_mm_vision_tower True --mm_vision_tower_lr "$TOWER_LR" --mm_vision_tower_lr_decay "$TOWER_LR_DECAY")
 launch "$@"

@@ -11,8 +11,8 @@ MM_FAMILY=cos
 source "$(dirname "$0")/../common.sh"
 
 : "${LLM:=meta-llama/Meta-Llama-3-8B-Instruct}"
-: "${VISION_TOWER:=openai/clip-vit-large-patch14}"
-: "${ADAPTER:=checkpoints/llava-sv-cos-llama-3-8b-pretrain/mm_projector.bin}"
+: "${VISION_TOWER=openai/clip-vit-large-patch14}"
+: "${ADAPTER=checkpoints/llava-sv-cos-llama-3-8b-pretrain/mm_projector.bin}"
 : "${DATA:=playground/data/llava_v1_5_mix665k.json}"
 : "${IMAGE_FOLDER:=playground/data}"
 : "${OUTPUT:=checkpoints/llava-sv-cos-llama-3-8b-skip-272-256}"
@@ -23,7 +23,7 @@ source "$(dirname "$0")/../common.sh"
 if [[ "$PROJECTOR" == cos_1296 ]]; then : "${NUM_RETAINED:=272}" "${NUM_SKIPPED:=256}"; fi
 
 common_flags
-FLAGS+=(--pretrain_mm_mlp_adapter "$ADAPTER" --group_by_modality_length True --mm_vision_image_size "$IMAGE_SIZE")
+FLAGS+=(${ADAPTER:+--pretrain_mm_mlp_adapter "$ADAPTER"} --group_by_modality_length True --mm_vision_image_size "$IMAGE_SIZE")
 FLAGS+=(--unfreeze_mm_vision_tower True --mm_vision_tower_lr "$TOWER_LR" --mm_vision_tower_lr_decay "$TOWER_LR_DECAY")
 FLAGS+=(--sv_merge True)
 # without them: all scales but the finest are retained, which is merged to a quarter

@@ -9,7 +9,7 @@ MM_FAMILY=cos
 source "$(dirname "$0")/../common.sh"
 
 : "${LLM:=meta-llama/Meta-Llama-3-8B-Instruct}"
-: "${VISION_TOWER:=openai/clip-vit-large-patch14}"
+: "${VISION_TOWER=openai/clip-vit-large-patch14}"
 : "${DATA:=playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json}"
 : "${IMAGE_FOLDER:=playground/data/LLaVA-Pretrain/images}"
 : "${OUTPUT:=checkpoints/llava-sv-cos-llama-3-8b-pretrain}"

@@ -8,8 +8,8 @@
 source "$(dirname "$0")/../common.sh"
 
 : "${LLM:=meta-llama/Meta-Llama-3-8B-Instruct}"
-: "${VISION_TOWER:=openai/clip-vit-large-patch14-336}"
-: "${ADAPTER:=checkpoints/llava-sv-llama-3-8b-pretrain/mm_projector.bin}"
+: "${VISION_TOWER=openai/clip-vit-large-patch14-336}"
+: "${ADAPTER=checkpoints/llava-sv-llama-3-8b-pretrain/mm_projector.bin}"
 : "${DATA:=playground/data/llava_v1_5_mix665k.json}"
 : "${IMAGE_FOLDER:=playground/data}"
 : "${OUTPUT:=checkpoints/llava-sv-llama-3-8b-dense}"
@@ -18,5 +18,5 @@ source "$(dirname "$0")/../common.sh"
 : "${DEEPSPEED=scripts/zero3.json}"
 
 common_flags
-FLAGS+=(--pretrain_mm_mlp_adapter "$ADAPTER" --group_by_modality_length True)
+FLAGS+=(${ADAPTER:+--pretrain_mm_mlp_adapter "$ADAPTER"} --group_by_modality_length True)
 launch "$@"

@@ -10,8 +10,8 @@
 source "$(dirname "$0")/../common.sh"
 
 : "${LLM:=meta-llama/Meta-Llama-3-8B-Instruct}"
-: "${VISION_TOWER:=openai/clip-vit-large-patch14-336}"
-: "${ADAPTER:=checkpoints/llava-sv-llama-3-8b-pretrain/mm_projector.bin}"
+: "${VISION_TOWER=openai/clip-vit-large-patch14-336}"
+: "${ADAPTER=checkpoints/llava-sv-llama-3-8b-pretrain/mm_projector.bin}"
 : "${DATA:=playground/data/llava_v1_5_mix665k.json}"
 : "${IMAGE_FOLDER:=playground/data}"
 : "${BITS:=16}"
@@ -32,7 +32,7 @@ FLAGS+=(--lora_enable True --lora_r "$LORA_R" --lora_alpha "$LORA_ALPHA" --mm_pr
 if [[ -n "$LORA_WEIGHTS" ]]; then
     FLAGS+=(--lora_weight_path "$LORA_WEIGHTS")
 else
-    FLAGS+=(--pretrain_mm_mlp_adapter "$ADAPTER")
+    FLAGS+=(${ADAPTER:+--pretrain_mm_mlp_adapter "$ADAPTER"})
 fi
 FLAGS+=(--group_by_modality_length True)
 FLAGS+=(--sv_num_retained "$NUM_RETAINED" --sv_num_skipped "$NUM_SKIPPED" --sv_merge True)

@@ -8,7 +8,7 @@
 source "$(dirname "$0")/../common.sh"
 
 : "${LLM:=meta-llama/Meta-Llama-3-8B-Instruct}"
-: "${VISION_TOWER:=openai/clip-vit-large-patch14-336}"
+: "${VISION_TOWER=openai/clip-vit-large-patch14-336}"
 : "${DATA:=playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json}"
 : "${IMAGE_FOLDER:=playground/data/LLaVA-Pretrain/images}"
 : "${OUTPUT:=checkpoints/llava-sv-llama-3-8b-pretrain}"

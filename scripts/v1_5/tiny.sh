@@ -1,6 +1,6 @@
 # PRESET=tiny: every default swapped for the embedded tiny models and the toy data, on CPU. Sourced by common.sh.
 
-: "${LLM:=playground/tiny/llm}" "${VISION_TOWER:=playground/tiny/clip}"
+: "${LLM:=playground/tiny/llm}" "${VISION_TOWER=playground/tiny/clip}"
 : "${IMAGE_FOLDER:=playground/data/toy/images}"
 : "${NPROC:=1}" "${USE_CPU:=1}" "${DEEPSPEED:=}" "${WORKERS:=0}" "${SAVE_STEPS:=200}" "${CHECKPOINTING:=False}"
 : "${BATCH:=32}"
@@ -24,7 +24,7 @@ case "$script" in
         ;;
     *)
         : "${DATA:=playground/data/toy/sft.json}" "${OUTPUT:=checkpoints/tiny-$name$script}"
-        : "${ADAPTER:=checkpoints/tiny-${name}pretrain/mm_projector.bin}" "${VERSION:=llama_3}"
+        : "${ADAPTER=checkpoints/tiny-${name}pretrain/mm_projector.bin}" "${VERSION:=llama_3}"
         : "${EPOCHS:=2}" "${LR:=5e-4}"
         ;;
 esac

@@ -9,8 +9,8 @@ MM_FAMILY=llava_hd
 source "$(dirname "$0")/../common.sh"
 
 : "${LLM:=meta-llama/Meta-Llama-3-8B-Instruct}"
-: "${VISION_TOWER:=openai/clip-vit-large-patch14-336}"
-: "${ADAPTER:=checkpoints/llava-sv-hd-llama-3-8b-pretrain/mm_projector.bin}"
+: "${VISION_TOWER=openai/clip-vit-large-patch14-336}"
+: "${ADAPTER=checkpoints/llava-sv-hd-llama-3-8b-pretrain/mm_projector.bin}"
 : "${DATA:=playground/data/llava_v1_5_mix665k.json}"
 : "${IMAGE_FOLDER:=playground/data}"
 : "${OUTPUT:=checkpoints/llava-sv-hd-llama-3-8b-skip-576-576}"
@@ -21,7 +21,7 @@ source "$(dirname "$0")/../common.sh"
 : "${NUM_RETAINED:=576}" "${NUM_SKIPPED:=576}"
 
 common_flags
-FLAGS+=(--pretrain_mm_mlp_adapter "$ADAPTER" --group_by_modality_length True)
+FLAGS+=(${ADAPTER:+--pretrain_mm_mlp_adapter "$ADAPTER"} --group_by_modality_length True)
 FLAGS+=(--sv_num_retained "$NUM_RETAINED" --sv_num_skipped "$NUM_SKIPPED" --sv_merge True)
 # anyres chooses among resolutions instead
 if [[ "$ASPECT_RATIO" != anyres ]]; then FLAGS+=(--hd_max_tiles "$HD_MAX_TILES"); fi

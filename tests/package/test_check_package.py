@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 from PIL import Image
 
+from llava_sv import cli
 from tests.checkpoints import SKIP, save_checkpoint
 from tests.package.build import ROOT
 
@@ -49,6 +51,15 @@ def test_an_interpreter_without_the_packages_is_refused():
     assert done.stderr.startswith(
         "check_package: /bin/false lacks torch or transformers: bash scripts/setup.sh, or name"
     )
+
+
+def test_the_picture_that_it_asks_about_is_drawn(tmp_path):
+    """Without --image the script draws the toy data: its own line, run here."""
+    script = (ROOT / "scripts" / "check_package.sh").read_text()
+    flags = re.search(r'llava_sv\.cli (data toy --output) "\$work/toy" (.*) >/dev/null', script)
+    asked = re.search(r'"\$work/toy/(\S+)"', script)
+    assert cli.main([*flags[1].split(), str(tmp_path / "toy"), *flags[2].split()]) == 0
+    assert (tmp_path / "toy" / asked[1]).is_file()
 
 
 @pytest.mark.slow

@@ -136,11 +136,15 @@ def test_both_recipes_make_the_same_image():
     arguments = dict(line.strip().split("=", 1) for line in sections["arguments"].splitlines() if line.strip())
     docker = {step.value.partition("=")[0]: step.value.partition("=")[2] for step in STEPS if step.name == "ARG"}
     assert filled(header["from"], arguments) == docker["BASE_IMAGE"]
-    assert {name: docker[name] for name in arguments} == arguments
+    empty = "default"  # an argument of Apptainer's has a value
+    assert {name: docker[name].strip('"') or empty for name in arguments} == arguments
+    assert f'[ "$TORCH_INDEX_URL" != {empty} ] || TORCH_INDEX_URL=""' in sections["post"]
     for step in ("system", "environment"):
         assert f"bash scripts/docker/install.sh {step}" in sections["post"]
     copied = {line.split()[0] for line in sections["files"].splitlines() if line.strip()}
     assert {"llava_sv", "scripts", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"} <= copied
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert kept == {path for path in copied if path.startswith("playground/")}
 
 
 # --- install.sh ------------------------------------------------------------------------------------------------------

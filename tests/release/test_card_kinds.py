@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
@@ -105,6 +106,23 @@ def test_a_projector_alone(made):
     card = make_card(made.pretrain, CardOptions())
     assert row(section(card.text, "Training"), "What trained") == ["pretraining: the projector alone"]
     assert "adapters or a projector" in section(card.text, "What it is")
+
+
+@pytest.mark.parametrize(
+    ("named", "shown", "look"),
+    [
+        ("/data/models/clip", "models/clip", "the model's own page"),
+        ("openai/clip", "openai/clip", "https://huggingface.co/openai/clip"),
+    ],
+)
+def test_a_folder_is_not_taken_for_a_page_of_the_hub(made, tmp_path, named, shown, look):
+    """After a conversion no run says which of the names are folders: a path shown by its last parts is one."""
+    folder = shutil.copytree(made.root / "tiny-dense", tmp_path / "converted")
+    change(folder / "config.json", "mm_vision_tower", value=named)
+    card = make_card(folder, CardOptions())
+    assert row(section(card.text, "What it is"), "Made from") == [shown]
+    assert ModelCard(card.text).data.base_model == ([named] if shown == named else None)
+    assert row(section(card.text, "Licences"), shown) == [f"not recorded: look at {look}"]
 
 
 @pytest.mark.parametrize("family", ["llava_hd", "cos"])

@@ -402,3 +402,11 @@ def test_sizes_of_shards(text, size):
 def test_sizes_that_cannot_be_read(text):
     with pytest.raises(UserError, match="cannot be read; write a number"):
         shard_bytes(text)
+
+
+def test_a_name_of_the_hub_without_a_network(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert cli.main(["convert", "nobody/none", "--to", "sv", "--out", str(tmp_path / "x")]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: nobody/none: no such folder, and offline no copy of it was fetched before; fetch it")
+    assert said.endswith(" where there is a network (hf download nobody/none), or give a folder")

@@ -270,6 +270,10 @@ def rename_a_weight(folder):
     [
         (shutil.rmtree, "no such checkpoint folder: {folder}"),
         (
+            lambda f: (shutil.rmtree(f), f.write_text("")),
+            "checkpoint {folder}: is a file; give the folder that it is in",
+        ),
+        (
             lambda f: emptied(f, "mm_projector.bin"),
             "checkpoint {folder}: holds a projector alone, and a release is a whole",
         ),

@@ -319,6 +319,8 @@ def test_a_manifest_that_cannot_be_read(download, capsys, change, what):
 def test_folders_that_are_no_release(tmp_path, download, capsys):
     assert verify(tmp_path / "none") == 2
     assert f"error: {tmp_path}/none: no such folder" in capsys.readouterr().err
+    assert verify(download / "config.json") == 2
+    assert capsys.readouterr().err == f"error: {download}/config.json: is a file; give the folder that it is in\n"
     (download / manifest.NAME).unlink()
     assert verify(download) == 2
     (line,) = capsys.readouterr().err.splitlines()

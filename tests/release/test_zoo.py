@@ -94,6 +94,7 @@ def test_json_and_assumptions_of_ones_own(tmp_path, capsys):
             "--row: no checkpoint 'llava-sv-llama-3-8b-skip' in the zoo; there are ",
         ),
         (["--row", "?"], "--row: no checkpoint '?' in the zoo; there are llava-sv-llama-3-8b-dense, "),
+        (["--released", "nowhere"], "--released nowhere: no such folder; name the one that holds the releases"),
         (["--device", "tpu"], "--device: unknown device 'tpu'; known: a100-80gb, h200"),
         (["--mfu", "40"], "--mfu 40: expected a share of the peak, above 0 and at most 1, such as 0.4"),
         (["--mfu", "nan"], "--mfu nan: expected a share of the peak"),
