@@ -14,6 +14,7 @@ B batch, T0 prompt length, T spliced length, S supervised positions, K vocabular
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -287,6 +288,13 @@ class LlavaCausalLM(LlavaMetaForCausalLM, Stock):
         if level not in KV_LEVELS:
             raise UserError(f"skip_kv: unknown level {level!r}; known: {', '.join(KV_LEVELS)}")
         return level
+
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' own, called as a checkpoint loads, without the checkpoint's custom_generate/generate.py: with
+        `trust_remote_code` that file would run, and stand in for `generate`."""
+        given = inspect.signature(super().adjust_generation_fn).bind(*args, **kwargs)
+        given.arguments["trust_remote_code"] = False
+        super().adjust_generation_fn(*given.args, **given.kwargs)
 
     # transformers reads this signature to learn what `generate` may be given
     def prepare_inputs_for_generation(

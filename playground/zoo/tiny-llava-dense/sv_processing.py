@@ -14,37 +14,31 @@ B texts, T0 prompt length (an image is one mark in it).
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
+import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import AutoConfig, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.utils import cached_file
 
 from .sv_chat_template import jinja_of
 from .sv_constants import DEFAULT_IMAGE_TOKEN
 from .sv_conversation import Template, break_up, broken_up, get_template
-from .sv_decoding import decode_image, upright_rgb
 from .sv_errors import UserError
 from .sv_mm_utils import (
     check_aspect_ratio,
     encode_prompt,
-    load_image,
     load_image_processor,
     markers_of,
     process_images,
     set_pad_token,
 )
+from .sv_pictures import as_picture
 
 SETTINGS = (
     "mm_family",
@@ -68,10 +62,6 @@ UNNAMED = ("conv_template", None)
 
 PADDINGS = (True, "longest", False, "do_not_pad", None)
 IMAGE_PARTS = ("image", "image_url")
-WEB_TIMEOUT = 30.0
-"""Seconds to wait for a picture from the web."""
-WEB_BYTES = 128 * 2**20
-"""Most bytes of such a picture."""
 
 
 class LlavaSvProcessor(ProcessorMixin):
@@ -266,7 +256,10 @@ class LlavaSvProcessor(ProcessorMixin):
         path, values = str(pretrained_model_name_or_path), processor_dict or {}
         hub = {name: value for name, value in kwargs.items() if name in OF_THE_HUB}
         others = {name: value for name, value in kwargs.items() if name not in (*SETTINGS, "chat_template")}
-        tokenizer = AutoTokenizer.from_pretrained(path, **others)
+        with contextlib.suppress(OSError, ValueError):  # none, in a folder of a processor alone
+            others["config"] = AutoConfig.from_pretrained(path, **others)
+        # the flag is for the classes of model and processor: the tokenizer is one of transformers' own
+        tokenizer = AutoTokenizer.from_pretrained(path, **(others | {"trust_remote_code": False}))
         set_pad_token(tokenizer, path)
         size = values.get("mm_vision_image_size")
         try:
@@ -289,44 +282,6 @@ def _config_beside(path: str, hub: dict[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{found}: is not JSON ({error}); download it again") from error
     return values if "mm_vision_tower" in values else {}
-
-
-def as_picture(source: Any) -> Image.Image:
-    """A PIL image, path, URL, base64 text or array [H, W, 3] of uint8 as upright RGB. Raises `UserError`."""
-    if isinstance(source, Image.Image):
-        return upright_rgb(source)
-    if isinstance(source, Path):
-        return load_image(source)
-    if isinstance(source, str):
-        return _named_picture(source)
-    if isinstance(source, Tensor):
-        source = source.numpy(force=True)
-    if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.ndim == 3 and source.shape[2] == 3:
-        return Image.fromarray(np.ascontiguousarray(source))
-    shape = f" of shape {list(source.shape)} and {source.dtype}" if isinstance(source, np.ndarray) else ""
-    raise UserError(
-        f"processor: images: cannot read a {type(source).__name__}{shape}; give a PIL image, a path, a URL, base64 "
-        "text or an array [height, width, 3] of uint8"
-    )
-
-
-def _named_picture(source: str) -> Image.Image:
-    if source.startswith(("http://", "https://")):
-        try:
-            with urlopen(source, timeout=WEB_TIMEOUT) as answer:
-                data = answer.read(WEB_BYTES + 1)
-        except OSError as error:
-            raise UserError(f"picture {source}: cannot be fetched ({error})") from error
-        if len(data) > WEB_BYTES:
-            raise UserError(f"picture {source}: has more than {WEB_BYTES >> 20} MiB; fetch it, and give the file")
-        return decode_image(io.BytesIO(data), source)
-    if not source.startswith("data:image/"):
-        return load_image(source)
-    try:
-        data = base64.b64decode(source.partition(",")[2], validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise UserError(f"picture data:image/...: is not base64 ({error})") from error
-    return decode_image(io.BytesIO(data), "data:image/...")
 
 
 def _flat(images: Any) -> list[Any]:

@@ -20,3 +20,6 @@ from .sv_model_language_model_llava_llama import LlavaLlamaModel  # noqa: E402
 from .sv_processing import LlavaSvProcessor  # noqa: E402
 
 __all__ = ["LlavaConfig", "LlavaLlamaForCausalLM", "LlavaLlamaModel", "LlavaSvProcessor"]
+
+for _class in (LlavaConfig, LlavaLlamaForCausalLM, LlavaLlamaModel, LlavaSvProcessor):
+    _class.__module__ = __name__  # `save_pretrained` copies this file, and all that it needs
