@@ -43,6 +43,15 @@ FEW = [
 REST = [(kind, family, "clip") for kind in LLMS for family in FAMILIES if (kind, family, "clip") not in FEW]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Here as in the child: sums that several threads share need not be equal bit for bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     root = tmp_path_factory.mktemp("bases")

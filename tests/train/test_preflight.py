@@ -1,6 +1,7 @@
 """What is missing is said all at once, with where to get it, and before anything heavy is imported."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -72,11 +73,13 @@ def test_a_folder_that_is_no_model(tmp_path):
     assert "has no config.json" in said
 
 
+@pytest.mark.slow  # counts a process' imports: seen to depend on what ran before it
 @pytest.mark.parametrize("entry", ["train.py", "train_mem.py"])
 def test_the_entry_says_so_before_torch_is_imported(entry, empty_cache):
     """Through the script, with its imports recorded: exit code 2, every problem, no torch."""
     command = [sys.executable, "-X", "importtime", f"llava_sv/train/{entry}", "--model_name_or_path", "no/model"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    clean = {name: os.environ[name] for name in ("PATH", "HOME", "HF_HUB_CACHE") if name in os.environ}
+    done = subprocess.run(command, capture_output=True, text=True, env=clean)
     assert done.returncode == 2, done.stderr
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "llava_sv.train.preflight" in imported
